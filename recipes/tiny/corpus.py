@@ -1,0 +1,97 @@
+"""The training text: the standard library's own sources, with a fixed list of modules held out.
+
+Every Python installation has this text, so anyone can repeat the recipe offline. The held-out modules (and their
+tests) are never trained on; they are split in two so that whatever is calibrated never sees the prompts it is judged
+on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+# Present, as single pure-Python files, in every CPython from 3.10 to 3.14.
+CALIBRATION_MODULES = (
+    "bisect calendar cmd configparser csv filecmp glob gzip netrc plistlib random sched shlex textwrap wave"
+).split()
+PROMPT_MODULES = (
+    "argparse ast contextlib difflib fractions heapq ipaddress mailbox queue statistics tempfile tokenize zipapp"
+).split()
+HELD_OUT = frozenset(CALIBRATION_MODULES) | frozenset(PROMPT_MODULES)
+
+# Tables and deliberately broken sources: text that teaches nothing about code.
+SKIPPED_FOLDERS = ("site-packages", "encodings", "pydoc_data", "lib2to3/tests/data", "test/encoded_modules")
+MAX_FILE_BYTES = 400_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceFile:
+    """One file of the corpus."""
+
+    path: str  # relative to the standard library's folder
+    text: str
+    sha256: str
+
+
+def library_root() -> Path:
+    """Folder of the running Python's standard library."""
+    return Path(sysconfig.get_paths()["stdlib"])
+
+
+def training_files() -> Iterator[SourceFile]:
+    """Every file trained on, in a fixed order."""
+    root = library_root()
+    for path in sorted(root.rglob("*.py")):
+        relative = path.relative_to(root)
+        if not _is_skipped(relative) and not _is_held_out(relative):
+            source = _read(path, relative)
+            if source is not None:
+                yield source
+
+
+def held_out_files(modules: list[str]) -> list[SourceFile]:
+    """The named held-out modules, in the order given."""
+    root = library_root()
+    sources = [_read(root / f"{name}.py", Path(f"{name}.py")) for name in modules]
+    return [source for source in sources if source is not None]
+
+
+def provenance(sources: list[SourceFile]) -> dict[str, object]:
+    """What the model was trained on: Python version, one hash per file and one over all of them."""
+    joint = hashlib.sha256("".join(s.sha256 for s in sources).encode()).hexdigest()
+    return {
+        "python": platform.python_version(),
+        "files": len(sources),
+        "bytes": sum(len(s.text.encode()) for s in sources),
+        "sha256": joint,
+        "held_out": {"calibration": CALIBRATION_MODULES, "prompts": PROMPT_MODULES},
+        "file_sha256": {s.path: s.sha256 for s in sources},
+    }
+
+
+def _is_skipped(relative: Path) -> bool:
+    return any(relative.as_posix().startswith(folder) for folder in SKIPPED_FOLDERS)
+
+
+def _is_held_out(relative: Path) -> bool:
+    """A held-out module or anything under a name that belongs to it (test_csv.py, argparse_data/...)."""
+    for part in (*relative.parts[:-1], relative.stem):
+        name = part.removeprefix("test_").removesuffix("_tests")
+        if name in HELD_OUT or any(name.startswith(f"{module}_") for module in HELD_OUT):
+            return True
+    return False
+
+
+def _read(path: Path, relative: Path) -> SourceFile | None:
+    data = path.read_bytes()
+    if not 0 < len(data) <= MAX_FILE_BYTES:
+        return None
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError:
+        return None
+    return SourceFile(path=relative.as_posix(), text=text, sha256=hashlib.sha256(data).hexdigest())

@@ -1,0 +1,23 @@
+"""Errors a user can meet. Each message says what was given, what is allowed and what to do."""
+
+from __future__ import annotations
+
+
+class LadonError(Exception):
+    """Base of every error Ladon raises on purpose; the command line shows it as one line and exits with 2."""
+
+
+class InputError(LadonError, ValueError):
+    """A prompt, option or limit that cannot be used."""
+
+
+class TreeError(LadonError, ValueError):
+    """A token tree or a tree description that is not a tree, or does not fit the heads."""
+
+
+class HeadsError(LadonError, ValueError):
+    """Heads that cannot be read, or that belong to another model."""
+
+
+class UnsupportedModelError(LadonError, ValueError):
+    """A model whose forward cannot verify a token tree exactly; the message names the reason."""
