@@ -1,0 +1,41 @@
+# Every target makes .venv in this checkout once and reuses it; it is rebuilt when a requirement changes.
+# `make test PYTHON=python3.12` picks another interpreter (after `make clean`).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.ladon-installed
+# One thread: the tests' models are too small to gain from more, and threads fight each other on a busy machine.
+TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow lint bench docs clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP)  ## set up and run the bundled model in every mode
+	$(BIN)/ladon demo
+
+test: $(STAMP)  ## set up and run the fast tests
+	$(TEST_ENV) $(BIN)/python -m pytest
+
+test-slow: $(STAMP)  ## the slow tests alone: every model family, the recipe end to end
+	$(TEST_ENV) $(BIN)/python -m pytest -m slow
+
+lint: $(STAMP)  ## ruff and mypy --strict
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(STAMP)  ## plain, chain, fixed and dynamic side by side on the bundled model
+	OMP_NUM_THREADS=1 $(BIN)/ladon bench
+
+docs: $(STAMP)  ## write docs/command-line.md again from the commands' own help
+	$(BIN)/python docs/write_command_line.py
+
+clean:  ## remove .venv and every cache
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
