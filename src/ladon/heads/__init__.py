@@ -1,0 +1,8 @@
+"""Head families and their checkpoints."""
+
+from ladon.heads.base import Heads
+from ladon.heads.factory import load_heads, new_heads
+from ladon.heads.medusa import MedusaHeads
+from ladon.heads.shared import SharedHeads
+
+__all__ = ["Heads", "MedusaHeads", "SharedHeads", "load_heads", "new_heads"]

@@ -1,0 +1,193 @@
+"""What every family of heads has: sizes, a model it is bound to, and a way to disk."""
+
+from __future__ import annotations
+
+import warnings
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from ladon.errors import HeadsError
+from ladon.heads.checkpoint import HeadsConfig, write_heads
+from ladon.heads.fingerprint import MIN_AGREEMENT, Fingerprint, agreement, fingerprint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class OutputProjection(NamedTuple):
+    """The target's map from hidden states to logits, with its sizes."""
+
+    module: nn.Module
+    hidden_size: int
+    vocab_size: int
+
+
+class Heads(nn.Module, ABC):
+    """K extra decoding heads on a frozen target.
+
+    Head k (counted from 1) reads the target's hidden state of token t, after the final norm, and guesses token
+    t + k + 1; the target's own output projection says token t + 1 (MEDUSA, arXiv 2401.10774). Heads are meant to run
+    on one hidden row per sequence, in the target's dtype and on its device: `bind` puts them there.
+
+    Attributes:
+        family: name of the family, as `new_heads` takes it.
+        option_names: the settings that the family's constructor takes beside the sizes.
+        num_heads: K.
+        hidden_size: H, width of the target's hidden state.
+        vocab_size: V, number of logits.
+        base_name: where the target came from, if known.
+        base_fingerprint: samples of the target's weights, to recognise it again; None if never bound.
+        training_record: how the heads were trained, as JSON values; saved with them.
+    """
+
+    family: ClassVar[str]
+    option_names: ClassVar[tuple[str, ...]]
+
+    def __init__(self, *, num_heads: int, hidden_size: int, vocab_size: int) -> None:
+        super().__init__()
+        for name, value in (("num_heads", num_heads), ("hidden_size", hidden_size), ("vocab_size", vocab_size)):
+            check_count(name, value)
+        self.num_heads = num_heads
+        self.hidden_size = hidden_size
+        self.vocab_size = vocab_size
+        self.base_name = ""
+        self.base_fingerprint: Fingerprint | None = None
+        self.training_record: dict[str, Any] = {}
+        # In a tuple, so that the target's module is no submodule: not saved, not trained, not moved with the heads.
+        self._projection: tuple[nn.Module, ...] = ()
+
+    @abstractmethod
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Logits of every head.
+
+        Args:
+            hidden: [..., H], the target's hidden states after its final norm.
+
+        Returns:
+            [..., K, V]; [..., k - 1, :] belongs to head k, the token k + 1 places after the one hidden came from.
+        """
+
+    @property
+    def options(self) -> dict[str, int]:
+        """The family's own settings, as its constructor takes them."""
+        return {name: getattr(self, name) for name in self.option_names}
+
+    @abstractmethod
+    def initialise(self, model: PreTrainedModel, seed: int) -> None:
+        """Start values for training on `model`: every head begins as the target's own output projection."""
+
+    @property
+    def config(self) -> HeadsConfig:
+        """Everything `save` writes beside the weights."""
+        return HeadsConfig(
+            family=self.family,
+            num_heads=self.num_heads,
+            hidden_size=self.hidden_size,
+            vocab_size=self.vocab_size,
+            options=self.options,
+            base_name=self.base_name,
+            base_fingerprint=self.base_fingerprint,
+            training=self.training_record,
+        )
+
+    @property
+    def is_bound(self) -> bool:
+        """Whether a target was given to `bind`."""
+        return bool(self._projection)
+
+    def bind(self, model: PreTrainedModel, force: bool = False) -> Self:
+        """Attach to the target: check that it is the right one, go to its dtype and device, use its projection.
+
+        Binding again to the same model is cheap and follows a change of its dtype or device.
+
+        Args:
+            model: the target.
+            force: accept a model other than the one the heads were trained for (its sizes must still fit). The
+                decoded text stays exact, fewer guesses are right.
+
+        Returns:
+            These heads.
+
+        Raises:
+            HeadsError: the sizes do not fit, or the fingerprint is another model's and `force` is False.
+        """
+        projection = output_projection(model)
+        if (self.hidden_size, self.vocab_size) != (projection.hidden_size, projection.vocab_size):
+            raise HeadsError(
+                f"heads for hidden size {self.hidden_size} and vocabulary {self.vocab_size} do not fit a model with "
+                f"hidden size {projection.hidden_size} and vocabulary {projection.vocab_size}. Load the heads of this "
+                "model or train new ones"
+            )
+        if self._projection[:1] != (projection.module,) and not force:
+            self._check_base(model)
+        self._projection = (projection.module,)
+        devices = (projection.module.weight.device, model.device)  # "meta" is an offloaded module: no place to be
+        device = next((device for device in devices if device.type != "meta"), None)
+        return self.to(device=device, dtype=model.dtype)
+
+    def remember_base(self, model: PreTrainedModel) -> None:
+        """Record `model` as the one these heads belong to."""
+        self.base_name = str(model.config._name_or_path)
+        self.base_fingerprint = fingerprint(model)
+
+    def save(self, path: str | Path) -> None:
+        """Write `heads.safetensors` and `config.json` into the folder `path`, which is made if needed."""
+        write_heads(Path(path), self.config, self.state_dict())
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """The target's own output projection: [..., H] to [..., V]."""
+        if not self._projection:
+            raise HeadsError(
+                f"{self.family} heads use the output projection of their model, and have none yet. Call "
+                "heads.bind(model) or load_heads(path, model)"
+            )
+        logits: Tensor = self._projection[0](hidden)
+        return logits
+
+    def _check_base(self, model: PreTrainedModel) -> None:
+        name = self.base_name or "an unnamed model"
+        if self.base_fingerprint is None:
+            _warn("the heads carry no fingerprint of the model they were trained on")
+            return
+        shares = agreement(self.base_fingerprint, fingerprint(model))
+        wrong = [f"{group} {share:.0%}" for group, share in shares.items() if share is not None and share < MIN_AGREEMENT]
+        if wrong:
+            raise HeadsError(
+                f"these heads were trained on {name}, whose weights differ from this model's (samples that agree: "
+                f"{', '.join(wrong)}, at least {MIN_AGREEMENT:.0%} expected). Load the heads of this model, or pass "
+                "force=True: the text stays exact, fewer guesses are right"
+            )
+        unread = [group for group, share in shares.items() if share is None]
+        if unread:
+            _warn(f"the weights of {' and '.join(unread)} cannot be compared with those of {name}")
+
+
+def _warn(reason: str) -> None:
+    warnings.warn(f"cannot verify that these heads belong to this model: {reason}", stacklevel=4)
+
+
+def check_count(name: str, value: int) -> None:
+    """Raise unless `value` is an integer of at least 1."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise HeadsError(f"{name} is {value!r}, expected an integer >= 1")
+
+
+def output_projection(model: PreTrainedModel) -> OutputProjection:
+    """The target's output projection; its sizes come from the module itself, since configs disagree about names."""
+    module = model.get_output_embeddings()
+    if module is None or not hasattr(module, "weight"):
+        raise HeadsError(f"{type(model).__name__} has no output projection; heads need a causal language model")
+    vocab_size, hidden_size = module.weight.shape if module.weight.ndim == 2 else (0, 0)
+    return OutputProjection(
+        module, int(getattr(module, "in_features", hidden_size)), int(getattr(module, "out_features", vocab_size))
+    )
+
+
+def seeded_normal(shape: tuple[int, ...], std: float, seed: int) -> Tensor:
+    """Normal numbers [*shape] float32 on the CPU that depend on the seed alone."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * std

@@ -1,0 +1,180 @@
+"""Heads on disk: a folder (or a hub repository) with `heads.safetensors` and `config.json`, read strictly.
+
+Nothing here is ever unpickled. What does not fit is named: each missing, unexpected or wrong-shaped tensor, each field
+of the config that is absent or out of range.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ladon.errors import HeadsError
+from ladon.heads.fingerprint import SAMPLES, Fingerprint
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "heads.safetensors"
+FORMAT = "ladon-heads"
+VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadsConfig:
+    """What config.json holds.
+
+    Attributes:
+        family: name of the head family, "shared" or "medusa".
+        num_heads: K, how many tokens are guessed beyond the target's own next token.
+        hidden_size: H, width of the hidden state that goes into the target's output projection.
+        vocab_size: V, rows of the target's output projection.
+        options: the family's own settings.
+        base_name: where the target came from; for people, never checked.
+        base_fingerprint: samples of the target's weights, or None when none were taken.
+        training: how the heads were trained, as JSON values; for people.
+    """
+
+    family: str
+    num_heads: int
+    hidden_size: int
+    vocab_size: int
+    options: Mapping[str, int] = field(default_factory=dict)
+    base_name: str = ""
+    base_fingerprint: Fingerprint | None = None
+    training: Mapping[str, Any] = field(default_factory=dict)
+
+
+def write_heads(folder: Path, config: HeadsConfig, tensors: Mapping[str, Tensor]) -> None:
+    """Write both files; each is written beside its place and then renamed, the config last."""
+    folder.mkdir(parents=True, exist_ok=True)
+    document = {
+        "format": FORMAT,
+        "version": VERSION,
+        "family": config.family,
+        "num_heads": config.num_heads,
+        "hidden_size": config.hidden_size,
+        "vocab_size": config.vocab_size,
+        "options": dict(config.options),
+        "base": {
+            "name": config.base_name,
+            "fingerprint": config.base_fingerprint and config.base_fingerprint.as_dict(),
+        },
+        "training": dict(config.training),
+    }
+    text = json.dumps(document, indent=2) + "\n"
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    weights_part = folder / f"{WEIGHTS_FILE}.partial"
+    save_file(contiguous, weights_part)
+    weights_part.replace(folder / WEIGHTS_FILE)
+    config_part = folder / f"{CONFIG_FILE}.partial"
+    config_part.write_text(text, encoding="utf-8")
+    config_part.replace(folder / CONFIG_FILE)
+
+
+def find_folder(path: str | Path, revision: str | None = None) -> Path:
+    """The folder itself, or the local copy of the hub repository of that name."""
+    local = Path(path).expanduser()
+    if local.is_dir():
+        return local
+    name = str(path)
+    if local.exists():
+        raise HeadsError(f"heads path {name!r} is a file. Give the folder that holds {CONFIG_FILE} and {WEIGHTS_FILE}")
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
+        raise HeadsError(f"heads folder {name!r} does not exist. Give a folder or the id of a hub repository")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
+    except (OSError, HFValidationError) as error:  # every network and hub error of huggingface_hub is an OSError
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise HeadsError(
+            f"heads {name!r} are neither a folder here nor a hub repository that can be read ({reason}). Check the "
+            "name, the network and your hub login"
+        ) from error
+
+
+def read_config(folder: Path) -> HeadsConfig:
+    """The validated config of the heads in `folder`."""
+    path = folder / CONFIG_FILE
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise HeadsError(f"{path} cannot be read. A heads folder holds {CONFIG_FILE} and {WEIGHTS_FILE}") from error
+    except ValueError as error:
+        raise HeadsError(f"{path} is no JSON ({error}). Save or download the heads again") from error
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        found = document.get("format") if isinstance(document, dict) else type(document).__name__
+        raise HeadsError(f"{path} has format {found!r}, expected {FORMAT!r}: these are not heads saved by Ladon")
+    if document.get("version") != VERSION:
+        raise HeadsError(f"{path} has version {document.get('version')!r}, this Ladon reads {VERSION}. Update Ladon")
+    base = _typed(document, "base", dict, path)
+    return HeadsConfig(
+        family=_typed(document, "family", str, path),
+        num_heads=_count(document, "num_heads", path),
+        hidden_size=_count(document, "hidden_size", path),
+        vocab_size=_count(document, "vocab_size", path),
+        options=_typed(document, "options", dict, path),
+        base_name=_typed(base, "name", str, path),
+        base_fingerprint=_fingerprint(base.get("fingerprint"), path),
+        training=_typed(document, "training", dict, path),
+    )
+
+
+def read_tensors(folder: Path, expected: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+    """The tensors named in `expected`, on the CPU; every name or shape that differs is listed in the error."""
+    path = folder / WEIGHTS_FILE
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = {name: torch.Size(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            _check_names_and_shapes(path, expected, found)
+            # Copied: tensors in the mapped file are not aligned, and products of unaligned ones round differently.
+            return {name: file.get_tensor(name).clone() for name in expected}
+    except OSError as error:
+        raise HeadsError(f"{path} cannot be read. A heads folder holds {CONFIG_FILE} and {WEIGHTS_FILE}") from error
+    except SafetensorError as error:
+        raise HeadsError(f"{path} is no safetensors file ({error}). Save or download the heads again") from error
+
+
+def _check_names_and_shapes(path: Path, expected: Mapping[str, torch.Size], found: Mapping[str, torch.Size]) -> None:
+    problems = [f"missing {name} {list(shape)}" for name, shape in expected.items() if name not in found]
+    problems += [f"unexpected {name} {list(shape)}" for name, shape in found.items() if name not in expected]
+    problems += [
+        f"{name} is {list(found[name])}, expected {list(shape)}"
+        for name, shape in expected.items()
+        if name in found and found[name] != shape
+    ]
+    if problems:
+        raise HeadsError(f"{path} does not fit its {CONFIG_FILE}: {'; '.join(problems)}. Save or download it again")
+
+
+def _typed(document: Mapping[str, Any], name: str, kind: type, path: Path) -> Any:
+    value = document.get(name)
+    if not isinstance(value, kind):
+        raise HeadsError(f"{path}: {name} is {value!r}, expected {kind.__name__}. Save or download the heads again")
+    return value
+
+
+def _count(document: Mapping[str, Any], name: str, path: Path) -> int:
+    value = document.get(name)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise HeadsError(f"{path}: {name} is {value!r}, expected an integer >= 1. Save or download the heads again")
+    return value
+
+
+def _fingerprint(value: object, path: Path) -> Fingerprint | None:
+    if value is None:
+        return None
+    names = ("embedding", "projection", "body")
+    whole = isinstance(value, dict) and value.keys() == {*names, "body_matrices"}
+    if not whole or any(not re.fullmatch(f"([0-9a-f]{{{4 * SAMPLES}}})?", str(value[name])) for name in names):
+        raise HeadsError(f"{path}: the base's fingerprint is damaged. Save or download the heads again")
+    return Fingerprint(**value)

@@ -1,0 +1,85 @@
+"""Make heads for a model, or load them: the two functions a user calls."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from ladon.errors import HeadsError
+from ladon.heads.base import Heads, output_projection
+from ladon.heads.checkpoint import find_folder, read_config, read_tensors
+from ladon.heads.medusa import MedusaHeads
+from ladon.heads.shared import SharedHeads
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+FAMILIES: Mapping[str, type[Heads]] = {cls.family: cls for cls in (SharedHeads, MedusaHeads)}
+
+
+def new_heads(
+    model: PreTrainedModel, num_heads: int = 4, family: str = "shared", *, seed: int = 0, **options: int
+) -> Heads:
+    """Untrained heads for `model`, bound to it, in its dtype and on its device.
+
+    Args:
+        model: the target; it is not changed.
+        num_heads: K, how many tokens beyond the target's own next token are guessed.
+        family: "shared" (a wide residual MLP per head on the target's projection; option `expansion`, 4) or "medusa"
+            (residual blocks and a projection per head; option `num_blocks`, 1).
+        seed: decides the random start values.
+        **options: the family's own settings.
+
+    Returns:
+        Heads whose logits equal the target's until they are trained.
+
+    Raises:
+        HeadsError: an unknown family or option, or a count below 1.
+    """
+    projection = output_projection(model)
+    heads = _build(family, num_heads, projection.hidden_size, projection.vocab_size, options)
+    heads.initialise(model, seed)
+    heads.remember_base(model)
+    return heads.bind(model, force=True)
+
+
+def load_heads(
+    path: str | Path, model: PreTrainedModel | None = None, force: bool = False, *, revision: str | None = None
+) -> Heads:
+    """Heads from a folder or a hub repository, checked strictly.
+
+    Args:
+        path: a folder with `heads.safetensors` and `config.json`, or the id of a hub repository that holds them.
+        model: the target to bind them to; without it, call `heads.bind(model)` later (a `Decoder` does).
+        force: accept a model other than the one they were trained for. The text stays exact, fewer guesses are right.
+        revision: branch, tag or commit of the hub repository.
+
+    Returns:
+        Heads in the saved dtype, or, with `model`, in its dtype and on its device.
+
+    Raises:
+        HeadsError: files missing or damaged, tensors missing, unexpected or of a wrong shape (each named), or heads of
+            another model.
+    """
+    folder = find_folder(path, revision)
+    config = read_config(folder)
+    with torch.device("meta"):
+        heads = _build(config.family, config.num_heads, config.hidden_size, config.vocab_size, config.options)
+    tensors = read_tensors(folder, {name: tensor.shape for name, tensor in heads.state_dict().items()})
+    heads.load_state_dict(tensors, assign=True)
+    heads.base_name, heads.base_fingerprint = config.base_name, config.base_fingerprint
+    heads.training_record = dict(config.training)
+    return heads if model is None else heads.bind(model, force)
+
+
+def _build(family: str, num_heads: int, hidden_size: int, vocab_size: int, options: Mapping[str, int]) -> Heads:
+    if family not in FAMILIES:
+        raise HeadsError(f"head family {family!r} is unknown; known: {', '.join(FAMILIES)}")
+    allowed = FAMILIES[family].option_names
+    unknown = sorted(options.keys() - set(allowed))
+    if unknown:
+        raise HeadsError(f"{family} heads have no option {', '.join(unknown)}; they take {', '.join(allowed)}")
+    return FAMILIES[family](num_heads=num_heads, hidden_size=hidden_size, vocab_size=vocab_size, **options)

@@ -1,0 +1,81 @@
+"""Which model a set of heads was trained for, recognised from a few of its weights.
+
+Samples are rounded to bfloat16, so a checkpoint published in bfloat16 has the same fingerprint when it is loaded in
+float32, and most samples survive a detour over float16. Groups are compared one by one: a quantised model keeps its
+embedding readable while its layers are not, and a fine-tuned one often keeps its embedding while its layers moved.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+SAMPLES = 64
+MIN_AGREEMENT = 0.875  # float32 -> float16 -> bfloat16 changes about 6 % of the samples; another model nearly all
+PLAIN_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fingerprint:
+    """Samples of a model's weights, 4 hexadecimal digits (the bits of a bfloat16) each.
+
+    Attributes:
+        embedding: samples of the input embedding; empty when it cannot be read (quantised, or on the meta device).
+        projection: samples of the output projection; empty likewise.
+        body: samples over all other matrices; empty likewise.
+        body_matrices: how many matrices `body` was sampled over.
+    """
+
+    embedding: str
+    projection: str
+    body: str
+    body_matrices: int
+
+    def as_dict(self) -> dict[str, object]:
+        """As written to config.json."""
+        return asdict(self)
+
+
+def fingerprint(model: PreTrainedModel) -> Fingerprint:
+    """Fingerprint of `model`. Reads at most 192 numbers from the device."""
+    embedding, projection = model.get_input_embeddings(), model.get_output_embeddings()
+    ends = [module.weight for module in (embedding, projection)]
+    end_ids = {id(weight) for weight in ends}
+    body = [p for p in model.parameters() if p.ndim >= 2 and id(p) not in end_ids]
+    return Fingerprint(
+        embedding=_sample([ends[0]]), projection=_sample([ends[1]]), body=_sample(body), body_matrices=len(body)
+    )
+
+
+def agreement(saved: Fingerprint, found: Fingerprint) -> dict[str, float | None]:
+    """Share of equal samples per group; None where one side could not be read."""
+    shares: dict[str, float | None] = {}
+    for group in ("embedding", "projection", "body"):
+        left, right = getattr(saved, group), getattr(found, group)
+        comparable = left and right and (group != "body" or saved.body_matrices == found.body_matrices)
+        shares[group] = _share_of_equal(left, right) if comparable else None
+    return shares
+
+
+def _share_of_equal(left: str, right: str) -> float:
+    pairs = [(left[i : i + 4], right[i : i + 4]) for i in range(0, 4 * SAMPLES, 4)]
+    return sum(a == b for a, b in pairs) / SAMPLES
+
+
+def _sample(matrices: list[Tensor]) -> str:
+    """`SAMPLES` weights spread over the matrices, or "" when any of them cannot be read as plain numbers."""
+    readable = all(m.dtype in PLAIN_DTYPES and not m.is_meta and m.numel() > 0 for m in matrices)
+    if not matrices or not readable:
+        return ""
+    values = []
+    for i in range(SAMPLES):
+        flat = matrices[i * len(matrices) // SAMPLES].detach().reshape(-1)
+        values.append(flat[i * 2_654_435_761 % flat.numel()].to("cpu", torch.bfloat16))
+    bits = torch.stack(values).view(torch.int16).tolist()
+    return "".join(f"{value & 0xFFFF:04x}" for value in bits)

@@ -1,0 +1,58 @@
+"""The default family: a wide residual MLP per head on the target's own output projection."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ladon.heads.base import Heads, check_count, seeded_normal
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class SharedHeads(Heads):
+    """Heads that share the target's output projection: head k is project(h + down_k(SiLU(up_k(h) + b_k))).
+
+    With inner width F = expansion * H the parameters are up_weight [K, F, H], up_bias [K, F] and down_weight
+    [K, F, H]; `down_weight` starts at zero, so an untrained head equals the projection. All depths run in three
+    products, the last being one [K, H] x [H, V] product per hidden row.
+
+    A target that scales or caps its logits after the projection (Cohere, Granite, Gemma 2) loses nothing: the heads
+    are trained through the bare projection, the MLP learns whatever scale makes their probabilities right, and the
+    target's own picks never come from here.
+
+    Attributes:
+        expansion: F / H.
+    """
+
+    family = "shared"
+    option_names = ("expansion",)
+
+    def __init__(self, *, num_heads: int, hidden_size: int, vocab_size: int, expansion: int = 4) -> None:
+        super().__init__(num_heads=num_heads, hidden_size=hidden_size, vocab_size=vocab_size)
+        check_count("expansion", expansion)
+        self.expansion = expansion
+        inner_size = expansion * hidden_size
+        self.up_weight = nn.Parameter(torch.empty(num_heads, inner_size, hidden_size))
+        self.up_bias = nn.Parameter(torch.empty(num_heads, inner_size))
+        self.down_weight = nn.Parameter(torch.empty(num_heads, inner_size, hidden_size))
+
+    @torch.no_grad()
+    def initialise(self, model: PreTrainedModel, seed: int) -> None:
+        """Random up_weight, zeros elsewhere. The heads must be bound to use the projection."""
+        self.up_weight.copy_(seeded_normal(tuple(self.up_weight.shape), self.hidden_size**-0.5, seed))
+        self.up_bias.zero_()
+        self.down_weight.zero_()
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Logits of every head, [..., H] to [..., K, V]; see `Heads.forward`."""
+        rows = hidden.reshape(-1, self.hidden_size)  # [T, H]
+        inner = functional.linear(rows, self.up_weight.flatten(0, 1), self.up_bias.flatten())  # [T, K F]
+        inner = functional.silu(inner).unflatten(1, (self.num_heads, -1)).transpose(0, 1)  # [K, T, F]
+        moved = torch.baddbmm(rows, inner, self.down_weight)  # [K, T, H], rows added to every head
+        logits = self.project(moved.transpose(0, 1))  # [T, K, V]
+        return logits.view(*hidden.shape[:-1], self.num_heads, self.vocab_size)
