@@ -1,0 +1,228 @@
+"""The key/value cache of tree decoding: preallocated, ragged, rewritten in place.
+
+Every layer holds one buffer [B, heads, capacity, D] for keys and one for values (and one for the keys of a sparse
+indexer, where the model has one). Row b has `lengths[b]` committed tokens in slots 0 to `lengths[b]` - 1; a verified
+tree puts node i of that row into slot `lengths[b]` + i, and `commit` moves the accepted nodes down to the committed
+part. Whatever lies beyond is stale: it is masked until the next tree overwrites it. It must stay finite, because a
+masked NaN in the values still spoils the softmax average.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+_FIRST_CAPACITY = 64  # slots; buffers double from here
+_FlatKey = tuple[int, int, torch.device]
+
+
+class _Route:
+    """Where the next forward writes and what it reads; one per cache, set before each forward, read by every layer.
+
+    Attributes:
+        rows: the rows of the cache that take part, [b] int64; None for all of them.
+        slots: the slot of each new token, [b, N] int64; None when every row writes from slot `start`.
+        start: the first slot written, when it is the same in all rows.
+        num_tokens: N, the new tokens of each row.
+        reach: the number of leading slots the forward can see (the widest row's length plus the new tokens).
+        past: what the model is told when it asks how many tokens came before.
+        capacity: slots a layer must have before the forward writes to it.
+    """
+
+    def __init__(self, batch_size: int) -> None:
+        self.batch_size = batch_size
+        self.rows: Tensor | None = None
+        self.slots: Tensor | None = None
+        self.start = self.num_tokens = self.reach = self.past = 0
+        self.capacity = _FIRST_CAPACITY
+        self._flat: dict[_FlatKey, Tensor] = {}
+
+    def aim(
+        self, start: int, num_tokens: int, *, past: int | None = None, slots: Tensor | None = None,
+        rows: Tensor | None = None,
+    ) -> None:
+        """Describe the next forward; `start` is the widest row's length, `past` the same unless said."""
+        self.start, self.num_tokens, self.reach = start, num_tokens, start + num_tokens
+        self.past, self.slots, self.rows = start if past is None else past, slots, rows
+        self._flat.clear()
+        if self.reach > self.capacity:
+            self.capacity = max(self.reach, 2 * self.capacity)
+
+    def flat_slots(self, heads: int, capacity: int, device: torch.device) -> Tensor:
+        """Where the new entries go in a buffer seen as [B * heads * capacity, D]; made once per forward."""
+        key = (heads, capacity, device)
+        if key not in self._flat:
+            rows = torch.arange(self.batch_size) if self.rows is None else self.rows
+            slots = self.slots if self.slots is not None else torch.arange(self.start, self.reach)[None]
+            self._flat[key] = _flat_index(rows.to(device), slots.to(device), heads, capacity)
+        return self._flat[key]
+
+
+def _flat_index(rows: Tensor, slots: Tensor, heads: int, capacity: int) -> Tensor:
+    """Positions [b * heads * N] of `slots` [b|1, N] of `rows` [b] in a buffer seen as [B * heads * capacity, D]."""
+    first = (rows[:, None] * heads + torch.arange(heads, device=rows.device)) * capacity
+    return (first[:, :, None] + slots[:, None, :]).view(-1)
+
+
+class _TreeLayer(CacheLayerMixin):
+    """One layer's buffers, behind the interface transformers calls."""
+
+    is_sliding = False  # windows are cut by the mask: a tree needs the tokens a sliding cache would have dropped
+    is_compileable = False
+    is_croppable = True
+
+    def __init__(self, route: _Route) -> None:
+        super().__init__()
+        self.route = route
+        self.indexer_keys: Tensor | None = None
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocate the key and value buffers for states of these shapes."""
+        self.keys, self.values = self._allocate(key_states), self._allocate(value_states)
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Store the new states, [b, heads, N, D], and return all that the forward can see."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.keys, self.values = self._fitting(self.keys), self._fitting(self.values)
+        self._write(self.keys, key_states)
+        self._write(self.values, value_states)
+        return self._visible(self.keys), self._visible(self.values)
+
+    def update_indexer(self, indexer_key_states: Tensor) -> Tensor:
+        """Store a sparse indexer's new keys, [b, N, D], and return all that the forward can see."""
+        states = indexer_key_states[:, None]
+        self.indexer_keys = self._allocate(states) if self.indexer_keys is None else self._fitting(self.indexer_keys)
+        self._write(self.indexer_keys, states)
+        return self._visible(self.indexer_keys)[:, 0]
+
+    def buffers(self) -> Iterator[tuple[str, Tensor]]:
+        """Name and buffer of everything this layer stores; nothing for a layer that was never written."""
+        for name in ("keys", "values", "indexer_keys"):
+            buffer = getattr(self, name)
+            if buffer is not None:
+                yield name, buffer
+
+    def get_seq_length(self) -> int:
+        """The tokens before this forward, for the models that ask instead of reading position ids."""
+        return self.route.past
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Visible slots and the first of them."""
+        return self.route.reach, 0
+
+    def get_max_length(self) -> int:
+        """Slots that exist now."""
+        return self.route.capacity
+
+    get_max_cache_shape = get_max_length  # its name before transformers 5.17
+
+    def _allocate(self, states: Tensor) -> Tensor:
+        shape = (self.route.batch_size, states.shape[1], self.route.capacity, states.shape[3])
+        return states.new_zeros(shape)
+
+    def _fitting(self, buffer: Tensor) -> Tensor:
+        """The buffer itself, or its content in a larger one: layers grow one by one, as the forward reaches them."""
+        if buffer.shape[2] >= self.route.reach:
+            return buffer
+        grown = self._allocate(buffer)
+        grown[:, :, : buffer.shape[2]] = buffer
+        return grown
+
+    def _write(self, buffer: Tensor, states: Tensor) -> None:
+        route = self.route
+        if route.slots is None and route.rows is None:
+            buffer.narrow(2, route.start, route.num_tokens).copy_(states)
+            return
+        _, heads, capacity, width = buffer.shape
+        index = route.flat_slots(heads, capacity, buffer.device)
+        buffer.view(-1, width).index_copy_(0, index, states.reshape(-1, width))
+
+    def _visible(self, buffer: Tensor) -> Tensor:
+        seen = buffer.narrow(2, 0, self.route.reach)
+        return seen if self.route.rows is None else seen.index_select(0, self.route.rows.to(buffer.device))
+
+
+class TreeCache(Cache):  # type: ignore[misc]  # transformers is not typed strictly
+    """Keys and values of B rows of any lengths, for trees of any shape.
+
+    Attributes:
+        lengths: committed tokens of each row, [B] int64 on the model's device.
+        host_lengths: the same numbers on the host, as of the last `mirror`.
+    """
+
+    def __init__(self, num_layers: int, batch_size: int, device: torch.device) -> None:
+        self.route = _Route(batch_size)
+        super().__init__(layers=[_TreeLayer(self.route) for _ in range(num_layers)])
+        self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        self.host_lengths = [0] * batch_size
+        self._rows = torch.arange(batch_size, device=device)
+
+    @property
+    def num_rows(self) -> int:
+        """B, the number of rows."""
+        return self.route.batch_size
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers."""
+        return sum(buffer.nbytes for layer in self.layers for _, buffer in layer.buffers())
+
+    def commit(self, path: Tensor, count: Tensor) -> None:
+        """Keep the accepted nodes of the tree that was verified last, and drop the rest.
+
+        Everything is gathered before anything is written, so moves may overlap. Slots beyond a row's new length hold
+        what the padding of `path` points at; they are stale like all others there.
+
+        Args:
+            path: accepted nodes of each row, root first, padded by repeating the last one, [B, A] int64.
+            count: how many of them are real, [B] int64, at least 1.
+        """
+        # The root is where it belongs already, and no row can have accepted more nodes than slots were written.
+        path = path[:, 1 : self.route.num_tokens]
+        if path.shape[1] > 0:
+            self._move(self.lengths[:, None] + path, path.shape[1])
+        self.lengths = self.lengths + count
+
+    def _move(self, source: Tensor, num_slots: int) -> None:
+        """Copy the slots `source` [B, A] of every buffer to the A slots after the root's."""
+        after_root = torch.arange(1, num_slots + 1, device=source.device)
+        target = self.lengths[:, None] + after_root
+        moves: dict[_FlatKey, tuple[Tensor, Tensor]] = {}
+        for layer in self.layers:
+            for _, buffer in layer.buffers():
+                _, heads, capacity, width = buffer.shape
+                key = (heads, capacity, buffer.device)
+                if key not in moves:
+                    both = _flat_index(self._rows, torch.cat((source, target), 1), heads, capacity)
+                    both = both.to(buffer.device).view(-1, 2, num_slots)
+                    moves[key] = both[:, 0].reshape(-1), both[:, 1].reshape(-1)
+                read, write = moves[key]
+                flat = buffer.view(-1, width)
+                flat.index_copy_(0, write, flat.index_select(0, read))
+
+    def mirror(self, counts: Sequence[int]) -> None:
+        """Tell the host what `commit` kept in each row, after the step's one transfer."""
+        self.host_lengths = [length + count for length, count in zip(self.host_lengths, counts, strict=True)]
+
+    def keep_rows(self, rows: Sequence[int]) -> None:
+        """Drop all rows but these, in this order."""
+        index = torch.tensor(list(rows), dtype=torch.int64, device=self.lengths.device)
+        for layer in self.layers:
+            for name, buffer in layer.buffers():
+                setattr(layer, name, buffer.index_select(0, index.to(buffer.device)))
+        self.lengths = self.lengths[index]
+        self.host_lengths = [self.host_lengths[row] for row in rows]
+        self.route.batch_size = len(self.host_lengths)
+        self._rows = self._rows[: len(self.host_lengths)]
+
+    def set_lengths(self, lengths: Sequence[int]) -> None:
+        """Declare how many leading slots of each row are committed, on the host and on the device."""
+        self.host_lengths = list(lengths)
+        self.lengths = torch.tensor(self.host_lengths, dtype=torch.int64, device=self.lengths.device)

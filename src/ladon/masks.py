@@ -1,0 +1,131 @@
+"""4-D attention masks for token trees and for prefill, by position and never by slot.
+
+Shapes: B rows, N new tokens (tree nodes or a chunk of the prompt), S visible cache slots. True means "may attend".
+A committed token's slot equals its position; a node's slot is its row's length plus its index, while its position is
+the row's length plus its depth, so windows and chunks are cut by position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Locality:
+    """What a layer type may see besides causality.
+
+    Attributes:
+        window: a token sees itself and the `window` - 1 positions before it; None: no window.
+        chunk: a token sees only its own block of `chunk` positions; None: no blocks.
+    """
+
+    window: int | None = None
+    chunk: int | None = None
+
+    def allows(self, queries: Tensor, keys: Tensor) -> Tensor | None:
+        """Which key positions each query position may see, or None for all of them.
+
+        Args:
+            queries: positions of the new tokens, [B|1, N].
+            keys: positions of the visible slots, [B|1, S].
+
+        Returns:
+            [B|1, N, S] bool, or None. No lower bound on keys: causality is another mask's work.
+        """
+        if self.window is not None:
+            return keys[:, None, :] > queries[:, :, None] - self.window
+        if self.chunk is not None:
+            blocks = torch.div(keys, self.chunk, rounding_mode="floor")
+            return blocks[:, None, :] == torch.div(queries, self.chunk, rounding_mode="floor")[:, :, None]
+        return None
+
+    def binds(self, reach: int) -> bool:
+        """Whether this can hide anything from a token when no position reaches `reach`."""
+        limit = self.window if self.window is not None else self.chunk
+        return limit is not None and reach > limit
+
+
+def localities(config: Any) -> dict[str, Locality]:
+    """What each layer type of a model may see, from its text config; one entry when all layers are alike."""
+    window = Locality(window=getattr(config, "sliding_window", None))
+    kinds = {
+        "full_attention": Locality(),
+        "indexed_attention": Locality(),
+        "sliding_attention": window,
+        "chunked_attention": Locality(chunk=getattr(config, "attention_chunk_size", None)),
+    }
+    types = getattr(config, "layer_types", None)
+    return {"full_attention": window} if types is None else {name: kinds[name] for name in sorted(set(types))}
+
+
+def tree_mask(ancestors: Tensor, lengths: Tensor, start: int | None, reach: int) -> Tensor:
+    """Who sees which slot while a tree is verified: the whole committed row, then the node's own path.
+
+    Args:
+        ancestors: who sees whom inside the tree, [B, N, N] bool.
+        lengths: committed tokens of each row, [B].
+        start: the length of every row if all are equal, else None.
+        reach: S, the number of visible slots.
+    """
+    batch_size, num_nodes, _ = ancestors.shape
+    if start is not None:
+        prefix = ancestors.new_ones(()).expand(batch_size, num_nodes, start)
+        return torch.cat((prefix, ancestors), dim=2)
+    padded = torch.nn.functional.pad(ancestors, (0, 1))  # one more column: the slots after a short row's tree
+    seen = padded.gather(2, _node_of_slot(lengths, num_nodes, reach)[:, None, :].expand(-1, num_nodes, -1))
+    return seen | _is_committed(lengths, reach)[:, None, :]
+
+
+def tree_key_positions(depths: Tensor, lengths: Tensor, reach: int) -> Tensor:
+    """Position of every visible slot, [B, S]; the slots after a row's tree get the root's, and are masked anyway."""
+    padded = torch.nn.functional.pad(depths, (0, 1))
+    nodes = lengths[:, None] + padded.gather(1, _node_of_slot(lengths, depths.shape[1], reach))
+    return torch.where(_is_committed(lengths, reach), torch.arange(reach, device=depths.device), nodes)
+
+
+def causal_mask(positions: Tensor, reach: int) -> Tensor:
+    """Who sees which slot in a chunk of a prompt, [B|1, N, S]: right-padded rows have slot = position."""
+    return torch.arange(reach, device=positions.device) <= positions[:, :, None]
+
+
+def _is_committed(lengths: Tensor, reach: int) -> Tensor:
+    return torch.arange(reach, device=lengths.device) < lengths[:, None]
+
+
+def _node_of_slot(lengths: Tensor, num_nodes: int, reach: int) -> Tensor:
+    """The node in each slot, [B, S], and `num_nodes` for slots that hold none."""
+    nodes = torch.arange(reach, device=lengths.device) - lengths[:, None]
+    return nodes.masked_fill(nodes < 0, num_nodes).clamp_(max=num_nodes)
+
+
+def model_masks(
+    visible: Tensor, localities: Mapping[str, Locality], queries: Tensor, keys: Tensor | None, additive: torch.dtype | None
+) -> Tensor | dict[str, Tensor]:
+    """What the model's forward takes as `attention_mask`: one 4-D mask, or one per layer type.
+
+    Args:
+        visible: who sees which slot without windows, [B, N, S] bool.
+        localities: what each layer type may see; one entry: a single mask is returned.
+        queries: positions of the new tokens, [B|1, N].
+        keys: positions of the visible slots, [B|1, S]; None when no locality can hide anything here.
+        additive: the dtype of the scores the mask is added to (eager attention); None: the mask stays bool (sdpa).
+    """
+    masks: dict[str, Tensor] = {}
+    made: dict[Locality, Tensor] = {}
+    for name, locality in localities.items():
+        if locality not in made:
+            allowed = None if keys is None else locality.allows(queries, keys)
+            mask = visible if allowed is None else visible & allowed
+            made[locality] = mask[:, None] if additive is None else as_additive(mask, additive)[:, None]
+        masks[name] = made[locality]
+    return masks if len(masks) > 1 else next(iter(masks.values()))
+
+
+def as_additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where the mask is True, the dtype's most negative finite number elsewhere (-inf would make NaN rows)."""
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
