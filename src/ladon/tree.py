@@ -8,6 +8,7 @@ whatever its token says, and is never accepted.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -23,7 +24,7 @@ class TokenTree:
     Attributes:
         tokens: token id of each node, [B, N] int64.
         parents: index of each node's parent, [B, N] int64; -1 for the root, smaller than i for node i; a padding slot
-            points at the root.
+            points at some earlier slot.
         log_probs: log-probability of the path from the root to each node, [B, N] float32; 0 for the root, never above
             the parent's, -inf for padding.
         max_depth: a bound on the depth of any node, known without reading the device.
@@ -54,6 +55,11 @@ class TokenTree:
             log_probs=self.log_probs[:, :num_nodes],
             max_depth=min(self.max_depth, num_nodes - 1),
         )
+
+    def rows(self, places: Sequence[int]) -> TokenTree:
+        """The trees of the rows at these places."""
+        index = torch.tensor(places, dtype=torch.long, device=self.tokens.device)
+        return replace(self, tokens=self.tokens[index], parents=self.parents[index], log_probs=self.log_probs[index])
 
     def capped(self, depths: Tensor, max_depths: Tensor) -> TokenTree:
         """Turn every node deeper than its row's bound into padding.

@@ -1,0 +1,66 @@
+"""Ladon: several tokens per forward pass of a causal language model, with the output unchanged.
+
+Public names are loaded on first use, so that `import ladon` is quick.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ladon.bundled import load_demo
+    from ladon.errors import HeadsError, InputError, LadonError, TreeError, UnsupportedModelError
+    from ladon.fixed_tree import FixedTree, best_fixed_tree
+    from ladon.generation import Decoder, TraceStep, attach, detach
+    from ladon.heads import Heads, load_heads, new_heads
+    from ladon.stats import DecodeStats
+
+_HOME = {
+    "Decoder": "ladon.generation",
+    "TraceStep": "ladon.generation",
+    "attach": "ladon.generation",
+    "detach": "ladon.generation",
+    "DecodeStats": "ladon.stats",
+    "FixedTree": "ladon.fixed_tree",
+    "best_fixed_tree": "ladon.fixed_tree",
+    "Heads": "ladon.heads",
+    "load_heads": "ladon.heads",
+    "new_heads": "ladon.heads",
+    "load_demo": "ladon.bundled",
+    "LadonError": "ladon.errors",
+    "InputError": "ladon.errors",
+    "TreeError": "ladon.errors",
+    "HeadsError": "ladon.errors",
+    "UnsupportedModelError": "ladon.errors",
+}
+
+__version__ = "0.1.0"
+__all__ = [
+    "DecodeStats",
+    "Decoder",
+    "FixedTree",
+    "Heads",
+    "HeadsError",
+    "InputError",
+    "LadonError",
+    "TraceStep",
+    "TreeError",
+    "UnsupportedModelError",
+    "attach",
+    "best_fixed_tree",
+    "detach",
+    "load_demo",
+    "load_heads",
+    "new_heads",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'ladon' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

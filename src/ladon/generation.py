@@ -1,0 +1,288 @@
+"""The front door: `Decoder`, and `attach` for code that only knows `model.generate`.
+
+Preparing inputs, limits and stop rules is left to transformers' own `generate`, which then calls the decoder through
+`custom_generate`. Two things it drops on the way are carried around it here: the streamer, and the tokenizer that stop
+strings need.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ladon.config import AUTO_BUDGET, DecoderOptions
+from ladon.engine import Engine, Row
+from ladon.errors import InputError, TreeError
+from ladon.fixed_tree import FixedTree
+from ladon.heads import Heads
+from ladon.proposers import HeadsProposer, Proposer, RootProposer, tree_builder
+from ladon.requests import make_rows, pack_output, refuse_unsupported
+from ladon.stats import DecodeStats, StageClock
+from ladon.target import Target
+from ladon.tree import ancestor_mask, node_depths
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+    from transformers.generation.streamers import BaseStreamer
+    from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+_DEFAULTS = DecoderOptions()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TraceStep:
+    """A record of one decode step of one sequence, on the host.
+
+    Attributes:
+        index: number of the step, from 0.
+        length: tokens in the cache before the step; the root stands at this position.
+        tokens: token id of each node, root first.
+        parents: parent of each node, -1 for the root.
+        log_probs: log-probability of the path to each node; -inf for padding.
+        depths: depth of each node.
+        path: accepted nodes, root first.
+        emitted: tokens the step emitted: the accepted drafts, then the bonus token unless the sequence ended before.
+        bonus: the target's token after the last accepted node.
+    """
+
+    index: int
+    length: int
+    tokens: list[int]
+    parents: list[int]
+    log_probs: list[float]
+    depths: list[int]
+    path: list[int]
+    emitted: list[int]
+    bonus: int
+
+
+class Decoder:
+    """Decodes with a target model and, if given, heads that draft token trees for it.
+
+    Greedy output equals `transformers` greedy `generate`. One call at a time per model: while a call runs, hooks sit on
+    the model's output projection; between calls the model is as it was.
+
+    Attributes:
+        stats: counts and times of the last call.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        heads: Heads | None = None,
+        *,
+        tree: str | FixedTree = _DEFAULTS.tree,
+        budget: int | str = _DEFAULTS.budget,
+        num_candidates: int = _DEFAULTS.num_candidates,
+        profile: bool = False,
+    ) -> None:
+        """Check the model and the options.
+
+        Args:
+            model: any causal language model of transformers whose cache can roll back.
+            heads: decoding heads for it; None decodes plainly.
+            tree: "dynamic" (grown anew at each step from the heads' joint probabilities), "chain" (each head's best
+                token), "off" (plain decoding) or a `FixedTree`.
+            budget: nodes verified per step and row, root included; "auto" is 16 until sizes are chosen from measured
+                cost. A fixed tree has its own size, and a smaller budget cuts it.
+            num_candidates: candidates kept per head.
+            profile: measure time by stage (waits for the device at each stage).
+
+        Raises:
+            UnsupportedModelError: the model cannot verify a tree exactly.
+            HeadsError: the heads do not belong to the model.
+            TreeError: an unknown tree option, a budget below 1, or a fixed tree that the heads cannot fill.
+        """
+        self._tree = _check_tree_option(tree, heads, num_candidates)
+        self._budget = _check_budget(budget, self._tree)
+        self._num_candidates = num_candidates
+        self._profile = profile
+        self.model = model
+        self.heads = None if heads is None else heads.bind(model)
+        self._target = Target(model)
+        if heads is not None and not self._target.supports_trees and self._tree == "dynamic":
+            self._tree = "chain"
+        self.stats = DecodeStats()
+
+    def generate(self, input_ids: Tensor | None = None, **kwargs: Any) -> Tensor | GenerateDecoderOnlyOutput:
+        """What `model.generate` returns, with fewer forwards.
+
+        Args:
+            input_ids: prompts, [B, T] int64, padded on the left or right as `attention_mask` says.
+            **kwargs: `generate`'s options: `attention_mask`, `max_new_tokens`, `max_length`, `eos_token_id`,
+                `stopping_criteria` (called as if tokens came one at a time, each row alone), `stop_strings` with
+                `tokenizer`, `streamer`, `return_dict_in_generate`, `num_return_sequences`, `generation_config`.
+
+        Returns:
+            Sequences [B, T + new], padded on the right after a row's end; or transformers' output object.
+
+        Raises:
+            InputError: an empty prompt, one at or past the context limit, no room for a token, or an option that is
+                not supported.
+        """
+        inputs = kwargs.pop("inputs", None)
+        input_ids = inputs if input_ids is None else input_ids
+        if input_ids is None or input_ids.numel() == 0:
+            raise InputError("the prompt is empty; give at least one token")
+        if kwargs.get("max_new_tokens") is not None and kwargs["max_new_tokens"] < 1:
+            raise InputError(f"max_new_tokens is {kwargs['max_new_tokens']}; ask for 1 or more")
+        copies = kwargs.pop("num_return_sequences", None) or 1
+        if copies > 1:  # greedy generate refuses this; rows are then equal, as they must be
+            input_ids = input_ids.repeat_interleave(copies, 0)
+            if kwargs.get("attention_mask") is not None:
+                kwargs["attention_mask"] = kwargs["attention_mask"].repeat_interleave(copies, 0)
+        criteria = list(kwargs.pop("stopping_criteria", None) or [])
+        tokenizer, stop_strings = kwargs.pop("tokenizer", None), kwargs.pop("stop_strings", None)
+        if stop_strings is not None:
+            criteria.append(_stop_strings(stop_strings, tokenizer))
+        streamer = kwargs.pop("streamer", None)
+        # The class's generate: the instance's may be the wrapper that `attach` put there.
+        return type(self.model).generate(  # type: ignore[no-any-return]
+            self.model,
+            input_ids,
+            custom_generate=self,
+            ladon_streamer=streamer,
+            stopping_criteria=criteria,
+            **kwargs,
+        )
+
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList | None = None,
+        stopping_criteria: StoppingCriteriaList | None = None,
+        generation_config: GenerationConfig | None = None,
+        ladon_streamer: BaseStreamer | None = None,
+        **model_kwargs: Any,
+    ) -> Tensor | GenerateDecoderOnlyOutput:
+        """What `model.generate(..., custom_generate=decoder)` calls, with inputs prepared.
+
+        transformers drops `streamer` and `tokenizer` before a `custom_generate` callable is called: an iterator
+        streamer given there waits for ever, and stop strings raise. Use `Decoder.generate` or `attach` for those.
+        """
+        if model is not self.model:
+            raise InputError("this decoder was made for another model; make one with ladon.Decoder(model, heads)")
+        assert generation_config is not None
+        refuse_unsupported(generation_config, logits_processor, model_kwargs)
+        rows = make_rows(
+            input_ids,
+            model_kwargs.get("attention_mask"),
+            stopping_criteria,
+            generation_config,
+            self._target.context_limit,
+        )
+        if ladon_streamer is not None:
+            ladon_streamer.put(input_ids.cpu())
+        for step in self._engine().run(rows):
+            if ladon_streamer is not None:
+                ladon_streamer.put(torch.tensor(step.emitted[0]))
+        if ladon_streamer is not None:
+            ladon_streamer.end()
+        return pack_output(input_ids, rows, generation_config)
+
+    def trace(self, input_ids: Tensor, *, max_new_tokens: int, eos_token_id: Sequence[int] = ()) -> Iterator[TraceStep]:
+        """Decode one sequence and record every step's tree. Reads whole trees from the device, so it is slower.
+
+        Args:
+            input_ids: one prompt, [T] or [1, T].
+            max_new_tokens: how many tokens to emit at most, the prefill's token (the first root) included.
+            eos_token_id: tokens that end the sequence.
+        """
+        prompt = input_ids.reshape(-1)
+        config = self.model.generation_config
+        rows = make_rows(
+            prompt[None],
+            None,
+            None,
+            config,
+            self._target.context_limit,
+            max_new_tokens=max_new_tokens,
+            eos_token_ids=frozenset(eos_token_id),
+        )
+        length = len(prompt)
+        for index, step in enumerate(self._engine().run(rows), start=-1):
+            if step.tree is None or step.accepted is None:
+                continue
+            tree, accepted = step.tree, step.accepted
+            count = int(accepted.count[0])
+            yield TraceStep(
+                index=index,
+                length=length,
+                tokens=tree.tokens[0].tolist(),
+                parents=tree.parents[0].tolist(),
+                log_probs=tree.log_probs[0].tolist(),
+                depths=node_depths(ancestor_mask(tree.parents, tree.max_depth))[0].tolist(),
+                path=accepted.path[0, :count].tolist(),
+                emitted=step.emitted[0],
+                bonus=int(accepted.bonus[0]),
+            )
+            length += count
+
+    def _engine(self) -> Engine:
+        """An engine for one call, with statistics of its own."""
+        self.stats = DecodeStats()
+        clock = StageClock(self.stats.stage_seconds, enabled=self._profile, device=self._target.device)
+        return Engine(self._target, self._proposer(clock), budget=self._budget, stats=self.stats, clock=clock)
+
+    def _proposer(self, clock: StageClock) -> Proposer:
+        if self.heads is None or self._tree == "off":
+            return RootProposer()
+        return HeadsProposer(self.heads, tree_builder(self._tree), self._num_candidates, clock)
+
+
+def attach(model: PreTrainedModel, heads: Heads | None = None, **options: Any) -> Decoder:
+    """Make `model.generate` decode with trees, for pipelines and any code that calls it; `detach` undoes it.
+
+    Args:
+        model: the model; only this instance changes.
+        heads: its decoding heads.
+        **options: as `Decoder` takes them.
+
+    Returns:
+        The decoder, whose `stats` tell about the last call.
+    """
+    decoder = Decoder(model, heads, **options)
+
+    def generate(*args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("custom_generate") is not None:
+            return type(model).generate(model, *args, **kwargs)
+        return decoder.generate(*args, **kwargs)
+
+    model.generate = generate
+    return decoder
+
+
+def detach(model: PreTrainedModel) -> None:
+    """Give `model` its own `generate` back; nothing happens if `attach` was not called."""
+    model.__dict__.pop("generate", None)
+
+
+def _check_tree_option(tree: str | FixedTree, heads: Heads | None, num_candidates: int) -> str | FixedTree:
+    if isinstance(tree, FixedTree):
+        if heads is not None:
+            tree.check_fits(heads.num_heads, num_candidates)
+        return tree
+    if tree not in ("dynamic", "chain", "off"):
+        raise TreeError(f'tree is {tree!r}; give "dynamic", "chain", "off" or a ladon.FixedTree')
+    return tree
+
+
+def _check_budget(budget: int | str, tree: str | FixedTree) -> int:
+    if budget == "auto":
+        return tree.num_nodes if isinstance(tree, FixedTree) else AUTO_BUDGET
+    if isinstance(budget, bool) or not isinstance(budget, int) or budget < 1:
+        raise TreeError(f'budget is {budget!r}; give "auto" or a number of nodes, 1 or more (the root is one of them)')
+    return budget
+
+
+def _stop_strings(stop_strings: str | list[str], tokenizer: Any) -> Callable[..., Any]:
+    from transformers.generation.stopping_criteria import StopStringCriteria
+
+    if tokenizer is None:
+        raise InputError("stop_strings needs the tokenizer; pass tokenizer=... as well")
+    return StopStringCriteria(tokenizer, stop_strings)

@@ -1,0 +1,85 @@
+"""Proposers: whatever drafts a tree. The decoding heads, and nothing at all (plain decoding).
+
+A proposer serves one run and holds per-row state only. Rows are named by their place in the batch; when rows leave,
+those behind them move up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from ladon import growth, lattice
+from ladon.accept import Accepted
+from ladon.fixed_tree import FixedTree
+from ladon.lattice import Lattice
+from ladon.stats import StageClock
+from ladon.tree import TokenTree, root_tree
+
+TreeBuilder = Callable[[Lattice, Tensor, int], TokenTree]
+
+
+class Proposer(Protocol):
+    """What the engine asks of a proposer. None of these may read the device."""
+
+    def join(self, prompts: Sequence[Tensor], hidden: Tensor) -> None:
+        """The batch has been read: B prompts (1-D ids) and their last hidden rows [B, H]."""
+
+    def propose(self, hidden: Tensor, root: Tensor, max_nodes: int) -> TokenTree:
+        """A tree of at most `max_nodes` nodes, best first, after the rows `hidden` [B, H] and the roots [B]."""
+
+    def observe(self, accepted: Accepted, hidden: Tensor) -> None:
+        """A step's outcome: the accepted paths, and the hidden rows of all verified nodes [B, N, H]."""
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Only the rows at these places stay, in this order."""
+
+
+class _Stateless:
+    """A proposer for which only `propose` matters."""
+
+    def join(self, prompts: Sequence[Tensor], hidden: Tensor) -> None:
+        """Nothing to remember."""
+
+    def observe(self, accepted: Accepted, hidden: Tensor) -> None:
+        """Nothing to learn."""
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Nothing to drop."""
+
+
+class RootProposer(_Stateless):
+    """Drafts nothing: the tree is the root alone, and decoding is plain."""
+
+    def propose(self, hidden: Tensor, root: Tensor, max_nodes: int) -> TokenTree:
+        """The root alone."""
+        return root_tree(root)
+
+
+class HeadsProposer(_Stateless):
+    """Drafts with decoding heads: one hidden row per sequence -> lattice -> tree."""
+
+    def __init__(self, heads: nn.Module, build: TreeBuilder, num_candidates: int, clock: StageClock) -> None:
+        """`heads` maps [B, H] to logits [B, K, V]; `build` turns the lattice into a tree."""
+        self._heads = heads
+        self._build = build
+        self._num_candidates = num_candidates
+        self._clock = clock
+
+    def propose(self, hidden: Tensor, root: Tensor, max_nodes: int) -> TokenTree:
+        """The tree over the heads' candidates."""
+        if max_nodes == 1:
+            return root_tree(root)
+        with self._clock.stage("heads"):
+            candidates = lattice.from_logits(self._heads(hidden), min(self._num_candidates, max_nodes - 1))
+        with self._clock.stage("growth"):
+            return self._build(candidates, root, max_nodes)
+
+
+def tree_builder(tree: str | FixedTree) -> TreeBuilder:
+    """The builder that a tree option names: "dynamic", "chain", or a fixed tree."""
+    if isinstance(tree, FixedTree):
+        return lambda candidates, root, max_nodes: growth.grow_fixed(candidates, root, tree).prefix(max_nodes)
+    return {"dynamic": growth.grow_dynamic, "chain": growth.grow_chain}[tree]

@@ -1,0 +1,109 @@
+"""Counts and clocks of one run; every metric is defined here, once, with its unit.
+
+acceptance length: tokens emitted by decode steps / row-steps; the bonus token counts, so plain decoding has 1.0.
+tokens per second: tokens emitted by decode steps / seconds of decode steps; prefill and its token are left out.
+overhead: share of the decode steps' time that is not spent in the target's forward (the stage "forward").
+tree efficiency: accepted draft nodes / verified draft nodes; roots are no drafts, padding slots cost and count.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass(kw_only=True)
+class DecodeStats:
+    """Counts over one run. Times are seconds of wall clock.
+
+    Attributes:
+        prefill_tokens: prompt tokens read.
+        prefill_seconds: from the start to the first token.
+        forwards: target forwards after prefill.
+        row_steps: rows, summed over those forwards.
+        tokens: tokens emitted by decode steps; tokens cut off by a stop or a limit do not count.
+        nodes_verified: node slots given to the target, roots and padding slots included.
+        accepted_nodes: draft nodes accepted.
+        decode_seconds: time in decode steps; time the caller holds a step's result is left out.
+        stage_seconds: the same time by stage, when the run was profiled: "forward" (the target's own forward and what
+            surrounds it in verify), "pick", "accept", "commit", "heads", "growth", "transfer".
+    """
+
+    prefill_tokens: int = 0
+    prefill_seconds: float = 0.0
+    forwards: int = 0
+    row_steps: int = 0
+    tokens: int = 0
+    nodes_verified: int = 0
+    accepted_nodes: int = 0
+    decode_seconds: float = 0.0
+    stage_seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def acceptance_length(self) -> float:
+        """Tokens per row-step, bonus token included; NaN before the first step."""
+        return _ratio(self.tokens, self.row_steps)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens emitted by decode steps per second of decode steps, all rows together."""
+        return _ratio(self.tokens, self.decode_seconds)
+
+    @property
+    def step_ms(self) -> float:
+        """Mean milliseconds of a decode step."""
+        return 1e3 * _ratio(self.decode_seconds, self.forwards)
+
+    @property
+    def forward_ms(self) -> float:
+        """Mean milliseconds of the target's forward in a decode step; NaN unless profiled."""
+        return 1e3 * _ratio(self.stage_seconds.get("forward", math.nan), self.forwards)
+
+    @property
+    def overhead(self) -> float:
+        """Share of decode time outside the target's forward, 0 to 1; NaN unless profiled."""
+        return 1.0 - _ratio(self.stage_seconds.get("forward", math.nan), self.decode_seconds)
+
+    @property
+    def growth_share(self) -> float:
+        """Share of decode time spent growing trees, 0 to 1; NaN unless profiled."""
+        return _ratio(self.stage_seconds.get("growth", math.nan), self.decode_seconds)
+
+    @property
+    def tree_efficiency(self) -> float:
+        """Accepted draft nodes per verified draft node; NaN in plain decoding."""
+        return _ratio(self.accepted_nodes, self.nodes_verified - self.row_steps)
+
+
+def _ratio(numerator: float, denominator: float) -> float:
+    return numerator / denominator if denominator else math.nan
+
+
+class StageClock:
+    """Adds up wall time per stage of a step. On an accelerator it waits for the device at each end: profiling only."""
+
+    def __init__(self, seconds: dict[str, float], *, enabled: bool, device: torch.device) -> None:
+        """`seconds` is the table that is added to."""
+        self._seconds = seconds
+        self._enabled = enabled
+        self._waits = device.type != "cpu"
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time the body as stage `name`."""
+        if not self._enabled:
+            yield
+            return
+        started = self._now()
+        yield
+        self._seconds[name] = self._seconds.get(name, 0.0) + self._now() - started
+
+    def _now(self) -> float:
+        if self._waits:
+            torch.accelerator.synchronize()
+        return time.perf_counter()
