@@ -36,7 +36,7 @@ ORDER = CORE + MODEL_SIDE + USER_SIDE
 # What each side may import besides the standard library and ladon itself.
 ALLOWED = [
     (CORE, {"torch"}),
-    (MODEL_SIDE, {"torch", "numpy", "safetensors", "transformers"}),
+    (MODEL_SIDE, {"torch", "numpy", "safetensors", "transformers", "huggingface_hub"}),  # (it comes with transformers)
     (USER_SIDE, BASE_INSTALL | {"matplotlib"}),
 ]
 

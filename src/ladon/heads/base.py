@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,18 +13,11 @@ from typing_extensions import Self
 
 from ladon.errors import HeadsError
 from ladon.heads.checkpoint import HeadsConfig, write_heads
+from ladon.heads.ends import output_projection
 from ladon.heads.fingerprint import MIN_AGREEMENT, Fingerprint, agreement, fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-class OutputProjection(NamedTuple):
-    """The target's map from hidden states to logits, with its sizes."""
-
-    module: nn.Module
-    hidden_size: int
-    vocab_size: int
 
 
 class Heads(nn.Module, ABC):
@@ -126,9 +119,11 @@ class Heads(nn.Module, ABC):
         if self._projection[:1] != (projection.module,) and not force:
             self._check_base(model)
         self._projection = (projection.module,)
-        devices = (projection.module.weight.device, model.device)  # "meta" is an offloaded module: no place to be
-        device = next((device for device in devices if device.type != "meta"), None)
-        return self.to(device=device, dtype=model.dtype)
+        for device in (projection.weight.device, model.device):
+            if device.type != "meta":  # where an offloaded module seems to be; parameters moved there would be lost
+                self.to(device)
+                break
+        return self.to(model.dtype)
 
     def remember_base(self, model: PreTrainedModel) -> None:
         """Record `model` as the one these heads belong to."""
@@ -155,7 +150,9 @@ class Heads(nn.Module, ABC):
             _warn("the heads carry no fingerprint of the model they were trained on")
             return
         shares = agreement(self.base_fingerprint, fingerprint(model))
-        wrong = [f"{group} {share:.0%}" for group, share in shares.items() if share is not None and share < MIN_AGREEMENT]
+        wrong = [
+            f"{group} {share:.0%}" for group, share in shares.items() if share is not None and share < MIN_AGREEMENT
+        ]
         if wrong:
             raise HeadsError(
                 f"these heads were trained on {name}, whose weights differ from this model's (samples that agree: "
@@ -175,17 +172,6 @@ def check_count(name: str, value: int) -> None:
     """Raise unless `value` is an integer of at least 1."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise HeadsError(f"{name} is {value!r}, expected an integer >= 1")
-
-
-def output_projection(model: PreTrainedModel) -> OutputProjection:
-    """The target's output projection; its sizes come from the module itself, since configs disagree about names."""
-    module = model.get_output_embeddings()
-    if module is None or not hasattr(module, "weight"):
-        raise HeadsError(f"{type(model).__name__} has no output projection; heads need a causal language model")
-    vocab_size, hidden_size = module.weight.shape if module.weight.ndim == 2 else (0, 0)
-    return OutputProjection(
-        module, int(getattr(module, "in_features", hidden_size)), int(getattr(module, "out_features", vocab_size))
-    )
 
 
 def seeded_normal(shape: tuple[int, ...], std: float, seed: int) -> Tensor:

@@ -174,7 +174,11 @@ def _fingerprint(value: object, path: Path) -> Fingerprint | None:
     if value is None:
         return None
     names = ("embedding", "projection", "body")
-    whole = isinstance(value, dict) and value.keys() == {*names, "body_matrices"}
-    if not whole or any(not re.fullmatch(f"([0-9a-f]{{{4 * SAMPLES}}})?", str(value[name])) for name in names):
+    samples = re.compile(f"([0-9a-f]{{{4 * SAMPLES}}})?")
+    if (
+        not isinstance(value, dict)
+        or value.keys() != {*names, "body_matrices"}
+        or any(not samples.fullmatch(str(value[name])) for name in names)
+    ):
         raise HeadsError(f"{path}: the base's fingerprint is damaged. Save or download the heads again")
     return Fingerprint(**value)

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from ladon.errors import HeadsError
-from ladon.heads.base import Heads, output_projection
+from ladon.heads.base import Heads
 from ladon.heads.checkpoint import find_folder, read_config, read_tensors
+from ladon.heads.ends import output_projection
 from ladon.heads.medusa import MedusaHeads
 from ladon.heads.shared import SharedHeads
 

@@ -7,11 +7,14 @@ embedding readable while its layers are not, and a fine-tuned one often keeps it
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from ladon.heads.ends import input_embedding, output_projection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -44,12 +47,10 @@ class Fingerprint:
 
 def fingerprint(model: PreTrainedModel) -> Fingerprint:
     """Fingerprint of `model`. Reads at most 192 numbers from the device."""
-    embedding, projection = model.get_input_embeddings(), model.get_output_embeddings()
-    ends = [module.weight for module in (embedding, projection)]
-    end_ids = {id(weight) for weight in ends}
-    body = [p for p in model.parameters() if p.ndim >= 2 and id(p) not in end_ids]
+    embedding, projection = input_embedding(model), output_projection(model).weight
+    body = [p for p in model.parameters() if p.ndim >= 2 and p is not embedding and p is not projection]
     return Fingerprint(
-        embedding=_sample([ends[0]]), projection=_sample([ends[1]]), body=_sample(body), body_matrices=len(body)
+        embedding=_sample([embedding]), projection=_sample([projection]), body=_sample(body), body_matrices=len(body)
     )
 
 
@@ -68,7 +69,7 @@ def _share_of_equal(left: str, right: str) -> float:
     return sum(a == b for a, b in pairs) / SAMPLES
 
 
-def _sample(matrices: list[Tensor]) -> str:
+def _sample(matrices: Sequence[Tensor]) -> str:
     """`SAMPLES` weights spread over the matrices, or "" when any of them cannot be read as plain numbers."""
     readable = all(m.dtype in PLAIN_DTYPES and not m.is_meta and m.numel() > 0 for m in matrices)
     if not matrices or not readable:

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ladon.errors import HeadsError
-from ladon.heads.base import Heads, check_count, output_projection
+from ladon.heads.base import Heads, check_count
+from ladon.heads.ends import output_projection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,7 +42,7 @@ class MedusaHeads(Heads):
     @torch.no_grad()
     def initialise(self, model: PreTrainedModel, seed: int) -> None:
         """Zero blocks and copies of the target's projection; nothing random, `seed` is not used."""
-        weight = output_projection(model).module.weight
+        weight = output_projection(model).weight
         if weight.shape != self.projection.shape[1:]:
             raise HeadsError(
                 f"medusa heads start as copies of the output projection, but this model's is packed to "

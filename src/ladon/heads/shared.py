@@ -52,7 +52,7 @@ class SharedHeads(Heads):
         """Logits of every head, [..., H] to [..., K, V]; see `Heads.forward`."""
         rows = hidden.reshape(-1, self.hidden_size)  # [T, H]
         inner = functional.linear(rows, self.up_weight.flatten(0, 1), self.up_bias.flatten())  # [T, K F]
-        inner = functional.silu(inner).unflatten(1, (self.num_heads, -1)).transpose(0, 1)  # [K, T, F]
+        inner = functional.silu(inner).view(-1, *self.up_bias.shape).transpose(0, 1)  # [K, T, F]
         moved = torch.baddbmm(rows, inner, self.down_weight)  # [K, T, H], rows added to every head
         logits = self.project(moved.transpose(0, 1))  # [T, K, V]
         return logits.view(*hidden.shape[:-1], self.num_heads, self.vocab_size)
