@@ -32,8 +32,8 @@ lint: $(STAMP)  ## ruff and mypy --strict
 bench: $(STAMP)  ## plain, chain, fixed and dynamic side by side on the bundled model
 	OMP_NUM_THREADS=1 $(BIN)/ladon bench
 
-docs: $(STAMP)  ## write docs/command-line.md again from the commands' own help
-	$(BIN)/python docs/write_command_line.py
+docs: $(STAMP)  ## write again what the pages take from the program: command line, worked examples
+	$(BIN)/python docs/refresh.py
 
 clean:  ## remove .venv and every cache
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist

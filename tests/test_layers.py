@@ -27,6 +27,7 @@ MODEL_SIDE = [
     "self_test",
     "proposers",
     "engine",
+    "requests",
     "generation",
     "bundled",
 ]

@@ -1,0 +1,109 @@
+"""Write anew what the pages take from the program: the command line reference and the output of worked examples.
+
+python docs/refresh.py           write the pages
+python docs/refresh.py --check   change nothing; exit with 1 if a page differs from what the program says
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import doctest
+import io
+import re
+import sys
+from pathlib import Path
+
+import click
+import torch
+import typer
+
+DOCS = Path(__file__).resolve().parent
+EXAMPLES = re.compile(r"^```pycon\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def worked_examples(page: str) -> str:
+    """The page with the output below every `>>>` line replaced by what the line prints."""
+    names: dict[str, object] = {}
+
+    def run_block(match: re.Match[str]) -> str:
+        return "```pycon\n" + "\n".join(_run(match[1], names)) + "\n```"
+
+    with torch.no_grad():
+        return EXAMPLES.sub(run_block, page)
+
+
+def _run(block: str, names: dict[str, object]) -> list[str]:
+    lines = []
+    for example in doctest.DocTestParser().get_examples(block):
+        first, *more = example.source.rstrip("\n").split("\n")
+        lines += [f">>> {first}", *(f"... {line}".rstrip() for line in more)]
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(compile(example.source, "<example>", "single"), names)
+        output = [line.rstrip() for line in printed.getvalue().splitlines()]
+        lines += output + [""] * bool(output)
+    return lines[:-1] if lines and not lines[-1] else lines
+
+
+def command_line() -> str:
+    """The command line reference, from the same declarations that `--help` prints."""
+    from ladon.cli import app
+
+    group = typer.main.get_command(app)
+    parts = ["# Command line", "Made from `ladon --help` by `make docs`.", _paragraphs(group.help)]
+    for name, command in sorted(group.commands.items()):
+        context = click.Context(command, info_name=f"ladon {name}")
+        usage = " ".join(["ladon", name, *command.collect_usage_pieces(context)])
+        parts += [f"## ladon {name}", f"```text\n{usage}\n```", _paragraphs(command.help)]
+        rows = [row for parameter in command.params for row in _row(parameter, context)]
+        if rows:
+            parts.append("\n".join(["| option | what it does |", "|---|---|", *rows]))
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _paragraphs(text: str | None) -> str:
+    """Help text as Markdown: indented lines are examples."""
+    out: list[str] = []
+    for part in (text or "").replace("\b\n", "").strip().split("\n\n"):
+        lines = part.splitlines()
+        if lines and all(line.startswith("    ") for line in lines):
+            out.append("```text\n" + "\n".join(line[4:] for line in lines) + "\n```")
+        else:
+            out.append("\n".join(line.strip() for line in lines))
+    return "\n\n".join(out)
+
+
+def _row(parameter: click.Parameter, context: click.Context) -> list[str]:
+    if getattr(parameter, "hidden", False):
+        return []
+    names, text = parameter.get_help_record(context) or (parameter.make_metavar(context), "")
+    return [f"| `{_cell(names)}` | {_cell(text)} |"]
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def main() -> int:
+    """Write or check every page; the number of pages that differ decides the exit code."""
+    pages = {DOCS / "command-line.md": command_line()}
+    for path in sorted(DOCS.glob("*.md")):
+        text = path.read_text(encoding="utf-8")
+        if EXAMPLES.search(text):
+            pages[path] = worked_examples(text)
+    stale = 0
+    for path, new in pages.items():
+        old = path.read_text(encoding="utf-8") if path.exists() else ""
+        if "--check" not in sys.argv:
+            path.write_text(new, encoding="utf-8")
+        elif old != new:
+            stale += 1
+            difference = difflib.unified_diff(old.splitlines(), new.splitlines(), f"docs/{path.name}", "program", n=1)
+            print("\n".join(difference))
+            print(f"docs/{path.name} differs from the program; run `make docs` and read the change")
+    return int(stale > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

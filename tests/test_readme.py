@@ -1,0 +1,165 @@
+"""What README and docs show is run: code blocks, commands, links, the file map, and the pages made from the program.
+
+A fenced block is run unless the line above it is a comment of one of these forms (invisible on the rendered page):
+
+    <!-- not run: the reason -->        shown only
+    <!-- slow -->                       run in the slow tests
+    <!-- continues -->                  a Python block that uses the names of the Python blocks above it
+
+Blocks run in an empty folder that holds a model and heads under the names that the pages use: `path/to/model`,
+`path/to/heads` and `prompts.jsonl`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "benchmarks" / "README.md"])
+FENCE = re.compile(
+    r"^(?:<!-- (?P<note>[^\n]*?) -->\n)?```(?P<language>[a-z]*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL
+)
+
+
+@dataclass(frozen=True)
+class Block:
+    """One fenced block of a page."""
+
+    page: Path
+    line: int
+    language: str
+    note: str
+    code: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.page.relative_to(ROOT)}:{self.line}"
+
+
+def blocks_of(page: Path) -> list[Block]:
+    text = page.read_text(encoding="utf-8")
+    return [
+        Block(page, text[: match.start()].count("\n") + 1, match["language"], match["note"] or "", match["code"])
+        for match in FENCE.finditer(text)
+    ]
+
+
+BLOCKS = [block for page in PAGES for block in blocks_of(page)]
+
+
+def runnable(language: str) -> list[pytest.ParameterSet]:
+    """The blocks of a language that are run, slow ones marked."""
+    chosen = [block for block in BLOCKS if block.language == language and not block.note.startswith("not run: ")]
+    return [
+        pytest.param(block, id=block.name, marks=[pytest.mark.slow] if block.note == "slow" else []) for block in chosen
+    ]
+
+
+def test_notes_are_known() -> None:
+    for block in BLOCKS:
+        assert re.fullmatch(r"(not run: .+|slow|continues|)", block.note), f"{block.name}: unknown note {block.note!r}"
+        assert block.language in {"bash", "python", "pycon", "json", "text", ""}, f"{block.name}: {block.language}"
+
+
+@pytest.fixture(scope="session")
+def reader(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A reader's folder: the bundled model and heads under the names that the pages use."""
+    import ladon
+
+    folder = tmp_path_factory.mktemp("reader")
+    model, tokenizer, heads = ladon.load_demo()
+    model.save_pretrained(folder / "path/to/model")
+    tokenizer.save_pretrained(folder / "path/to/model")
+    heads.save(folder / "path/to/heads")
+    prompts = [{"prompt": "import os\n"}, {"prompt": "def main(argv):\n    "}]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("block", runnable("bash"))
+def test_commands(block: Block, reader: Path) -> None:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", block.code],
+        cwd=reader,
+        env=os.environ | {"PATH": path},
+        capture_output=True,
+        text=True,
+        timeout=900,
+        stdin=subprocess.DEVNULL,
+    )
+    assert done.returncode == 0, f"{block.code}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+
+
+@pytest.mark.parametrize("block", runnable("python"))
+def test_python(block: Block, reader: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(reader)
+    names: dict[str, object] = {}
+    if block.note == "continues":
+        for above in blocks_of(block.page):
+            if above.language == "python" and above.line < block.line and not above.note.startswith("not run: "):
+                exec(compile(above.code, above.name, "exec"), names)
+    exec(compile(block.code, block.name, "exec"), names)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if target.startswith(("http://", "https://")):
+            continue
+        name, _, anchor = target.partition("#")
+        file = (page.parent / name).resolve() if name else page
+        assert file.exists(), f"{page.name} links to {target}, which is not there"
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", file.read_text(encoding="utf-8"), flags=re.MULTILINE)
+            anchors = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+            assert anchor in anchors, f"{page.name} links to {target}, but {file.name} has no such heading"
+
+
+def test_every_doc_page_is_in_the_index() -> None:
+    index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    for page in (ROOT / "docs").glob("*.md"):
+        assert page.name == "index.md" or f"({page.name})" in index, f"docs/index.md does not link {page.name}"
+
+
+def test_file_map_names_what_is_there() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    start = readme.index("src/ladon/\n")
+    file_map = readme[start : readme.index("```", start)].splitlines()
+    listed = {line.split()[0].rstrip("/") for line in file_map if line.startswith("  ")}
+    hidden = {"__init__.py", "__main__.py", "__pycache__", "py.typed"}
+    assert listed == {path.name for path in (ROOT / "src" / "ladon").iterdir()} - hidden
+    for line in file_map:
+        if not line.startswith("  "):
+            assert (ROOT / line.split()[0]).is_dir(), f"the file map names {line.split()[0]}, which is not there"
+
+
+def test_make_targets_run_what_the_readme_promises() -> None:
+    plan = subprocess.run(["make", "--dry-run", "demo", "test"], cwd=ROOT, capture_output=True, text=True)
+    assert plan.returncode == 0, plan.stderr
+    assert ".venv/bin/ladon demo" in plan.stdout and "pytest" in plan.stdout
+
+
+def test_ci_installs_and_tests_as_the_readme_says() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    install, test = "pip install -c constraints.txt -e '.[dev]'", "pytest"
+    assert f"{install}\n{test}\n" in readme
+    assert "-c constraints.txt -e '.[dev]'" in ci and ci.rstrip().endswith(test)
+
+
+def test_pages_made_from_the_program_are_current() -> None:
+    """The command line reference and every worked example print what they show."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "docs" / "refresh.py"), "--check"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
