@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import Self
 
 from ladon.errors import HeadsError
 from ladon.heads.checkpoint import HeadsConfig, write_heads
@@ -18,6 +17,7 @@ from ladon.heads.fingerprint import MIN_AGREEMENT, Fingerprint, agreement, finge
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+    from typing_extensions import Self
 
 
 class Heads(nn.Module, ABC):
