@@ -141,15 +141,17 @@ def train_base(
         if step % LOG_EVERY == 0:
             pace = (time.time() - started) / (step - first_step)
             left = pace * (config.steps - step) / 60
-            print(f"base step {step}/{config.steps} loss {running:.3f} {pace:.2f} s/step, {left:.0f} min left", flush=True)
+            print(
+                f"base step {step}/{config.steps} loss {running:.3f} {pace:.2f} s/step, {left:.0f} min left", flush=True
+            )
         if step % config.save_every == 0 or step == config.steps:
             history.append({"step": step, "train_loss": running, "held_out_loss": held_out_loss(model, held_out)})
             print(f"  held-out loss {history[-1]['held_out_loss']:.4f}", flush=True)
-            _save(checkpoint, model, optimizers, step, history)
+            save_checkpoint(checkpoint, model, optimizers, step, history)
     return model.eval(), {"config": asdict(config), "history": history}
 
 
-def _save(path: Path, model: nn.Module, optimizers: list, step: int, history: list) -> None:
+def save_checkpoint(path: Path, model: nn.Module, optimizers: list, step: int, history: list) -> None:
     """Write beside, then rename: a kill in the middle leaves the previous checkpoint whole."""
     state = {
         "model": model.state_dict(),

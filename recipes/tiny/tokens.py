@@ -37,7 +37,7 @@ def encode_files(tokenizer: PreTrainedTokenizerFast, sources: list[SourceFile]) 
     """All files end to end, each followed by the end-of-text id: [num_tokens] uint16."""
     parts: list[int] = []
     for source in sources:
-        parts += tokenizer.encode(source.text)
+        parts += tokenizer.encode(source.text, verbose=False)
         parts.append(tokenizer.eos_token_id)
     return np.asarray(parts, dtype=np.uint16)
 
