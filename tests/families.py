@@ -1,0 +1,255 @@
+"""Tiny random models of every decoder family: what the tests of the target and of losslessness run on.
+
+Two layers, a few thousand parameters, windows far smaller than the sequences of the tests, so that every rule about
+who sees whom matters. `build(name, dtype)` makes one; a family that the installed transformers does not know is
+skipped with that reason.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+VOCAB_SIZE = 97
+WINDOW = 8
+LIMIT = 256  # positions
+
+_BASE: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "moe_intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": LIMIT,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+_MOE = {"num_experts": 4, "n_routed_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2}
+_GROUPED_MOE = {**_MOE, "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
+_MLA = {
+    "q_lora_rank": 16,
+    "kv_lora_rank": 8,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 4,
+    "num_key_value_heads": 4,
+}
+_WINDOW = {"sliding_window": WINDOW}
+_MIXED = {**_WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
+_INDEXER = {**_MLA, **_GROUPED_MOE, "index_head_dim": 16, "index_n_heads": 2, "index_topk": LIMIT}
+
+
+@dataclass(frozen=True)
+class Family:
+    """How to make a tiny model.
+
+    Attributes:
+        mask_class: the letter of the reference's table: A, A', B, C, C', D, E, F, or G for families that are refused.
+        options: what differs from the common tiny configuration.
+        model_type: the config's name; the family's own name unless said.
+        float64: False for a family whose own code cannot run in float64.
+    """
+
+    mask_class: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    model_type: str = ""
+    float64: bool = True
+
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family("A"),
+    "gpt_neox": Family("A"),
+    "gpt2": Family("A"),
+    "opt": Family("A", {"word_embed_proj_dim": 32, "ffn_dim": 48}),
+    "olmo": Family("A"),
+    "olmo2": Family("A"),
+    "granite": Family("A", {"residual_multiplier": 0.5, "logits_scaling": 2.0, "embedding_multiplier": 3.0}),
+    "granitemoe": Family("A", _MOE),
+    "granitemoeshared": Family("A", {**_MOE, "shared_intermediate_size": 16}),
+    "glm": Family("A"),
+    "glm4": Family("A"),
+    "glm4_moe": Family("A", _GROUPED_MOE),
+    "glm4_moe_lite": Family("A", {**_MLA, **_GROUPED_MOE}),
+    "falcon": Family("A", {"alibi": False, "new_decoder_architecture": True, "num_kv_heads": 2}),
+    "deepseek_v2": Family("A", {**_MLA, **_GROUPED_MOE}),
+    "deepseek_v3": Family("A", {**_MLA, **_GROUPED_MOE}),
+    "minicpm3": Family("A", _MLA),
+    "youtu": Family("A", _MLA),
+    "axk1": Family("A", {**_MLA, **_GROUPED_MOE}),
+    "gemma": Family("A"),
+    "phi": Family("A", {"num_key_value_heads": 4}),
+    "persimmon": Family("A"),
+    "stablelm": Family("A"),
+    "cohere": Family("A", {"logit_scale": 1.0}),
+    "nemotron": Family("A"),
+    "apertus": Family("A"),
+    "arcee": Family("A"),
+    "aria_text": Family("A", {"moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1}),
+    "biogpt": Family("A"),
+    "bitnet": Family("A"),
+    "ctrl": Family("A", {"dff": 48}),
+    "dbrx": Family(
+        "A",
+        {
+            "d_model": 32,
+            "n_heads": 4,
+            "n_layers": 2,
+            "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
+            "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 32},
+        },
+    ),
+    "diffllama": Family("A"),
+    "ernie4_5": Family("A"),
+    "ernie4_5_moe": Family("A", {**_MOE, "moe_num_experts": 4, "moe_k": 2, "moe_layer_start_index": 1}),
+    "flex_olmo": Family("A", _MOE),
+    "olmoe": Family("A", _MOE),
+    "gpt_bigcode": Family("A"),
+    "helium": Family("A"),
+    "hunyuan_v1_dense": Family("A"),
+    "hunyuan_v1_moe": Family("A", {"num_experts": 4, "moe_topk": 2}),
+    "hy_v3": Family("A", _GROUPED_MOE),
+    "hyperclovax": Family("A"),
+    "internlm3": Family("A"),
+    "jais2": Family("A"),
+    "jetmoe": Family("A", {"num_local_experts": 4, "num_experts_per_tok": 2, "kv_channels": 8, "num_key_value_heads": 2}),
+    "minimax_m2": Family("A", _MOE),
+    "nanochat": Family("A"),
+    "seed_oss": Family("A"),
+    "solar_open": Family("A", _GROUPED_MOE),
+    "bert": Family("A", {"is_decoder": True}),
+    "llama-dynamic": Family("A", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "llama"),
+    "gptj": Family("A'", {"rotary_dim": 4}),
+    "codegen": Family("A'", {"rotary_dim": 4}),
+    "gpt_neox_japanese": Family("A'", {"intermediate_multiple_size": 2}),
+    "xglm": Family("A'", {"ffn_dim": 48}, float64=False),  # it puts the dtype's lowest number into a float32
+    "mistral": Family("B", _WINDOW),
+    "mixtral": Family("B", {**_WINDOW, **_MOE}),
+    "qwen3_moe": Family("B", {**_WINDOW, **_MOE, "use_sliding_window": True}),
+    "phi3": Family("B", _WINDOW),
+    "phimoe": Family("B", {**_WINDOW, **_MOE}),
+    "starcoder2": Family("B", _WINDOW),
+    "ministral3": Family("B", _WINDOW),
+    "doge": Family("B", {**_WINDOW, "keep_window_size": LIMIT}),
+    "qwen2": Family("C", {**_MIXED, "use_sliding_window": True}),
+    "qwen2_moe": Family(
+        "C", {**_MIXED, **_MOE, "use_sliding_window": True, "shared_expert_intermediate_size": 16}
+    ),
+    "qwen3": Family("C", {**_MIXED, "use_sliding_window": True}),
+    "gemma3_text": Family("C", _MIXED),
+    "gemma3n_text": Family(
+        "C",
+        {
+            **_MIXED,
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": VOCAB_SIZE,
+            "altup_num_inputs": 2,
+            "laurel_rank": 4,
+            "num_kv_shared_layers": 0,
+            "activation_sparsity_pattern": [0.0, 0.0],
+        },
+    ),
+    "gemma4_text": Family("C", {**_MIXED, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCAB_SIZE}),
+    "gemma4_text-shared": Family(
+        "C",
+        {
+            **_WINDOW,
+            "num_hidden_layers": 4,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "num_kv_shared_layers": 2,
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": VOCAB_SIZE,
+        },
+        "gemma4_text",
+    ),
+    "smollm3": Family("C", {**_MIXED, "use_sliding_window": True, "no_rope_layers": [1, 0]}),
+    "cohere2": Family("C", {**_MIXED, "logit_scale": 1.0}),
+    "cohere2_moe": Family("C", {**_MIXED, **_MOE}),
+    "olmo3": Family("C", _MIXED),
+    "llama4_text": Family(
+        "C",
+        {
+            **_MOE,
+            "intermediate_size_mlp": 48,
+            "attention_chunk_size": WINDOW,
+            "no_rope_layers": [1, 0],
+            "layer_types": ["chunked_attention", "full_attention"],
+        },
+    ),
+    "exaone4": Family("C", _MIXED),
+    "exaone_moe": Family("C", {**_MIXED, **_GROUPED_MOE}),
+    "afmoe": Family("C", {**_MIXED, **_MOE, "num_dense_layers": 1, "num_shared_experts": 1}),
+    "beam": Family("C", _MIXED),
+    "cwm": Family("C", _MIXED),
+    "dots1": Family("C", {**_MIXED, **_GROUPED_MOE}),
+    "kolibri1": Family("C", _MIXED),
+    "laguna": Family("C", {**_MIXED, **_MOE}),
+    "mellum": Family("C", {**_MIXED, **_MOE}),
+    "ministral": Family("C", _MIXED),
+    "minimax_m3_vl_text": Family("C", {**_MIXED, **_MOE}),
+    "modernbert-decoder": Family(
+        "C", {"local_attention": 2 * WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
+    ),
+    "gemma2": Family("C'", _MIXED),
+    "gpt_oss": Family("C'", {**_MIXED, **_MOE}),
+    "vaultgemma": Family("C'", _MIXED),
+    "mimo_v2_flash": Family("C'", {**_MIXED, **_GROUPED_MOE}),
+    "flint": Family("C'", _MIXED),
+    "granite_swa": Family("C'", _MIXED),
+    "granitemoe_swa": Family("C'", {**_MIXED, **_MOE}),
+    "deepseek_v32": Family("D", _INDEXER),
+    "glm_moe_dsa": Family("D", _INDEXER),
+    "axk2": Family("D", _INDEXER),
+    "hy_v4": Family("D", _INDEXER),
+    "bloom": Family("E"),
+    "mpt": Family("E", {"max_seq_len": LIMIT, "n_heads": 4, "d_model": 32}),
+    "falcon-alibi": Family("E", {"alibi": True, "new_decoder_architecture": False, "multi_query": True}, "falcon"),
+    "gpt_neo": Family("F", {"attention_types": [[["local", "global"], 1]], "window_size": WINDOW}),
+}
+_REFUSED = (
+    "mamba mamba2 falcon_mamba qwen3_next qwen3_5_text qwen3_5_moe_text bamba jamba falcon_h1 granitemoehybrid lfm2 "
+    "recurrent_gemma olmo_hybrid kimi_linear bailing_hybrid nemotron_h zamba zamba2 minimax lfm2_moe lfm3 "
+    "qwen4_exp_text inkling_text rwkv xlstm zaya deepseek_v4"
+)
+FAMILIES.update({name: Family("G") for name in _REFUSED.split()})
+
+WORKABLE = tuple(name for name, family in FAMILIES.items() if family.mask_class != "G")
+REFUSED = tuple(name for name, family in FAMILIES.items() if family.mask_class == "G")
+FAST = ("llama", "gptj", "mistral", "gemma3_text", "gemma2", "deepseek_v32", "bloom", "gpt_neo")  # one of each class
+
+
+def config_of(name: str) -> PreTrainedConfig:
+    """The tiny config of a family; skips the test where transformers does not have it."""
+    family = FAMILIES[name]
+    model_type = family.model_type or name
+    if model_type not in CONFIG_MAPPING:
+        pytest.skip(f"{model_type} is not in the installed transformers")
+    config_class = CONFIG_MAPPING[model_type]
+    known = set(inspect.signature(config_class.__init__).parameters) | set(config_class.attribute_map)
+    base = {key: value for key, value in _BASE.items() if key in known}
+    return config_class(**{**base, **family.options})
+
+
+def build(name: str, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
+    """A tiny random model of a family, in evaluation mode; the same weights at every call."""
+    config = config_of(name)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    if dtype == torch.float64 and hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")  # the grouped kernels have no float64
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:  # large enough that the context decides the logits
+                nn.init.normal_(parameter, std=0.2)
+    return model.to(dtype).eval()
