@@ -1,0 +1,92 @@
+"""Proposers for tests: an oracle that drafts the truth, an adversary that never does, random drafts; and runs of them.
+
+They fill a lattice and leave the tree to the builder under test, so each goes with every kind of tree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ladon.engine import Engine, Row
+from ladon.fixed_tree import FixedTree
+from ladon.lattice import Lattice
+from ladon.proposers import HeadsProposer, Proposer, RootProposer, tree_builder
+from ladon.stats import DecodeStats, StageClock
+from ladon.target import Target
+
+DEPTH, CANDIDATES = 3, 4
+NUM_NODES = 12
+FIXED = FixedTree(((0,), (1,), (0, 0), (0, 1), (2,), (0, 0, 0), (0, 0, 2), (1, 1), (3,), (1, 1, 0), (2, 0)))
+TREES: dict[str, str | FixedTree] = {"chain": "chain", "fixed": FIXED, "dynamic": "dynamic"}
+PROPOSERS = ("root", "oracle", "adversary", "random", "heads")
+
+
+class DraftedLattice:
+    """Fills each depth with candidates that hold the true next token (oracle), never do (adversary), or may.
+
+    The truth per row is what the reference decoding emitted. Where the row stands is counted on the device, as any
+    proposer has to.
+    """
+
+    def __init__(self, kind: str, truth: Sequence[Sequence[int]], vocab_size: int, tree: str | FixedTree) -> None:
+        longest = max(len(row) for row in truth) + DEPTH + 2
+        self._truth = torch.tensor([[*row, *[0] * (longest - len(row))] for row in truth])
+        self._kind, self._vocab_size = kind, vocab_size
+        self._build = tree_builder(tree)
+        self._place = torch.zeros(len(truth), dtype=torch.long)
+        self._generator = torch.Generator().manual_seed(1)
+
+    def join(self, prompts, hidden):
+        """The prefill's token is the first of the truth: the next one to draft is the second."""
+        self._place += 1
+
+    def observe(self, accepted, hidden):
+        self._place += accepted.count
+
+    def keep(self, rows):
+        self._place, self._truth = self._place[list(rows)], self._truth[list(rows)]
+
+    def propose(self, hidden: Tensor, root: Tensor, max_nodes: int):
+        batch_size = len(root)
+        columns = (self._place[:, None] + torch.arange(DEPTH)).clamp(max=self._truth.shape[1] - 1)
+        truth = self._truth.gather(1, columns)[:, :, None]
+        scores = torch.rand(batch_size, DEPTH, self._vocab_size, generator=self._generator)
+        if self._kind == "oracle":
+            scores.scatter_(2, truth, 2.0)
+        elif self._kind == "adversary":
+            scores.scatter_(2, truth, -1.0)
+        top, tokens = scores.topk(CANDIDATES, dim=-1)
+        log_probs = (top / (self._vocab_size + 2)).log()
+        return self._build(Lattice(tokens=tokens[:, :, None], log_probs=log_probs[:, :, None]), root, max_nodes)
+
+
+def make_proposer(
+    kind: str, tree: str | FixedTree, truth: Sequence[Sequence[int]], vocab_size: int, heads: torch.nn.Module | None
+) -> Proposer:
+    if kind == "root":
+        return RootProposer()
+    if kind == "heads":
+        assert heads is not None
+        clock = StageClock({}, enabled=False, device=torch.device("cpu"))
+        return HeadsProposer(heads, tree_builder(tree), CANDIDATES, clock)
+    return DraftedLattice(kind, truth, vocab_size, tree)
+
+
+def decode(
+    target: Target,
+    proposer: Proposer,
+    prompts: Sequence[Tensor],
+    max_new_tokens: int,
+    eos_token_ids: frozenset[int] = frozenset(),
+    budget: int = NUM_NODES,
+) -> tuple[list[list[int]], DecodeStats]:
+    """Run the engine; the emitted tokens of each prompt, and the statistics."""
+    rows = [Row(prompt=p, max_new_tokens=max_new_tokens, is_stop=eos_token_ids.__contains__) for p in prompts]
+    stats = DecodeStats()
+    clock = StageClock(stats.stage_seconds, enabled=False, device=torch.device("cpu"))
+    for _ in Engine(target, proposer, budget=budget, stats=stats, clock=clock).run(rows):
+        pass
+    return [row.tokens for row in rows], stats
