@@ -174,7 +174,7 @@ def test_bad_requests_name_what_is_allowed(tiny_llama: PreTrainedModel) -> None:
     with pytest.raises(HeadsError, match="no option num_blocks; they take expansion"):
         new_heads(tiny_llama, 2, "shared", num_blocks=2)
     for count in (0, -1, True, 1.5):
-        with pytest.raises(HeadsError, match="num_heads is .*, expected an integer >= 1"):
+        with pytest.raises(HeadsError, match=r"num_heads is .*, expected an integer >= 1"):
             new_heads(tiny_llama, count)  # type: ignore[arg-type]
     with pytest.raises(HeadsError, match="expansion is 0"):
         new_heads(tiny_llama, 1, expansion=0)

@@ -90,8 +90,8 @@ tags: [medusa, speculative-decoding]
 
 # Ladon's bundled model
 
-A small {arch} language model of Python code with {num_heads} decoding heads, made so that Ladon can be tried, tested and
-measured offline. It completes Python source text; it is no assistant.
+A small {arch} language model of Python code with {num_heads} decoding heads, made so that Ladon can be tried, tested
+and measured offline. It completes Python source text; it is no assistant.
 
 - Model: {million:.1f}M parameters, {layers} layers, hidden size {hidden}, vocabulary {vocab} (byte-level BPE), context
   {context} tokens, bfloat16.
@@ -121,8 +121,8 @@ after the one it reads; accuracy is the share of positions where the text's own 
 |---|---|---|---|---|---|---|
 {table}
 
-The fixed trees come from {calibration_positions} positions in the model's own greedy continuations of {calibration_prompts}
-calibration prompts.
+The fixed trees come from {calibration_positions} positions in the model's own greedy continuations of
+{calibration_prompts} calibration prompts.
 
 ## Limits
 

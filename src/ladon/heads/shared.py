@@ -54,5 +54,6 @@ class SharedHeads(Heads):
         inner = functional.linear(rows, self.up_weight.flatten(0, 1), self.up_bias.flatten())  # [T, K F]
         inner = functional.silu(inner).view(-1, *self.up_bias.shape).transpose(0, 1)  # [K, T, F]
         moved = torch.baddbmm(rows, inner, self.down_weight)  # [K, T, H], rows added to every head
-        logits = self.project(moved.transpose(0, 1))  # [T, K, V]
+        # Two dimensions: on a strided [T, K, H] torch would copy the projection's weight once per row.
+        logits = self.project(moved.transpose(0, 1).reshape(-1, self.hidden_size))  # [T K, V]
         return logits.view(*hidden.shape[:-1], self.num_heads, self.vocab_size)
