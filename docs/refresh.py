@@ -63,15 +63,15 @@ def command_line() -> str:
 
 
 def _paragraphs(text: str | None) -> str:
-    """Help text as Markdown: indented lines are examples."""
+    """Help text as Markdown; its indented lines are example commands, which the slow tests run."""
     out: list[str] = []
-    for part in (text or "").replace("\b\n", "").strip().split("\n\n"):
+    for part in (text or "").replace("\b\n", "\n").strip().split("\n\n"):
         lines = part.splitlines()
         if lines and all(line.startswith("    ") for line in lines):
-            out.append("```text\n" + "\n".join(line[4:] for line in lines) + "\n```")
+            out.append("<!-- slow -->\n```bash\n" + "\n".join(line[4:] for line in lines) + "\n```")
         else:
             out.append("\n".join(line.strip() for line in lines))
-    return "\n\n".join(out)
+    return "\n\n".join(part for part in out if part)
 
 
 def _row(parameter: click.Parameter, context: click.Context) -> list[str]:

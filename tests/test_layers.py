@@ -20,11 +20,12 @@ CORE = ["errors", "config", "tree", "lattice", "fixed_tree", "growth", "sampling
 MODEL_SIDE = [
     "heads",
     "masks",
-    "alibi",
+    "layer_inputs",
+    "spans",
     "capability",
     "cache",
-    "target",
     "self_test",
+    "target",
     "proposers",
     "engine",
     "requests",
@@ -129,11 +130,13 @@ def python_files(*folders: str) -> list[Path]:
 
 @pytest.mark.parametrize("path", python_files("src", "recipes"), ids=lambda path: str(path.relative_to(ROOT)))
 def test_files_and_functions_stay_short(path: Path) -> None:
+    """A file under 300 lines, a function's body under 60; signature and docstring may be as long as they need to."""
     text = path.read_text(encoding="utf-8")
     assert text.count("\n") < 300, f"{path.relative_to(ROOT)} has {text.count(chr(10))} lines; the bound is 300"
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            length = (node.end_lineno or node.lineno) - node.lineno + 1
+            body = node.body[1:] if ast.get_docstring(node) else node.body
+            length = (node.end_lineno or 0) - body[0].lineno + 1 if body else 0
             assert length < 60, f"{path.relative_to(ROOT)}:{node.lineno} {node.name} has {length} lines; bound 60"
 
 

@@ -7,7 +7,7 @@ A fenced block is run unless the line above it is a comment of one of these form
     <!-- continues -->                  a Python block that uses the names of the Python blocks above it
 
 Blocks run in an empty folder that holds a model and heads under the names that the pages use: `path/to/model`,
-`path/to/heads` and `prompts.jsonl`.
+`path/to/heads`, `prompts.jsonl` and `prompt.txt`.
 """
 
 from __future__ import annotations
@@ -81,6 +81,7 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> Path:
     heads.save(folder / "path/to/heads")
     prompts = [{"prompt": "import os\n"}, {"prompt": "def main(argv):\n    "}]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts), encoding="utf-8")
+    (folder / "prompt.txt").write_text("def main(argv):\n    ", encoding="utf-8")
     return folder
 
 
@@ -93,7 +94,7 @@ def test_commands(block: Block, reader: Path) -> None:
         env=os.environ | {"PATH": path},
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=3600,
         stdin=subprocess.DEVNULL,
     )
     assert done.returncode == 0, f"{block.code}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
