@@ -64,14 +64,13 @@ def command_line() -> str:
 
 def _paragraphs(text: str | None) -> str:
     """Help text as Markdown; its indented lines are example commands, which the slow tests run."""
-    out: list[str] = []
-    for part in (text or "").replace("\b\n", "\n").strip().split("\n\n"):
-        lines = part.splitlines()
-        if lines and all(line.startswith("    ") for line in lines):
-            out.append("<!-- slow -->\n```bash\n" + "\n".join(line[4:] for line in lines) + "\n```")
-        else:
-            out.append("\n".join(line.strip() for line in lines))
-    return "\n\n".join(part for part in out if part)
+    lines = [line.rstrip() for line in (text or "").replace("\b", "").splitlines()]
+    prose = "\n".join(line for line in lines if not line.startswith("    ")).strip()
+    examples = [line[4:] for line in lines if line.startswith("    ")]
+    parts = re.split(r"\n{2,}", prose)
+    if examples:
+        parts.append("<!-- slow -->\n```bash\n" + "\n".join(examples) + "\n```")
+    return "\n\n".join(parts)
 
 
 def _row(parameter: click.Parameter, context: click.Context) -> list[str]:
