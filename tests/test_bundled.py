@@ -90,7 +90,7 @@ def test_prompts_do_not_overlap_and_alternate() -> None:
     assert demo_prompts(10) == prompts[:10]
     tokenizer = load_demo()[1]
     lengths = [len(tokenizer.encode(prompt)) for prompt in prompts]
-    assert 100 < min(lengths) and max(lengths) < 700
+    assert min(lengths) > 100 and max(lengths) < 700
 
 
 def test_bad_requests() -> None:
