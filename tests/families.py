@@ -123,13 +123,17 @@ FAMILIES: dict[str, Family] = {
     "hyperclovax": Family("A"),
     "internlm3": Family("A"),
     "jais2": Family("A"),
-    "jetmoe": Family("A", {"num_local_experts": 4, "num_experts_per_tok": 2, "kv_channels": 8, "num_key_value_heads": 2}),
+    "jetmoe": Family(
+        "A", {"num_local_experts": 4, "num_experts_per_tok": 2, "kv_channels": 8, "num_key_value_heads": 2}
+    ),
     "minimax_m2": Family("A", _MOE),
     "nanochat": Family("A"),
     "seed_oss": Family("A"),
     "solar_open": Family("A", _GROUPED_MOE),
     "bert": Family("A", {"is_decoder": True}),
-    "llama-dynamic": Family("A", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "llama"),
+    "llama-dynamic": Family(
+        "A", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "llama"
+    ),
     "gptj": Family("A'", {"rotary_dim": 4}),
     "codegen": Family("A'", {"rotary_dim": 4}),
     "gpt_neox_japanese": Family("A'", {"intermediate_multiple_size": 2}),
@@ -143,9 +147,7 @@ FAMILIES: dict[str, Family] = {
     "ministral3": Family("B", _WINDOW),
     "doge": Family("B", {**_WINDOW, "keep_window_size": LIMIT}),
     "qwen2": Family("C", {**_MIXED, "use_sliding_window": True}),
-    "qwen2_moe": Family(
-        "C", {**_MIXED, **_MOE, "use_sliding_window": True, "shared_expert_intermediate_size": 16}
-    ),
+    "qwen2_moe": Family("C", {**_MIXED, **_MOE, "use_sliding_window": True, "shared_expert_intermediate_size": 16}),
     "qwen3": Family("C", {**_MIXED, "use_sliding_window": True}),
     "gemma3_text": Family("C", _MIXED),
     "gemma3n_text": Family(

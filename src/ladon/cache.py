@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from ladon.errors import InputError
+
 _FIRST_CAPACITY = 64  # slots; buffers double from here
 _FlatKey = tuple[int, int, torch.device]
 
@@ -28,6 +30,7 @@ class _Route:
         slots: the slot of each new token, [b, N] int64; None when every row writes from slot `start`.
         start: the first slot written, when it is the same in all rows.
         num_tokens: N, the new tokens of each row.
+        widest: the most tokens written to a row since the last commit.
         reach: the number of leading slots the forward can see (the widest row's length plus the new tokens).
         past: what the model is told when it asks how many tokens came before.
         capacity: slots a layer must have before the forward writes to it.
@@ -37,20 +40,30 @@ class _Route:
         self.batch_size = batch_size
         self.rows: Tensor | None = None
         self.slots: Tensor | None = None
-        self.start = self.num_tokens = self.reach = self.past = 0
+        self.start = self.num_tokens = self.reach = self.past = self.widest = 0
         self.capacity = _FIRST_CAPACITY
         self._flat: dict[_FlatKey, Tensor] = {}
 
     def aim(
-        self, start: int, num_tokens: int, *, past: int | None = None, slots: Tensor | None = None,
+        self,
+        start: int,
+        num_tokens: int,
+        *,
+        past: int | None = None,
+        slots: Tensor | None = None,
         rows: Tensor | None = None,
     ) -> None:
         """Describe the next forward; `start` is the widest row's length, `past` the same unless said."""
         self.start, self.num_tokens, self.reach = start, num_tokens, start + num_tokens
         self.past, self.slots, self.rows = start if past is None else past, slots, rows
+        self.widest = max(self.widest, num_tokens)
         self._flat.clear()
-        if self.reach > self.capacity:
-            self.capacity = max(self.reach, 2 * self.capacity)
+        self.reserve(self.reach)
+
+    def reserve(self, slots: int) -> None:
+        """Make sure that every layer has this many slots after its next write."""
+        if slots > self.capacity:
+            self.capacity = max(slots, 2 * self.capacity)
 
     def flat_slots(self, heads: int, capacity: int, device: torch.device) -> Tensor:
         """Where the new entries go in a buffer seen as [B * heads * capacity, D]; made once per forward."""
@@ -129,7 +142,7 @@ class _TreeLayer(CacheLayerMixin):
 
     def _fitting(self, buffer: Tensor) -> Tensor:
         """The buffer itself, or its content in a larger one: layers grow one by one, as the forward reaches them."""
-        if buffer.shape[2] >= self.route.reach:
+        if buffer.shape[2] >= self.route.capacity:
             return buffer
         grown = self._allocate(buffer)
         grown[:, :, : buffer.shape[2]] = buffer
@@ -157,9 +170,10 @@ class TreeCache(Cache):  # type: ignore[misc]  # transformers is not typed stric
         host_lengths: the same numbers on the host, as of the last `mirror`.
     """
 
-    def __init__(self, num_layers: int, batch_size: int, device: torch.device) -> None:
+    def __init__(self, num_layers: int, batch_size: int, device: torch.device, *, keep_tokens: bool = False) -> None:
         self.route = _Route(batch_size)
         super().__init__(layers=[_TreeLayer(self.route) for _ in range(num_layers)])
+        self._tokens = _TreeLayer(self.route) if keep_tokens else None  # token ids move like one more layer's keys
         self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self.host_lengths = [0] * batch_size
         self._rows = torch.arange(batch_size, device=device)
@@ -172,7 +186,22 @@ class TreeCache(Cache):  # type: ignore[misc]  # transformers is not typed stric
     @property
     def nbytes(self) -> int:
         """Bytes of all buffers."""
-        return sum(buffer.nbytes for layer in self.layers for _, buffer in layer.buffers())
+        return sum(buffer.nbytes for layer in self._stores() for _, buffer in layer.buffers())
+
+    def record(self, tokens: Tensor) -> None:
+        """Remember the token ids [b, N] of this forward, if the cache was made to."""
+        if self._tokens is not None:
+            ids = tokens[:, None, :, None]
+            self._tokens.update(ids, ids[..., :0])
+
+    def tokens(self, length: int) -> Tensor:
+        """The first `length` token ids of every row, [B, length]."""
+        if self._tokens is None or self._tokens.keys is None:
+            raise InputError("this cache holds no token ids: make it with keep_tokens=True")
+        return self._tokens.keys[:, 0, :length, 0]
+
+    def _stores(self) -> list[_TreeLayer]:
+        return [*self.layers, *([] if self._tokens is None else [self._tokens])]
 
     def commit(self, path: Tensor, count: Tensor) -> None:
         """Keep the accepted nodes of the tree that was verified last, and drop the rest.
@@ -184,18 +213,19 @@ class TreeCache(Cache):  # type: ignore[misc]  # transformers is not typed stric
             path: accepted nodes of each row, root first, padded by repeating the last one, [B, A] int64.
             count: how many of them are real, [B] int64, at least 1.
         """
-        # The root is where it belongs already, and no row can have accepted more nodes than slots were written.
-        path = path[:, 1 : self.route.num_tokens]
+        # The root is where it belongs already, and no row can have accepted more nodes than were written.
+        path = path[:, 1 : self.route.widest]
         if path.shape[1] > 0:
             self._move(self.lengths[:, None] + path, path.shape[1])
         self.lengths = self.lengths + count
+        self.route.widest = 0
 
     def _move(self, source: Tensor, num_slots: int) -> None:
         """Copy the slots `source` [B, A] of every buffer to the A slots after the root's."""
         after_root = torch.arange(1, num_slots + 1, device=source.device)
         target = self.lengths[:, None] + after_root
         moves: dict[_FlatKey, tuple[Tensor, Tensor]] = {}
-        for layer in self.layers:
+        for layer in self._stores():
             for _, buffer in layer.buffers():
                 _, heads, capacity, width = buffer.shape
                 key = (heads, capacity, buffer.device)
@@ -214,7 +244,7 @@ class TreeCache(Cache):  # type: ignore[misc]  # transformers is not typed stric
     def keep_rows(self, rows: Sequence[int]) -> None:
         """Drop all rows but these, in this order."""
         index = torch.tensor(list(rows), dtype=torch.int64, device=self.lengths.device)
-        for layer in self.layers:
+        for layer in self._stores():
             for name, buffer in layer.buffers():
                 setattr(layer, name, buffer.index_select(0, index.to(buffer.device)))
         self.lengths = self.lengths[index]

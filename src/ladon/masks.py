@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -50,15 +51,46 @@ class Locality:
         return limit is not None and reach > limit
 
 
+@dataclass(frozen=True, kw_only=True)
+class Sight:
+    """Who may see what in one forward, before windows.
+
+    Attributes:
+        visible: which slot each new token may see by causality and tree, [B, N, S] bool.
+        queries: positions of the new tokens, [B|1, N].
+        tree: depths of the nodes [B, N] and committed tokens [B] while a tree is verified, None for a prompt.
+    """
+
+    visible: Tensor
+    queries: Tensor
+    tree: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def reach(self) -> int:
+        """S, the number of visible slots."""
+        return self.visible.shape[2]
+
+    @cached_property
+    def keys(self) -> Tensor:
+        """Positions of the visible slots, [B|1, S]; made only where something depends on them."""
+        slots = torch.arange(self.reach, device=self.visible.device)
+        if self.tree is None:
+            return slots[None]
+        depths, lengths = self.tree
+        padded = torch.nn.functional.pad(depths, (0, 1))  # slots after a row's tree get the root's; they are masked
+        nodes = lengths[:, None] + padded.gather(1, _node_of_slot(lengths, depths.shape[1], self.reach))
+        return torch.where(_is_committed(lengths, self.reach), slots, nodes)
+
+
+_FULL = Locality()
+LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention", "indexed_attention")
+
+
 def localities(config: Any) -> dict[str, Locality]:
     """What each layer type of a model may see, from its text config; one entry when all layers are alike."""
     window = Locality(window=getattr(config, "sliding_window", None))
-    kinds = {
-        "full_attention": Locality(),
-        "indexed_attention": Locality(),
-        "sliding_attention": window,
-        "chunked_attention": Locality(chunk=getattr(config, "attention_chunk_size", None)),
-    }
+    chunk = Locality(chunk=getattr(config, "attention_chunk_size", None))
+    kinds = dict(zip(LAYER_TYPES, (_FULL, window, chunk, _FULL), strict=True))
     types = getattr(config, "layer_types", None)
     return {"full_attention": window} if types is None else {name: kinds[name] for name in sorted(set(types))}
 
@@ -81,13 +113,6 @@ def tree_mask(ancestors: Tensor, lengths: Tensor, start: int | None, reach: int)
     return seen | _is_committed(lengths, reach)[:, None, :]
 
 
-def tree_key_positions(depths: Tensor, lengths: Tensor, reach: int) -> Tensor:
-    """Position of every visible slot, [B, S]; the slots after a row's tree get the root's, and are masked anyway."""
-    padded = torch.nn.functional.pad(depths, (0, 1))
-    nodes = lengths[:, None] + padded.gather(1, _node_of_slot(lengths, depths.shape[1], reach))
-    return torch.where(_is_committed(lengths, reach), torch.arange(reach, device=depths.device), nodes)
-
-
 def causal_mask(positions: Tensor, reach: int) -> Tensor:
     """Who sees which slot in a chunk of a prompt, [B|1, N, S]: right-padded rows have slot = position."""
     return torch.arange(reach, device=positions.device) <= positions[:, :, None]
@@ -104,25 +129,24 @@ def _node_of_slot(lengths: Tensor, num_nodes: int, reach: int) -> Tensor:
 
 
 def model_masks(
-    visible: Tensor, localities: Mapping[str, Locality], queries: Tensor, keys: Tensor | None, additive: torch.dtype | None
+    sight: Sight, localities: Mapping[str, Locality], additive: torch.dtype | None
 ) -> Tensor | dict[str, Tensor]:
     """What the model's forward takes as `attention_mask`: one 4-D mask, or one per layer type.
 
     Args:
-        visible: who sees which slot without windows, [B, N, S] bool.
+        sight: who sees which slot without windows.
         localities: what each layer type may see; one entry: a single mask is returned.
-        queries: positions of the new tokens, [B|1, N].
-        keys: positions of the visible slots, [B|1, S]; None when no locality can hide anything here.
         additive: the dtype of the scores the mask is added to (eager attention); None: the mask stays bool (sdpa).
     """
     masks: dict[str, Tensor] = {}
     made: dict[Locality, Tensor] = {}
     for name, locality in localities.items():
-        if locality not in made:
-            allowed = None if keys is None else locality.allows(queries, keys)
-            mask = visible if allowed is None else visible & allowed
-            made[locality] = mask[:, None] if additive is None else as_additive(mask, additive)[:, None]
-        masks[name] = made[locality]
+        bound = locality if locality.binds(sight.reach) else _FULL
+        if bound not in made:
+            allowed = bound.allows(sight.queries, sight.keys)
+            mask = sight.visible if allowed is None else sight.visible & allowed
+            made[bound] = (mask if additive is None else as_additive(mask, additive))[:, None]
+        masks[name] = made[bound]
     return masks if len(masks) > 1 else next(iter(masks.values()))
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,13 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from ladon.cache import TreeCache
-from ladon.masks import causal_mask, localities, model_masks, tree_key_positions, tree_mask
+from ladon.capability import check_model, context_limit
+from ladon.layer_inputs import layer_inputs_of
+from ladon.masks import Sight, causal_mask, localities, model_masks, tree_mask
+from ladon.self_test import Verdict, tested
+from ladon.spans import Part, PrefillGroup, Spans
 from ladon.tree import TokenTree, ancestor_mask, node_depths, position_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-_PREFILL_CHUNK = 512  # tokens of each row per prefill forward: bounds the mask and the activations, not the result
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,57 +57,116 @@ class Target:
         hidden_size: H, the width the output projection receives.
         vocab_size: V, the width it returns.
         context_limit: the most positions the model has, or None without a bound.
-        supports_trees: False when only a chain of nodes can be verified exactly.
+        prefill_chunk: tokens of each row per prefill forward.
     """
 
-    def __init__(self, model: PreTrainedModel, *, self_test: bool = True) -> None:
-        self.model = model
+    def __init__(self, model: PreTrainedModel, *, self_test: bool = True, prefill_chunk: int = 512) -> None:
+        """Check what can be told from the outside.
+
+        Args:
+            model: a decoder-only transformers model in evaluation mode.
+            self_test: compare a small tree with plain forwards before the first use.
+            prefill_chunk: bounds the mask and the activations of prefill, not its result.
+
+        Raises:
+            UnsupportedModelError: if the model cannot verify token trees; the message has the reason.
+        """
+        arguments = set(inspect.signature(model.forward).parameters)
+        check_model(model, arguments)
+        self.model, self.device, self.dtype = model, model.device, model.dtype
+        self.prefill_chunk = prefill_chunk
         self._config = model.config.get_text_config(decoder=True)
         self._projection: nn.Module = model.get_output_embeddings()
         self.vocab_size, self.hidden_size = self._projection.weight.shape
-        self.device, self.dtype = model.device, model.dtype
-        self.context_limit: int | None = getattr(self._config, "max_position_embeddings", None)
-        self.supports_trees = True
+        self.context_limit = context_limit(self._config)
         self._localities = localities(self._config)
         self._mask_dtype = None if self._config._attn_implementation == "sdpa" else self.dtype
-        self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+        self._takes_positions = "position_ids" in arguments
+        self._spans, self._layer_inputs = Spans(model), layer_inputs_of(model)
+        self._verdict = None if self_test else Verdict(trees=True)
+
+    @property
+    def supports_trees(self) -> bool:
+        """Whether any tree can be verified; False when only chains can. Runs the self-test if it has not run.
+
+        Raises:
+            UnsupportedModelError: if not even a chain gives what plain decoding gives.
+        """
+        if self._verdict is None:
+            self._verdict = Verdict(trees=True)  # what the test itself runs on
+            try:
+                self._verdict = tested(self)
+            except Exception:
+                self._verdict = None
+                raise
+        return self._verdict.trees
 
     def new_cache(self, batch_size: int) -> TreeCache:
         """An empty cache for this many rows."""
-        return TreeCache(self._config.num_hidden_layers, batch_size, self.device)
+        keep_tokens = bool(self._spans.recomputed_at)
+        return TreeCache(self._config.num_hidden_layers, batch_size, self.device, keep_tokens=keep_tokens)
 
     def depth_cap(self, length: int) -> int | None:
         """The greatest depth a node may have in a row of `length` cached tokens; None for no bound, 0 for plain."""
-        return None
+        return self._spans.depth_cap(length)
 
     @torch.no_grad()
     def verify(self, tree: TokenTree, cache: TreeCache) -> VerifyOutput:
         """Run the model once over a token tree; the cache's lengths do not change until `commit`.
 
+        Rows in different spans (`ladon.spans`) take one forward per span. No node may be deeper than `depth_cap`.
+
         Args:
             tree: the tree of each row, [B, N]; its root at position `cache.lengths`.
             cache: the rows' committed tokens.
         """
+        self._recompute(cache)
         ancestors = ancestor_mask(tree.parents, tree.max_depth)
         depths = node_depths(ancestors)
-        positions = position_ids(depths, cache.lengths)
-        start, num_nodes = max(cache.host_lengths), tree.num_nodes
-        ragged = min(cache.host_lengths) < start
-        slots = None
-        if ragged:
-            slots = cache.lengths[:, None] + torch.arange(num_nodes, device=self.device)
-        cache.route.aim(start, num_nodes, slots=slots)
-        reach = start + num_nodes
-        visible = tree_mask(ancestors, cache.lengths, None if ragged else start, reach)
-        local = any(locality.binds(reach) for locality in self._localities.values())
-        keys = tree_key_positions(depths, cache.lengths, reach) if local else None
-        mask = model_masks(visible, self._localities, positions, keys, self._mask_dtype)
-        logits, hidden = self._forward(tree.tokens, positions, mask, cache)
+        cache.route.reserve(max(cache.host_lengths) + tree.num_nodes)
+        parts = self._spans.parts(cache.host_lengths)
+        if len(parts) == 1 and not parts[0].span.plain:
+            logits, hidden = self._verify_rows(tree.tokens, ancestors, depths, cache, parts[0], None)
+        else:
+            logits, hidden = self._verify_parts(tree.tokens, ancestors, depths, cache, parts)
         return VerifyOutput(tree=tree, logits=logits, hidden=hidden, ancestors=ancestors, depths=depths)
+
+    def _verify_parts(
+        self, tokens: Tensor, ancestors: Tensor, depths: Tensor, cache: TreeCache, parts: list[Part]
+    ) -> tuple[Tensor, Tensor]:
+        """Verify rows that must not share a forward; in plain spans the root stands for all of a row's slots."""
+        found = []
+        for part in parts:
+            rows = torch.tensor(part.rows, device=self.device)
+            nodes = 1 if part.span.plain else tokens.shape[1]
+            outputs = self._verify_rows(
+                tokens[rows, :nodes], ancestors[rows, :nodes, :nodes], depths[rows, :nodes], cache, part, rows
+            )
+            found.append([output.expand(-1, tokens.shape[1], -1) for output in outputs])
+        order = torch.tensor([row for part in parts for row in part.rows], device=self.device).argsort()
+        logits, hidden = (torch.cat(outputs)[order] for outputs in zip(*found, strict=True))
+        return logits, hidden
+
+    def _verify_rows(
+        self, tokens: Tensor, ancestors: Tensor, depths: Tensor, cache: TreeCache, part: Part, rows: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """One forward over the trees of the rows of `part`; `rows` is None if that is the whole batch."""
+        host_lengths = [cache.host_lengths[row] for row in part.rows]
+        lengths = cache.lengths if rows is None else cache.lengths[rows]
+        start, num_nodes = max(host_lengths), tokens.shape[1]
+        ragged = min(host_lengths) < start
+        slots = lengths[:, None] + torch.arange(num_nodes, device=self.device) if ragged else None
+        past = None if part.span.stop is None else part.span.start
+        cache.route.aim(start, num_nodes, past=past, slots=slots, rows=rows)
+        positions = position_ids(depths, lengths)
+        if part.span.stop is not None:
+            positions.clamp_(max=part.span.stop - 1)  # padding nodes may lie deeper than the row's cap
+        visible = tree_mask(ancestors, lengths, None if ragged else start, cache.route.reach)
+        return self._forward(tokens, Sight(visible=visible, queries=positions, tree=(depths, lengths)), cache)
 
     @torch.no_grad()
     def prefill(self, rows: Sequence[Tensor], cache: TreeCache) -> tuple[Tensor, Tensor]:
-        """Put prompts into an empty cache.
+        """Put prompts into an empty cache, in chunks that project one position per row to logits.
 
         Args:
             rows: the prompt of each row, 1-D token ids without padding, at least one each.
@@ -114,58 +175,96 @@ class Target:
         Returns:
             Hidden state after the final norm [B, H] and logits [B, V] of each row's last token.
         """
+        if self._verdict is None:
+            _ = self.supports_trees
         lengths = [len(row) for row in rows]
         tokens = nn.utils.rnn.pad_sequence([row.to(self.device) for row in rows], batch_first=True)
-        ends: list[tuple[Tensor, Tensor] | None] = [None] * len(rows)
-        for start in range(0, max(lengths), _PREFILL_CHUNK):
-            active = [row for row, length in enumerate(lengths) if length > start]
-            stop = min(start + _PREFILL_CHUNK, max(lengths))
+        ends: dict[int, tuple[Tensor, Tensor]] = {}
+        for group in self._spans.prefill_groups(lengths):
+            ends |= self._prefill_group(tokens, lengths, group, cache)
+        cache.set_lengths(lengths)
+        logits, hidden = (torch.stack([ends[row][part] for row in range(len(rows))]) for part in (0, 1))
+        return hidden, logits
+
+    def _prefill_group(
+        self, tokens: Tensor, lengths: list[int], group: PrefillGroup, cache: TreeCache
+    ) -> dict[int, tuple[Tensor, Tensor]]:
+        """Run the prompts of a group; logits [V] and hidden state [H] of each row's last token, by row."""
+        ends: dict[int, tuple[Tensor, Tensor]] = {}
+        longest = max(lengths[row] for row in group.rows)
+        chunk = longest if group.whole else self.prefill_chunk
+        for start in range(0, longest, chunk):
+            stop = min(start + chunk, longest)
+            active = [row for row in group.rows if lengths[row] > start]
             last = [min(lengths[row], stop) - 1 - start for row in active]
-            logits, hidden = self._prefill_chunk(tokens, start, stop, active, last, cache)
+            logits, hidden = self._prefill_chunk(tokens, (start, stop), active, last, cache, group.anchor)
             for index, row in enumerate(active):
                 if lengths[row] <= stop:
-                    ends[row] = (hidden[index, 0], logits[index, 0])
-        cache.set_lengths(lengths)
-        done = [end for end in ends if end is not None]
-        return torch.stack([hidden for hidden, _ in done]), torch.stack([logits for _, logits in done])
+                    ends[row] = logits[index, 0], hidden[index, 0]
+        return ends
 
     def _prefill_chunk(
-        self, tokens: Tensor, start: int, stop: int, rows: list[int], last: list[int], cache: TreeCache
+        self,
+        tokens: Tensor,
+        bounds: tuple[int, int],
+        rows: list[int],
+        last: list[int],
+        cache: TreeCache,
+        anchor: int | None,
     ) -> tuple[Tensor, Tensor]:
-        """Run positions `start` to `stop` of some rows; logits and hidden state of position `last` of each."""
+        """Run positions `bounds` of some rows; logits and hidden state of index `last` of each.
+
+        With an `anchor` beyond the chunk, one more token stands at that position, so that the rotary embedding sees
+        it; its slot is the next one, which is stale.
+        """
+        start, stop = bounds
         chosen = torch.tensor(rows, device=self.device) if len(rows) < cache.num_rows else None
         chunk = tokens[:, start:stop] if chosen is None else tokens[chosen, start:stop]
         positions = torch.arange(start, stop, device=self.device)[None]
-        cache.route.aim(start, stop - start, rows=chosen)
-        keys = torch.arange(stop, device=self.device)[None]
-        visible = causal_mask(positions, stop).expand(len(rows), -1, -1)
-        mask = model_masks(visible, self._localities, positions, keys, self._mask_dtype)
-        return self._forward(
-            chunk, positions.expand(len(rows), -1), mask, cache, torch.tensor(last, device=self.device)
-        )
+        if anchor is not None and anchor >= stop:
+            chunk = nn.functional.pad(chunk, (0, 1))
+            positions = nn.functional.pad(positions, (0, 1), value=anchor)
+        cache.route.aim(start, chunk.shape[1], rows=chosen)
+        visible = causal_mask(positions, cache.route.reach).expand(len(rows), -1, -1)
+        return self._forward(chunk, Sight(visible=visible, queries=positions), cache, last)
+
+    def _recompute(self, cache: TreeCache) -> None:
+        """Fill rows that have just reached a switch again, with the frequencies of the other side, as generate does."""
+        for switch in self._spans.recomputed_at:
+            rows = [row for row, length in enumerate(cache.host_lengths) if length == switch]
+            for start in range(0, switch if rows else 0, self.prefill_chunk):
+                stop = min(start + self.prefill_chunk, switch)
+                self._prefill_chunk(cache.tokens(switch), (start, stop), rows, [0] * len(rows), cache, switch)
 
     def _forward(
-        self, tokens: Tensor, positions: Tensor, mask: Tensor | dict[str, Tensor], cache: TreeCache,
-        only: Tensor | None = None,
+        self, tokens: Tensor, sight: Sight, cache: TreeCache, only: list[int] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The model's own forward; with `only` [b], just that position of each row is projected to logits."""
-        given: dict[str, Any] = {"position_ids": positions} if self._takes_positions else {}
-        with _projected_hidden(self._projection, only) as seen:
-            output = self.model(
-                input_ids=tokens, attention_mask=mask, past_key_values=cache, use_cache=True, return_dict=True, **given
-            )
+        """The model's own forward; with `only` [b], just that index of each row is projected to logits."""
+        given: dict[str, Any] = {}
+        if self._takes_positions:
+            given["position_ids"] = sight.queries.expand(tokens.shape[0], -1)
+        with ExitStack() as stack:
+            if self._layer_inputs is None:
+                given["attention_mask"] = model_masks(sight, self._localities, self._mask_dtype)
+            else:
+                stack.enter_context(self._layer_inputs.given(sight))
+            stack.enter_context(self._spans.fresh())
+            seen = stack.enter_context(_projected_hidden(self._projection, only))
+            cache.record(tokens)
+            output = self.model(input_ids=tokens, past_key_values=cache, use_cache=True, return_dict=True, **given)
         return output.logits, seen[0]
 
 
 @contextmanager
-def _projected_hidden(projection: nn.Module, only: Tensor | None) -> Iterator[list[Tensor]]:
+def _projected_hidden(projection: nn.Module, only: list[int] | None) -> Iterator[list[Tensor]]:
     """While this lasts, note what the output projection receives, and with `only` let it see one position per row."""
     seen: list[Tensor] = []
 
     def note(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         hidden = inputs[0]
         if only is not None:
-            hidden = hidden[torch.arange(hidden.shape[0], device=hidden.device), only.to(hidden.device)][:, None]
+            rows = torch.arange(len(only), device=hidden.device)
+            hidden = hidden[rows, torch.tensor(only, device=hidden.device)][:, None]
         seen.append(hidden)
         return (hidden, *inputs[1:])
 
