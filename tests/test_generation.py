@@ -149,35 +149,36 @@ def test_attach_and_detach(model):
     assert "generate" not in vars(model) and torch.equal(model.generate(PROMPT, max_new_tokens=16), expected)
 
 
-def test_pipeline(model):
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import Whitespace
-    from transformers import PreTrainedTokenizerFast, pipeline
+@pytest.fixture
+def tokenizer():
+    """One token per character, 97 of them."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
 
-    words = Tokenizer(WordLevel({f"w{i}": i for i in range(97)}, unk_token="w0"))
-    words.pre_tokenizer = Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", padding_side="left")
-    texts = ["w5 w6 w7", "w11 w12 w13 w14 w15"]
+    characters = Tokenizer(models.WordLevel({chr(33 + i): i for i in range(97)}, unk_token="!"))
+    characters.pre_tokenizer = pre_tokenizers.Split(Regex(""), "isolated")
+    characters.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=characters, pad_token="!", padding_side="left")
+
+
+def test_pipeline(model, tokenizer):
+    from transformers import pipeline
+
+    texts = ["abc", "Ladon"]
     options = {"max_new_tokens": 8, "do_sample": False, "batch_size": 2}
     before = pipeline("text-generation", model=model, tokenizer=tokenizer)(texts, **options)
     decoder = ladon.attach(model, ladon.new_heads(model, num_heads=3))
     after = pipeline("text-generation", model=model, tokenizer=tokenizer)(texts, **options)
     assert before == after and decoder.stats.row_steps > 0
-    stopped = pipeline("text-generation", model=model, tokenizer=tokenizer)(texts[0], stop_sequence="w3", **options)
-    assert stopped
 
 
-def test_stop_strings(model):
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({f"<{i}>": i for i in range(97)}, "<0>")))
-    stop = f"<{plain(model)[0, 12 + 5].item()}>"
+def test_stop_strings(model, tokenizer):
+    free = tokenizer.decode(plain(model)[0, 12:])
+    stop = free[5:7]
     expected = plain(model, stop_strings=[stop], tokenizer=tokenizer)
     decoder = ladon.Decoder(model, ladon.new_heads(model, num_heads=3))
-    assert torch.equal(decoder.generate(PROMPT, max_new_tokens=16, stop_strings=stop, tokenizer=tokenizer), expected)
+    output = decoder.generate(PROMPT, max_new_tokens=16, stop_strings=stop, tokenizer=tokenizer)
+    assert torch.equal(output, expected) and output.shape[1] < 12 + 16
     with pytest.raises(InputError, match="tokenizer"):
         decoder.generate(PROMPT, max_new_tokens=16, stop_strings=stop)
 

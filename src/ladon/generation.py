@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ladon.config import AUTO_BUDGET, DecoderOptions
-from ladon.engine import Engine, Row
+from ladon.engine import Engine
 from ladon.errors import InputError, TreeError
 from ladon.fixed_tree import FixedTree
 from ladon.heads import Heads
@@ -27,7 +28,6 @@ from ladon.tree import ancestor_mask, node_depths
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
-    from transformers.generation.streamers import BaseStreamer
     from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 _DEFAULTS = DecoderOptions()
@@ -140,9 +140,7 @@ class Decoder:
         if stop_strings is not None:
             criteria.append(_stop_strings(stop_strings, tokenizer))
         streamer = kwargs.pop("streamer", None)
-        # The class's generate: the instance's may be the wrapper that `attach` put there.
-        return type(self.model).generate(  # type: ignore[no-any-return]
-            self.model,
+        return _own_generate(self.model)(
             input_ids,
             custom_generate=self,
             ladon_streamer=streamer,
@@ -157,7 +155,7 @@ class Decoder:
         logits_processor: LogitsProcessorList | None = None,
         stopping_criteria: StoppingCriteriaList | None = None,
         generation_config: GenerationConfig | None = None,
-        ladon_streamer: BaseStreamer | None = None,
+        ladon_streamer: Any = None,
         **model_kwargs: Any,
     ) -> Tensor | GenerateDecoderOnlyOutput:
         """What `model.generate(..., custom_generate=decoder)` calls, with inputs prepared.
@@ -169,6 +167,8 @@ class Decoder:
             raise InputError("this decoder was made for another model; make one with ladon.Decoder(model, heads)")
         assert generation_config is not None
         refuse_unsupported(generation_config, logits_processor, model_kwargs)
+        if ladon_streamer is not None and len(input_ids) > 1:
+            raise InputError(f"a streamer shows one sequence, but there are {len(input_ids)}; give one prompt")
         rows = make_rows(
             input_ids,
             model_kwargs.get("attention_mask"),
@@ -185,13 +185,15 @@ class Decoder:
             ladon_streamer.end()
         return pack_output(input_ids, rows, generation_config)
 
-    def trace(self, input_ids: Tensor, *, max_new_tokens: int, eos_token_id: Sequence[int] = ()) -> Iterator[TraceStep]:
+    def trace(
+        self, input_ids: Tensor, *, max_new_tokens: int, eos_token_id: int | Sequence[int] | None = None
+    ) -> Iterator[TraceStep]:
         """Decode one sequence and record every step's tree. Reads whole trees from the device, so it is slower.
 
         Args:
             input_ids: one prompt, [T] or [1, T].
             max_new_tokens: how many tokens to emit at most, the prefill's token (the first root) included.
-            eos_token_id: tokens that end the sequence.
+            eos_token_id: tokens that end the sequence; the model's own if None.
         """
         prompt = input_ids.reshape(-1)
         config = self.model.generation_config
@@ -202,7 +204,7 @@ class Decoder:
             config,
             self._target.context_limit,
             max_new_tokens=max_new_tokens,
-            eos_token_ids=frozenset(eos_token_id),
+            eos_token_ids=_as_set(config.eos_token_id if eos_token_id is None else eos_token_id),
         )
         length = len(prompt)
         for index, step in enumerate(self._engine().run(rows), start=-1):
@@ -250,16 +252,22 @@ def attach(model: PreTrainedModel, heads: Heads | None = None, **options: Any) -
 
     def generate(*args: Any, **kwargs: Any) -> Any:
         if kwargs.get("custom_generate") is not None:
-            return type(model).generate(model, *args, **kwargs)
+            return _own_generate(model)(*args, **kwargs)
         return decoder.generate(*args, **kwargs)
 
-    model.generate = generate
+    vars(model)["generate"] = generate
     return decoder
 
 
 def detach(model: PreTrainedModel) -> None:
     """Give `model` its own `generate` back; nothing happens if `attach` was not called."""
-    model.__dict__.pop("generate", None)
+    vars(model).pop("generate", None)
+
+
+def _own_generate(model: PreTrainedModel) -> Callable[..., Any]:
+    """The class's `generate`, whatever `attach` has put on the instance."""
+    own: Callable[..., Any] = type(model).generate
+    return partial(own, model)
 
 
 def _check_tree_option(tree: str | FixedTree, heads: Heads | None, num_candidates: int) -> str | FixedTree:
@@ -280,9 +288,14 @@ def _check_budget(budget: int | str, tree: str | FixedTree) -> int:
     return budget
 
 
+def _as_set(token_ids: int | Sequence[int] | None) -> frozenset[int]:
+    return frozenset([token_ids] if isinstance(token_ids, int) else token_ids or ())
+
+
 def _stop_strings(stop_strings: str | list[str], tokenizer: Any) -> Callable[..., Any]:
     from transformers.generation.stopping_criteria import StopStringCriteria
 
     if tokenizer is None:
         raise InputError("stop_strings needs the tokenizer; pass tokenizer=... as well")
-    return StopStringCriteria(tokenizer, stop_strings)
+    criterion: Callable[..., Any] = StopStringCriteria(tokenizer, stop_strings)
+    return criterion
