@@ -8,7 +8,9 @@ Shapes: B rows, N nodes (root included), K depths, R conditioning rows, C candid
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -39,61 +41,72 @@ def grow_dynamic(lattice: Lattice, root: Tensor, num_nodes: int) -> TokenTree:
     num_paths = num_nodes - 1
     if num_paths == 0:
         return root_tree(root)
-    depth = min(lattice.depth, num_paths)
-    level_values, level_tokens, level_parents = [], [], []
-    beam = _first_level(lattice, num_paths)
-    offset = 0  # slot of the first node of the depth above, in the list of all levels; the root has slot 0
-    for level in range(depth):
-        if level > 0:
-            offset = 1 + sum(v.shape[1] for v in level_values[:-1])
-            beam = _next_level(lattice, level, beam, num_paths - level)
-        values, tokens, parents, _ = beam
-        level_values.append(values)
-        level_tokens.append(tokens)
-        level_parents.append(parents + offset if offset else parents)
-    return _best_overall(root, level_values, level_tokens, level_parents, num_nodes, depth)
+    levels = [_first_level(lattice, num_paths)]
+    for level in range(1, min(lattice.depth, num_paths)):
+        levels.append(_next_level(lattice, level, levels[-1], num_paths - level))
+    return _best_overall(root, levels, num_nodes)
 
 
-# A beam: path log-probabilities [B, m], greatest first; tokens [B, m]; index of the parent in the beam before [B, m];
-# row of the next depth [B, m], or None when R = 1.
-_Beam = tuple[Tensor, Tensor, Tensor, "Tensor | None"]
+@dataclass(frozen=True, slots=True)
+class _Level:
+    """The best paths of one depth, greatest log-probability first, m of them.
+
+    Attributes:
+        values: their log-probabilities, [B, m].
+        tokens: their last tokens, [B, m].
+        parents: place of each one's parent in the level before, [B, m].
+        rows: the conditioning row each leads to, [B, m], -1 for none; None when R = 1.
+    """
+
+    values: Tensor
+    tokens: Tensor
+    parents: Tensor
+    rows: Tensor | None = None
 
 
-def _first_level(lattice: Lattice, num_paths: int) -> _Beam:
+def _first_level(lattice: Lattice, num_paths: int) -> _Level:
     width = min(lattice.num_candidates, num_paths)
     tokens = lattice.tokens[:, 0, 0, :width]
     rows = None if lattice.next_row is None else lattice.next_row[:, 0, 0, :width]
-    return lattice.log_probs[:, 0, 0, :width], tokens, torch.zeros_like(tokens), rows
+    return _Level(lattice.log_probs[:, 0, 0, :width], tokens, torch.zeros_like(tokens), rows)
 
 
-def _next_level(lattice: Lattice, level: int, beam: _Beam, width: int) -> _Beam:
-    """The best `width` extensions of the beam by the candidates of depth `level` + 1."""
-    if beam[3] is None:
-        return _extend_by_shared_row(lattice, level, beam[0], width)
-    return _extend_by_rows(lattice, level, beam[0], beam[3], width)
+def _next_level(lattice: Lattice, level: int, above: _Level, width: int) -> _Level:
+    """The best `width` extensions of the level above by the candidates of depth `level` + 1."""
+    if above.rows is None or lattice.next_row is None:
+        return _extend_by_shared_row(lattice, level, above.values, width)
+    return _extend_by_rows(lattice.tokens, lattice.log_probs, lattice.next_row, level, above.values, above.rows, width)
 
 
-def _extend_by_shared_row(lattice: Lattice, level: int, path_values: Tensor, width: int) -> _Beam:
+def _extend_by_shared_row(lattice: Lattice, level: int, path_values: Tensor, width: int) -> _Level:
     """R = 1: all paths share one sorted row, so only pairs that few others dominate can be among the best."""
     parent_of_pair, rank_of_pair = _undominated_pairs(
         path_values.shape[1], lattice.num_candidates, width + level, level, path_values.device
     )
     values = path_values[:, parent_of_pair] + lattice.log_probs[:, level, 0, rank_of_pair]
     values, pairs = values.topk(min(width, values.shape[1]), dim=1)
-    return values, lattice.tokens[:, level, 0].gather(1, rank_of_pair[pairs]), parent_of_pair[pairs], None
+    return _Level(values, lattice.tokens[:, level, 0].gather(1, rank_of_pair[pairs]), parent_of_pair[pairs])
 
 
-def _extend_by_rows(lattice: Lattice, level: int, path_values: Tensor, rows: Tensor, width: int) -> _Beam:
+def _extend_by_rows(
+    tokens: Tensor, log_probs: Tensor, next_row: Tensor, level: int, path_values: Tensor, rows: Tensor, width: int
+) -> _Level:
     """R > 1: every path has a row of its own, or none (-1: it stays a leaf)."""
-    assert lattice.next_row is not None
-    num_candidates = min(lattice.num_candidates, width)
+    num_candidates = min(tokens.shape[3], width)
     row_index = rows.clamp(min=0)[:, :, None].expand(-1, -1, num_candidates)
-    steps = lattice.log_probs[:, level, :, :num_candidates].gather(1, row_index)
-    values = (path_values[:, :, None] + steps).masked_fill(rows[:, :, None] < 0, -torch.inf).flatten(1)
+
+    def of_rows(table: Tensor) -> Tensor:
+        return table[:, level, :, :num_candidates].gather(1, row_index)
+
+    values = path_values[:, :, None] + of_rows(log_probs)
+    values = values.masked_fill(rows[:, :, None] < 0, -torch.inf).flatten(1)
     values, pairs = values.topk(min(width, values.shape[1]), dim=1)
-    tokens = lattice.tokens[:, level, :, :num_candidates].gather(1, row_index).flatten(1).gather(1, pairs)
-    next_rows = lattice.next_row[:, level, :, :num_candidates].gather(1, row_index).flatten(1).gather(1, pairs)
-    return values, tokens, pairs // num_candidates, next_rows
+    return _Level(
+        values,
+        of_rows(tokens).flatten(1).gather(1, pairs),
+        pairs // num_candidates,
+        of_rows(next_row).flatten(1).gather(1, pairs),
+    )
 
 
 @lru_cache(maxsize=256)
@@ -119,25 +132,24 @@ def _undominated_pairs(
     return table[:, 0].contiguous(), table[:, 1].contiguous()
 
 
-def _best_overall(
-    root: Tensor,
-    level_values: list[Tensor],
-    level_tokens: list[Tensor],
-    level_parents: list[Tensor],
-    num_nodes: int,
-    depth: int,
-) -> TokenTree:
+def _best_overall(root: Tensor, levels: list[_Level], num_nodes: int) -> TokenTree:
     """One stable sort over the root and all levels; parents are renumbered to the sorted order."""
-    root_values = level_values[0].new_zeros(root.shape[0], 1)
-    values = torch.cat([root_values, *level_values], dim=1)
-    tokens = torch.cat([root[:, None], *level_tokens], dim=1)
-    parents = torch.cat([torch.zeros_like(root[:, None]), *level_parents], dim=1)
+    first = torch.zeros_like(root[:, None])
+    parents = [first, levels[0].parents]
+    offset = 1  # slot of the first node of the level above in the list of all nodes; the root has slot 0
+    for above, level in pairwise(levels):
+        parents.append(level.parents + offset)
+        offset += above.parents.shape[1]
+    values = torch.cat([first.to(levels[0].values.dtype), *(level.values for level in levels)], dim=1)
+    tokens = torch.cat([root[:, None], *(level.tokens for level in levels)], dim=1)
     values, order = values.sort(dim=1, descending=True, stable=True)
     new_index = order.argsort(dim=1)
     kept = order[:, :num_nodes]
-    parents = new_index.gather(1, parents.gather(1, kept))
-    parents[:, 0] = -1
-    return TokenTree(tokens=tokens.gather(1, kept), parents=parents, log_probs=values[:, :num_nodes], max_depth=depth)
+    kept_parents = new_index.gather(1, torch.cat(parents, dim=1).gather(1, kept))
+    kept_parents[:, 0] = -1
+    return TokenTree(
+        tokens=tokens.gather(1, kept), parents=kept_parents, log_probs=values[:, :num_nodes], max_depth=len(levels)
+    )
 
 
 def grow_fixed(lattice: Lattice, root: Tensor, shape: FixedTree) -> TokenTree:
