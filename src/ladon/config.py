@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 AUTO_BUDGET = 16  # what budget="auto" means until tree sizes are chosen from measured cost
 
@@ -24,7 +25,23 @@ class DecoderOptions:
     )
 
 
-def help_of(options: type[DecoderOptions], name: str) -> str:
+@dataclass(frozen=True, kw_only=True)
+class BenchOptions:
+    """What a benchmark runs. The field docs are the help of the command line."""
+
+    modes: tuple[str, ...] = field(
+        default=("plain", "chain", "fixed", "dynamic"),
+        metadata={"help": "some of plain, chain, fixed, dynamic; plain always runs, for comparison"},
+    )
+    budgets: tuple[int, ...] = field(
+        default=(AUTO_BUDGET,), metadata={"help": "nodes per step and sequence, root included; several: 8,16,32"}
+    )
+    batches: tuple[int, ...] = field(default=(1,), metadata={"help": "prompts decoded together; several: 1,4"})
+    max_new_tokens: int = field(default=128, metadata={"help": "tokens per answer at most"})
+    repeats: int = field(default=3, metadata={"help": "timed runs of each prompt and mode; medians are reported"})
+
+
+def help_of(options: type[Any], name: str) -> str:
     """The help text of one field."""
     for option in fields(options):
         if option.name == name:

@@ -1,0 +1,226 @@
+"""The things compared: Ladon's modes, and transformers' own `generate`, behind one method.
+
+Both give decode time with prefill left out. Ladon counts it itself (`DecodeStats`). For `generate`, a stopping
+criterion, which is called once after each new token, takes the time of the first call (prefill and first token done)
+and of the last; the tokens between, all but the first of each row, are the decode tokens.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+from ladon.errors import InputError
+from ladon.fixed_tree import FixedTree
+from ladon.generation import Decoder
+from ladon.stats import DecodeStats
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ladon.heads import Heads
+
+MODES = ("plain", "chain", "fixed", "dynamic")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """One call on one group of prompts.
+
+    Attributes:
+        outputs: new token ids of each row, cut after its first end-of-sequence token.
+        stats: counts and times.
+        seconds: wall time of the whole call, prefill included.
+        step_counts: tokens emitted by each decode step, if they were recorded (one row only).
+    """
+
+    outputs: list[list[int]]
+    stats: DecodeStats
+    seconds: float
+    step_counts: list[int] = field(default_factory=list)
+
+
+class System(Protocol):
+    """One way to decode."""
+
+    name: str
+
+    def run(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> Run:
+        """Decode a group of prompts together."""
+
+
+class LadonSystem:
+    """A mode of Ladon at a budget.
+
+    Attributes:
+        name: the mode.
+        budget: nodes verified per step and row, root included.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        heads: Heads | None,
+        *,
+        mode: str,
+        budget: int,
+        fixed_tree: FixedTree | None = None,
+        profile: bool = False,
+    ) -> None:
+        """`fixed_tree` is the tree of mode "fixed"; `profile` measures stages and records the steps of single rows."""
+        self.name = mode
+        tree: str | FixedTree = {"plain": "off", "chain": "chain", "dynamic": "dynamic"}.get(mode, "")
+        if mode == "fixed":
+            if fixed_tree is None:
+                raise InputError("mode fixed needs a tree; give one with --fixed-tree, or leave the mode out")
+            tree = fixed_tree
+        self._decoder = Decoder(model, heads if mode != "plain" else None, tree=tree, budget=budget, profile=profile)
+        self.budget = {"plain": 1, "chain": min(budget, heads.num_heads + 1 if heads else 1)}.get(mode, budget)
+        self._profile = profile
+
+    @property
+    def decoder(self) -> Decoder:
+        """The decoder itself."""
+        return self._decoder
+
+    def run(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> Run:
+        """Decode a group of prompts together."""
+        recorder = _StepRecorder() if self._profile and len(prompts) == 1 else None
+        started = time.perf_counter()
+        sequences = self._decoder.generate(
+            **_inputs(self._decoder.model, prompts),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            streamer=recorder,
+        )
+        seconds = time.perf_counter() - started
+        return Run(
+            outputs=_outputs(self._decoder.model, sequences, prompts),
+            stats=self._decoder.stats,
+            seconds=seconds,
+            step_counts=recorder.counts if recorder else [],
+        )
+
+
+class TransformersSystem:
+    """transformers' greedy `generate`, untouched."""
+
+    name = "transformers"
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        """`model` is used as it is."""
+        self._model = model
+
+    def run(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> Run:
+        """Decode a group of prompts together."""
+        clock = _TokenClock(self._model.device)
+        started = time.perf_counter()
+        sequences = type(self._model).generate(
+            self._model,
+            **_inputs(self._model, prompts),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            stopping_criteria=StoppingCriteriaList([clock]),
+        )
+        _wait(self._model.device)
+        seconds = time.perf_counter() - started
+        outputs = _outputs(self._model, sequences, prompts)
+        decoded = sum(len(row) - 1 for row in outputs)
+        stats = DecodeStats(
+            prefill_tokens=sum(len(prompt) for prompt in prompts),
+            prefill_seconds=clock.first - started,
+            forwards=clock.calls - 1,
+            row_steps=decoded,
+            tokens=decoded,
+            decode_seconds=clock.last - clock.first,
+        )
+        return Run(outputs=outputs, stats=stats, seconds=seconds)
+
+
+def merged(stats: Sequence[DecodeStats]) -> DecodeStats:
+    """The sums of several runs' counts and times."""
+    total = DecodeStats()
+    for part in stats:
+        for name in ("prefill_tokens", "prefill_seconds", "forwards", "row_steps", "tokens", "nodes_verified"):
+            setattr(total, name, getattr(total, name) + getattr(part, name))
+        total.accepted_nodes += part.accepted_nodes
+        total.decode_seconds += part.decode_seconds
+        for stage, seconds in part.stage_seconds.items():
+            total.stage_seconds[stage] = total.stage_seconds.get(stage, 0.0) + seconds
+    return total
+
+
+class _TokenClock(StoppingCriteria):
+    """Never stops; takes the time of its first and its last call."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.calls, self.first, self.last = 0, 0.0, 0.0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        """Take the time; no row is done."""
+        if self.calls == 0:
+            _wait(self._device)
+        self.last = time.perf_counter()
+        self.first = self.first or self.last
+        self.calls += 1
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
+class _StepRecorder:
+    """A streamer that keeps how many tokens came with each decode step."""
+
+    def __init__(self) -> None:
+        self._puts: list[int] = []
+
+    def put(self, value: Tensor) -> None:
+        """Called with the prompt, then the prefill's token, then each step's tokens."""
+        self._puts.append(value.numel())
+
+    def end(self) -> None:
+        """Nothing to flush."""
+
+    @property
+    def counts(self) -> list[int]:
+        """Tokens of each decode step."""
+        return self._puts[2:]
+
+
+def _wait(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+
+
+def _inputs(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+    """Prompts padded on the left, as `generate` wants them."""
+    longest = max(len(prompt) for prompt in prompts)
+    ids = torch.zeros(len(prompts), longest, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :] = torch.tensor(list(prompt))
+        mask[row, longest - len(prompt) :] = 1
+    return {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
+
+
+def _outputs(model: PreTrainedModel, sequences: Any, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    stops = end_ids(model)
+    longest = max(len(prompt) for prompt in prompts)
+    rows: list[list[int]] = sequences[:, longest:].tolist()
+    return [cut(row, stops) for row in rows]
+
+
+def end_ids(model: PreTrainedModel) -> frozenset[int]:
+    """Token ids that end an answer, from the model's generation config."""
+    ends = getattr(model.generation_config, "eos_token_id", None)
+    return frozenset() if ends is None else frozenset([ends] if isinstance(ends, int) else ends)
+
+
+def cut(tokens: list[int], stops: frozenset[int]) -> list[int]:
+    """The tokens up to the first of `stops`, that one included."""
+    return next((tokens[: place + 1] for place, token in enumerate(tokens) if token in stops), tokens)

@@ -1,0 +1,136 @@
+"""Model, tokenizer and heads from the names that a user gives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ladon.bench.environment import cpu_flags
+from ladon.bundled import demo_path, load_demo
+from ladon.errors import InputError
+from ladon.heads import load_heads
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ladon.heads import Heads
+
+DEMO = "demo"
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Loaded:
+    """What a command works with; `heads` is None if none were named."""
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    heads: Heads | None
+    is_demo: bool
+
+
+def load(
+    model: str,
+    heads: str | None,
+    *,
+    dtype: str,
+    device: str = "auto",
+    threads: int | None = None,
+    trust_remote_code: bool = False,
+) -> Loaded:
+    """Load a model and its heads.
+
+    Args:
+        model: "demo", a folder, or a hub id.
+        heads: "demo", a folder or a hub id; None is the bundled heads for the bundled model, and no heads otherwise.
+        dtype: "auto" or a dtype's name.
+        device: "auto" or a torch device.
+        threads: CPU threads of torch; None leaves its choice.
+        trust_remote_code: run code that comes with the checkpoint.
+
+    Raises:
+        InputError: the model cannot be loaded, or dtype or device is unknown.
+        HeadsError: the heads cannot be loaded or belong to another model.
+    """
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    place = _device(device)
+    if model == DEMO:
+        target, tokenizer, own_heads = load_demo(_dtype(dtype, torch.bfloat16, place))
+        target = target.to(place)
+        found: Heads | None = own_heads.bind(target) if heads in (None, DEMO) else load_heads(str(heads), target)
+    else:
+        target, tokenizer = _from_transformers(model, dtype, place, trust_remote_code)
+        found = None if heads is None else load_heads(demo_path() / "heads" if heads == DEMO else heads, target)
+    name = model if model == DEMO else Path(model).name
+    return Loaded(name=name, model=target, tokenizer=tokenizer, heads=found, is_demo=model == DEMO)
+
+
+def require_heads(loaded: Loaded, tree: object) -> None:
+    """Raise `InputError` if the tree needs heads and none were named."""
+    if loaded.heads is None and tree != "off":
+        raise InputError(f"no heads for {loaded.name}; give --heads FOLDER, or --tree off for plain decoding")
+
+
+def dtype_name(model: PreTrainedModel) -> str:
+    """The dtype as the JSON documents name it, e.g. "bfloat16"."""
+    return str(model.dtype).removeprefix("torch.")
+
+
+def _from_transformers(
+    name: str, dtype: str, device: torch.device, trust_remote_code: bool
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    path = Path(name).expanduser()
+    if not path.is_dir() and (path.exists() or (name.count("/") != 1 and ("/" in name or "\\" in name))):
+        raise InputError(f"there is no model folder {name}; give a folder in transformers' format, or a hub id")
+    source: Any = str(path) if path.is_dir() else name
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        stored = getattr(config.get_text_config(decoder=True), "dtype", None) or torch.float32
+        model = AutoModelForCausalLM.from_pretrained(
+            source, config=config, dtype=_dtype(dtype, stored, device), trust_remote_code=trust_remote_code
+        )
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except InputError:
+        raise
+    except Exception as error:  # transformers raises every kind, for every way in which a checkpoint can be wrong
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        raise InputError(
+            f"cannot load the model {name}: {reason} Give a folder with a causal language model and its tokenizer, or "
+            "the id of one on the hub"
+        ) from error
+    return model.to(device).eval(), tokenizer
+
+
+def _dtype(name: str, stored: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype asked for; "auto" is the stored one unless this CPU would be slow in it."""
+    if name != "auto":
+        if name not in _DTYPES:
+            raise InputError(f"--dtype is {name!r}; give auto, {', '.join(_DTYPES)}")
+        return _DTYPES[name]
+    if isinstance(stored, str):
+        stored = _DTYPES.get(stored, torch.float32)
+    if device.type != "cpu" or stored not in (torch.bfloat16, torch.float16):
+        return stored
+    return torch.bfloat16 if cpu_flags() & {"avx512_bf16", "amx_bf16"} else torch.float32
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for the device
+        raise InputError(f"--device {name} cannot be used ({str(error).splitlines()[0]}); give auto or cpu") from error
+    return device

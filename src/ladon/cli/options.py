@@ -1,0 +1,96 @@
+"""Options that several commands share, and the reading of their values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from typer import Option
+
+from ladon.config import AUTO_BUDGET, BenchOptions, DecoderOptions, help_of
+from ladon.errors import InputError
+
+if TYPE_CHECKING:
+    from ladon.fixed_tree import FixedTree
+
+ModelOption = Annotated[
+    str,
+    Option("--model", metavar="NAME", help="The bundled model (demo), a folder in transformers' format, or a hub id."),
+]
+HeadsOption = Annotated[
+    str | None,
+    Option("--heads", metavar="NAME", help="Folder or hub id of the model's heads; the bundled model brings its own."),
+]
+DtypeOption = Annotated[
+    str,
+    Option(
+        "--dtype", help="auto (the checkpoint's; float32 where the CPU has no bfloat16), float32, bfloat16, float16."
+    ),
+]
+DeviceOption = Annotated[str, Option("--device", metavar="NAME", help="auto (a GPU if there is one), cpu, cuda, ...")]
+ThreadsOption = Annotated[
+    int | None, Option("--threads", metavar="N", min=1, help="CPU threads of torch; its own choice if left out.")
+]
+OneThreadOption = Annotated[int, Option("--threads", metavar="N", min=1, help="CPU threads of torch.")]
+TrustOption = Annotated[
+    bool, Option("--trust-remote-code", help="Run Python code that comes with the model. Off unless asked for.")
+]
+PromptOption = Annotated[str | None, Option("--prompt", metavar="TEXT", help="The text to continue.")]
+PromptFileOption = Annotated[
+    Path | None, Option("--prompt-file", metavar="FILE", help="A UTF-8 file with the text to continue.")
+]
+TreeOption = Annotated[str, Option("--tree", metavar="TREE", help=f"{help_of(DecoderOptions, 'tree').capitalize()}.")]
+BudgetOption = Annotated[
+    str, Option("--budget", metavar="N", help=f"{help_of(DecoderOptions, 'budget').capitalize()}.")
+]
+NewTokensOption = Annotated[int, Option("--max-new-tokens", metavar="N", min=1, help="Tokens to write at most.")]
+JsonOption = Annotated[bool, Option("--json", help="Print one JSON document as the last line of standard output.")]
+
+
+def parse_budget(text: str) -> int | str:
+    """A number of nodes, or "auto"."""
+    return text if text == "auto" else parse_counts("--budget", text, largest=1)[0]
+
+
+def parse_budgets(text: str) -> tuple[int, ...]:
+    """Numbers of nodes separated by commas; "auto" is the default budget."""
+    return parse_counts("--budget", ",".join(str(AUTO_BUDGET) if part == "auto" else part for part in text.split(",")))
+
+
+def parse_counts(option: str, text: str, largest: int | None = None) -> tuple[int, ...]:
+    """Whole numbers of 1 or more separated by commas, at most `largest` of them."""
+    try:
+        counts = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        counts = ()
+    if not counts or min(counts) < 1 or (largest and len(counts) > largest):
+        some = "a whole number of 1 or more" if largest == 1 else "whole numbers of 1 or more, separated by commas"
+        raise InputError(f"{option} is {text!r}; give {some}")
+    return counts
+
+
+def parse_modes(text: str) -> tuple[str, ...]:
+    """Mode names separated by commas."""
+    known = BenchOptions().modes
+    modes = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
+    unknown = [mode for mode in modes if mode not in known]
+    if unknown:
+        raise InputError(f"--modes has {unknown[0]!r}; give some of {', '.join(known)}, separated by commas")
+    return modes
+
+
+def parse_tree(text: str) -> str | FixedTree:
+    """A tree option's name, or the fixed tree in a file."""
+    if text in ("dynamic", "chain", "off"):
+        return text
+    if not Path(text).is_file():
+        raise InputError(f"--tree is {text!r}; give dynamic, chain, off, or a JSON file of rank paths")
+    from ladon.fixed_tree import FixedTree
+
+    return FixedTree.load(text)
+
+
+def joined(values: Sequence[object]) -> str:
+    """Values as an option's text."""
+    return ",".join(str(value) for value in values)

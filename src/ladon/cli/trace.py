@@ -1,0 +1,93 @@
+"""`ladon trace`: look at the tree of every step."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+from typer import Option
+
+from ladon.cli import options
+from ladon.cli.output import check_writable, print_json, say, write_whole
+from ladon.cli.prompts import encode, read_prompt
+from ladon.config import DecoderOptions
+
+_DEFAULTS = DecoderOptions()
+
+
+def trace(
+    prompt: options.PromptOption = None,
+    prompt_file: options.PromptFileOption = None,
+    model: options.ModelOption = "demo",
+    heads: options.HeadsOption = None,
+    max_new_tokens: options.NewTokensOption = 32,
+    tree: options.TreeOption = _DEFAULTS.tree,
+    budget: options.BudgetOption = str(_DEFAULTS.budget),
+    html: Annotated[
+        Path | None, Option("--html", metavar="FILE", help="Write one self-contained web page instead.")
+    ] = None,
+    png: Annotated[
+        Path | None, Option("--png", metavar="FILE", help="Write a picture of the first steps instead.")
+    ] = None,
+    png_steps: Annotated[int, Option("--png-steps", metavar="N", min=1, help="How many steps the picture shows.")] = 4,
+    dtype: options.DtypeOption = "auto",
+    device: options.DeviceOption = "auto",
+    threads: options.ThreadsOption = None,
+    trust_remote_code: options.TrustOption = False,
+    as_json: options.JsonOption = False,
+) -> None:
+    """Show every step's tree with its probabilities, the accepted path, the bonus token and the attention mask.
+
+    In the terminal unless a file is asked for.
+
+    For example:
+
+        ladon trace --prompt "import os" --max-new-tokens 24
+        ladon trace --prompt "for line in lines:" --budget 32 --html trace.html
+    """
+    text, nodes, shape = read_prompt(prompt, prompt_file), options.parse_budget(budget), options.parse_tree(tree)
+    check_writable(html)
+    check_writable(png)
+    from ladon.bench.systems import end_ids
+    from ladon.cli.loading import load, require_heads
+    from ladon.generation import Decoder
+    from ladon.viz import html as web
+    from ladon.viz import png as picture
+    from ladon.viz.record import record
+
+    if png is not None:
+        picture.check_available()
+    loaded = load(model, heads, dtype=dtype, device=device, threads=threads, trust_remote_code=trust_remote_code)
+    require_heads(loaded, shape)
+    decoder = Decoder(loaded.model, loaded.heads, tree=shape, budget=nodes)
+    ids = encode(loaded.tokenizer, text)
+    stops = sorted(end_ids(loaded.model))
+    steps = list(decoder.trace(ids.to(loaded.model.device), max_new_tokens=max_new_tokens, eos_token_id=stops))
+    title = f"model {loaded.name}, tree {tree}, budget {nodes}"
+    run = record(loaded.tokenizer, ids.tolist(), steps, title=title)
+    if html is not None:
+        write_whole(html, web.page(run).encode())
+        say(f"wrote {html}: {len(run.steps)} steps")
+    if png is not None:
+        write_whole(png, picture.png(run, run.steps[:png_steps]))
+        say(f"wrote {png}: the first {min(png_steps, len(run.steps))} of {len(run.steps)} steps")
+    if html is None and png is None and not as_json:
+        from rich.console import Console
+
+        from ladon.viz.terminal import run_view
+
+        console = Console(highlight=False)
+        for part in run_view(run):
+            console.print(part)
+    if as_json:
+        acceptance = run.acceptance_length if run.steps else None
+        document = {"prompt": run.prompt, "acceptance_length": acceptance, "steps": [_finite(asdict(s)) for s in steps]}
+        print_json(document)
+
+
+def _finite(step: dict[str, object]) -> dict[str, object]:
+    """JSON has no -inf, the log-probability of padding slots: None there."""
+    values = step["log_probs"]
+    assert isinstance(values, list)
+    return step | {"log_probs": [None if value == float("-inf") else value for value in values]}

@@ -1,0 +1,178 @@
+"""A run as one self-contained HTML file: no scripts, no fonts, no requests; trees and masks are inline SVG."""
+
+from __future__ import annotations
+
+from html import escape
+
+from ladon.viz.palette import origin_colour, origin_name
+from ladon.viz.record import BONUS, Node, Record, Step, rows_of, with_bonus
+
+_COLUMN, _ROW, _BOX_WIDTH, _BOX_HEIGHT = 178, 25, 148, 20  # pixels of the tree drawing
+_CELL, _PREFIX = 9, 46  # pixels of the mask drawing: one cell, and the bar that stands for the cached tokens
+_TAIL = 600  # characters of earlier text shown at each step
+
+_STYLE = """
+:root { --ground: #fbfaf7; --card: #ffffff; --ink: #22252a; --soft: #767b84; --line: #d9dbe0; --faint: #eceef1; }
+@media (prefers-color-scheme: dark) {
+  :root { --ground: #16181c; --card: #1e2126; --ink: #e6e7ea; --soft: #969ca6; --line: #3a3e46; --faint: #2a2d33; }
+}
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--ground); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
+main { max-width: 1240px; margin: 0 auto; padding: 28px 24px 80px; }
+h1 { font-size: 22px; margin: 0 0 4px; } h2 { font-size: 15px; margin: 0 0 10px; font-weight: 600; }
+p { margin: 4px 0; } .soft { color: var(--soft); font-weight: 400; }
+.numbers { display: flex; flex-wrap: wrap; gap: 8px 32px; margin: 18px 0; }
+.numbers b { display: block; font-size: 24px; line-height: 1.2; }
+.legend { display: flex; flex-wrap: wrap; gap: 4px 18px; margin: 14px 0; font-size: 13px; }
+.legend i { display: inline-block; width: 11px; height: 11px; border-radius: 3px; margin-right: 6px; }
+section { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 16px 18px;
+  margin: 16px 0; scroll-margin-top: 12px; }
+section:target { outline: 2px solid #e07b00; }
+.scroll { overflow-x: auto; } .pair { display: flex; flex-wrap: wrap; gap: 20px 32px; align-items: flex-start; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0;
+  font: 13px/1.6 ui-monospace, Menlo, Consolas, monospace; }
+pre a { text-decoration: none; color: inherit; border-radius: 2px; }
+pre a:hover, pre .new { background: var(--faint); }
+.new { font-weight: 700; } .prompt { color: var(--soft); }
+svg { display: block; } svg text { font: 12px ui-monospace, Menlo, Consolas, monospace; fill: var(--ink); }
+svg .soft { fill: var(--soft); } svg .small { font-size: 10px; }
+.box { fill: var(--card); stroke: var(--line); } .edge { fill: none; stroke: var(--line); stroke-width: 1.2; }
+.grid { fill: var(--faint); } .bar { fill: var(--line); }
+figcaption { color: var(--soft); font-size: 12px; margin-top: 6px; } figure { margin: 0; max-width: 100%; }
+"""
+
+
+def page(record: Record) -> str:
+    """The whole document."""
+    depth = max((node.depth for step in record.steps for node in step.nodes), default=0)
+    swatches = "".join(
+        f'<span><i style="background:{origin_colour(origin)}"></i>{origin_name(origin)}</span>'
+        for origin in [*range(1, depth + 1), BONUS]
+    )
+    nodes = sum(len(step.nodes) for step in record.steps)
+    numbers = [
+        (f"{record.acceptance_length:.2f}", "tokens per step (acceptance length)"),
+        (str(record.tokens), "tokens emitted by decode steps"),
+        (str(len(record.steps)), "decode steps, one forward each"),
+        (f"{nodes / max(1, len(record.steps)):.1f}", "nodes verified per step"),
+    ]
+    cells = "".join(f"<div><b>{value}</b><span class='soft'>{escape(name)}</span></div>" for value, name in numbers)
+    steps = "\n".join(_section(record, place) for place in range(len(record.steps)))
+    return (
+        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>Ladon trace</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n"
+        f'<h1>Ladon trace</h1>\n<p class="soft">{escape(record.title)}</p>\n<div class="numbers">{cells}</div>\n'
+        f'<div class="legend">{swatches}</div>\n'
+        f'<section><h2>The text <span class="soft">each token links to the step that gave it</span></h2>'
+        f"<pre>{_text(record)}</pre></section>\n{steps}\n</main>\n</body>\n</html>\n"
+    )
+
+
+def _text(record: Record) -> str:
+    parts = [f'<span class="prompt">{escape(record.prompt)}</span>{escape(record.first)}']
+    for step in record.steps:
+        for piece, origin in step.emitted:
+            name = f"step {step.index}: {origin_name(origin)}"
+            style = f"color:{origin_colour(origin)}"
+            parts.append(f'<a href="#step-{step.index}" title="{name}" style="{style}">{escape(piece)}</a>')
+    return "".join(parts)
+
+
+def _section(record: Record, place: int) -> str:
+    step = record.steps[place]
+    emitted = "".join(
+        f'<span class="new" style="color:{origin_colour(origin)}">{escape(piece)}</span>'
+        for piece, origin in step.emitted
+    )
+    count = len(step.emitted)
+    heading = (
+        f'Step {step.index} <span class="soft">{step.length} tokens cached, {len(step.nodes)} nodes verified, '
+        f"{count} token{'s' if count != 1 else ''} emitted</span>"
+    )
+    return (
+        f'<section id="step-{step.index}"><h2>{heading}</h2>\n<div class="pair">\n'
+        f'<figure class="scroll">{tree_svg(step)}</figure>\n'
+        f'<figure class="scroll">{mask_svg(step)}<figcaption>attention mask: row sees column; every node sees all '
+        f"cached tokens;<br>coloured rows are the accepted path</figcaption></figure>\n</div>\n"
+        f'<pre><span class="prompt">{_tail(record, place)}</span>{emitted}</pre></section>'
+    )
+
+
+def _tail(record: Record, place: int) -> str:
+    before = "".join(piece for step in record.steps[:place] for piece, _ in step.emitted)
+    text = record.prompt + record.first + before
+    return escape(text if len(text) <= _TAIL else "… " + text[-_TAIL:])
+
+
+def tree_svg(step: Step) -> str:
+    """The tree, growing to the right; probabilities are those of the whole path; the accepted path is in colour."""
+    nodes = with_bonus(step)
+    rows = rows_of(nodes)
+    width = (max(node.depth for node in nodes)) * _COLUMN + _BOX_WIDTH + 4
+    height = (max(rows) + 1) * _ROW + 4
+    parts = [f'<svg width="{width}" height="{height:.0f}" viewBox="0 0 {width} {height:.0f}" role="img">']
+    for node in sorted(nodes[1:], key=lambda node: node.accepted):  # accepted edges on top
+        parts.append(_edge(node, rows[node.parent], rows[node.index], is_bonus=node is nodes[-1]))
+    for node in nodes:
+        parts.append(_box(node, rows[node.index], is_bonus=node is nodes[-1]))
+    return "".join([*parts, "</svg>"])
+
+
+def _edge(node: Node, parent_row: float, row: float, *, is_bonus: bool) -> str:
+    start, end = (node.depth - 1) * _COLUMN + _BOX_WIDTH + 1, node.depth * _COLUMN + 1
+    top, bottom = parent_row * _ROW + _BOX_HEIGHT / 2 + 2, row * _ROW + _BOX_HEIGHT / 2 + 2
+    middle = (start + end) / 2
+    curve = f"M{start} {top:.1f}C{middle} {top:.1f} {middle} {bottom:.1f} {end} {bottom:.1f}"
+    if not node.accepted:
+        return f'<path class="edge" d="{curve}"/>'
+    colour = origin_colour(BONUS if is_bonus else node.depth)
+    dash = ' stroke-dasharray="4 3"' if is_bonus else ""
+    return f'<path d="{curve}" fill="none" stroke="{colour}" stroke-width="2.4"{dash}/>'
+
+
+def _box(node: Node, row: float, *, is_bonus: bool) -> str:
+    left, top = node.depth * _COLUMN + 1, row * _ROW + 2
+    baseline = top + _BOX_HEIGHT / 2 + 4
+    colour = origin_colour(BONUS if is_bonus or node.depth == 0 else node.depth)
+    shape = f'<rect x="{left}" y="{top:.1f}" width="{_BOX_WIDTH}" height="{_BOX_HEIGHT}" rx="5" '
+    if node.depth == 0:
+        shape += 'class="box" style="stroke:var(--ink)"/>'
+    elif node.accepted:
+        dash = ' stroke-dasharray="4 3"' if is_bonus else ""
+        shape += f'fill="{colour}" fill-opacity="0.16" stroke="{colour}" stroke-width="1.6"{dash}/>'
+    else:
+        shape += 'class="box"/>'
+    value = "bonus" if is_bonus else "root" if node.depth == 0 else f"{node.probability:.3f}"
+    name = node.label if len(node.label) <= 13 else node.label[:12] + "…"
+    weight = ' font-weight="700"' if node.accepted else ""
+    tip = f"node {node.index}: {node.label}" if not is_bonus else f"bonus: {node.label}"
+    return (
+        f"<g><title>{escape(tip)}</title>{shape}"
+        f'<text x="{left + 7}" y="{baseline:.1f}"{weight}>{escape(name)}</text>'
+        f'<text x="{left + _BOX_WIDTH - 6}" y="{baseline:.1f}" text-anchor="end" class="soft small">{value}</text></g>'
+    )
+
+
+def mask_svg(step: Step) -> str:
+    """The attention mask: a bar for the cached tokens, which every node sees, then one cell per pair of nodes."""
+    size = len(step.nodes)
+    side = size * _CELL
+    path = {node.index: node for node in step.nodes if node.accepted}
+    parts = [
+        f'<svg width="{_PREFIX + side + 4}" height="{side + 18}" role="img">',
+        f'<text x="0" y="11" class="soft small">{step.length} cached</text>',
+        f'<text x="{_PREFIX + 4}" y="11" class="soft small">{size} nodes</text>' if size > 4 else "",
+        f'<rect class="bar" x="0" y="16" width="{_PREFIX - 4}" height="{side}"/>',
+        f'<rect class="grid" x="{_PREFIX}" y="16" width="{side}" height="{side}"/>',
+    ]
+    for row, seen in enumerate(step.mask):
+        node = path.get(row)
+        fill = "var(--ink)" if node is None or node.depth == 0 else origin_colour(node.depth)
+        cells = "".join(
+            f"M{_PREFIX + column * _CELL} {16 + row * _CELL}h{_CELL - 1}v{_CELL - 1}h-{_CELL - 1}z"
+            for column, sees in enumerate(seen)
+            if sees
+        )
+        parts.append(f'<path d="{cells}" fill="{fill}"/>')
+    return "".join([*parts, "</svg>"])

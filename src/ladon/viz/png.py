@@ -1,0 +1,97 @@
+"""A run as a PNG file, and the drawings that a notebook shows (matplotlib, from the `bench` extra)."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ladon.errors import InputError
+from ladon.viz.palette import origin_colour
+from ladon.viz.record import BONUS, Record, Step, rows_of, with_bonus
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_MAX_LABEL = 12
+
+
+def check_available() -> None:
+    """Raise `InputError` unless matplotlib is installed."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise InputError(
+            "PNG pictures need matplotlib, which is not installed; pip install 'ladon-llm[bench]'"
+        ) from error
+
+
+def draw_tree(axes: Axes, step: Step) -> None:
+    """Draw one step's tree on `axes`: it grows to the right, the accepted path and the bonus token are in colour."""
+    nodes = with_bonus(step)
+    rows = rows_of(nodes)
+    for node in nodes:
+        is_bonus = node is nodes[-1]
+        colour = origin_colour(BONUS if is_bonus else node.depth) if node.accepted and node.depth else "#8a8f98"
+        if node.parent >= 0:
+            xs, ys = [node.depth - 0.36, node.depth], [rows[node.parent], rows[node.index]]
+            style = "--" if is_bonus else "-"
+            axes.plot(
+                xs, ys, color=colour, lw=2.0 if node.accepted else 0.8, ls=style, zorder=2 if node.accepted else 1
+            )
+        name = node.label if len(node.label) <= _MAX_LABEL else node.label[: _MAX_LABEL - 1] + "…"
+        value = "bonus" if is_bonus else "root" if node.depth == 0 else f"{node.probability:.2f}"
+        axes.text(
+            node.depth,
+            rows[node.index],
+            f"{name}  {value}".replace("$", r"\$"),
+            fontsize=7,
+            family="monospace",
+            va="center",
+            fontweight="bold" if node.accepted else "normal",
+            bbox={"boxstyle": "round,pad=0.25", "fc": "white", "ec": colour, "lw": 1.4 if node.accepted else 0.6},
+            zorder=3,
+        )
+    axes.set(xlim=(-0.1, max(node.depth for node in nodes) + 0.75), ylim=(max(rows) + 0.8, -0.8))
+    axes.axis("off")
+
+
+def draw_mask(axes: Axes, step: Step) -> None:
+    """Draw one step's attention mask on `axes`: row sees column; rows of the accepted path are in colour."""
+    from matplotlib.colors import to_rgb
+
+    image = [[(0.93, 0.94, 0.95)] * len(step.mask) for _ in step.mask]
+    for row, seen in enumerate(step.mask):
+        node = step.nodes[row]
+        colour = to_rgb(origin_colour(node.depth) if node.accepted and node.depth else "#3c4048")
+        for column, sees in enumerate(seen):
+            if sees:
+                image[row][column] = colour
+    axes.imshow(image, interpolation="nearest")
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.set_title(f"mask: row sees column ({len(step.mask)} nodes)", fontsize=8)
+
+
+def png(record: Record, steps: Sequence[Step]) -> bytes:
+    """A picture of the given steps, one below the other: tree on the left, mask on the right."""
+    from matplotlib.figure import Figure
+
+    if not steps:
+        raise InputError("there is no decode step to draw: the run ended with prefill; allow more new tokens")
+    heights = [max(2.2, 0.24 * (max(rows_of(with_bonus(step))) + 1)) for step in steps]
+    depth = max(node.depth for step in steps for node in with_bonus(step))
+    figure = Figure(figsize=(1.9 * (depth + 1) + 4.0, sum(heights) + 0.6 * len(steps) + 0.6), layout="constrained")
+    figure.suptitle(f"{record.title} · acceptance length {record.acceptance_length:.2f}", fontsize=10)
+    grid = figure.subplots(
+        len(steps), 2, squeeze=False, gridspec_kw={"width_ratios": [1.9 * (depth + 1), 3.4], "height_ratios": heights}
+    )
+    for step, (left, right) in zip(steps, grid, strict=True):
+        draw_tree(left, step)
+        emitted = "".join(piece for piece, _ in step.emitted)
+        shown = repr(emitted if len(emitted) <= 60 else emitted[:59] + "…").replace("$", r"\$")
+        left.set_title(f"step {step.index}: {len(step.emitted)} tokens emitted: {shown}", fontsize=8, loc="left")
+        draw_mask(right, step)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)
+    return buffer.getvalue()

@@ -1,0 +1,117 @@
+"""A run in the terminal: coloured text as it comes, and each step's tree with its mask beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.rule import Rule
+from rich.style import Style
+from rich.table import Table
+from rich.text import Text
+from rich.tree import Tree
+
+from ladon.viz.palette import origin_colour, origin_name
+from ladon.viz.record import BONUS, Node, Record, Step, children
+
+_HALF_BLOCKS = {(False, False): " ", (True, False): "▀", (False, True): "▄", (True, True): "█"}
+
+
+def legend(depth: int) -> Text:
+    """The colours in words, for drafts up to `depth`."""
+    parts = [Text(origin_name(origin), Style(color=origin_colour(origin))) for origin in [*range(1, depth + 1), BONUS]]
+    return Text(" · ").join(parts)
+
+
+def token_text(piece: str, origin: int) -> Text:
+    """One emitted token in its colour; a bonus token is bold besides, so that colour is not the only sign."""
+    return Text(piece, Style(color=origin_colour(origin), bold=origin == BONUS))
+
+
+def step_view(step: Step) -> RenderableType:
+    """One step: heading, tree and mask side by side, and what was emitted."""
+    emitted = Text("emitted  ", "dim")
+    for piece, origin in step.emitted:
+        emitted.append(repr(piece)[1:-1] or "…", Style(color=origin_colour(origin), bold=origin == BONUS))
+        emitted.append("│", "dim")
+    view = Table.grid(padding=(0, 4))
+    view.add_row(_tree(step), _mask(step))
+    heading = (
+        f"step {step.index} · {step.length} tokens cached · {len(step.nodes)} nodes · "
+        f"{len(step.emitted)} token{'s' if len(step.emitted) != 1 else ''} emitted"
+    )
+    return Group(Rule(heading, align="left", style="dim"), Padding(view, (0, 0, 0, 1)), Padding(emitted, (0, 0, 1, 1)))
+
+
+def summary(record: Record) -> Text:
+    """The run's text with every token in its colour, and its acceptance length."""
+    text = Text(record.prompt, "dim")
+    text.append(record.first, "bold")
+    for step in record.steps:
+        for piece, origin in step.emitted:
+            text.append_text(token_text(piece, origin))
+    text.append(
+        f"\n\n{record.tokens} tokens in {len(record.steps)} steps: acceptance length {record.acceptance_length:.2f}",
+        "bold",
+    )
+    return text
+
+
+def run_view(record: Record) -> Iterator[RenderableType]:
+    """All steps in order, then the summary."""
+    depth = max((node.depth for step in record.steps for node in step.nodes), default=0)
+    for step in record.steps:
+        yield step_view(step)
+    yield Rule("text so far", align="left", style="dim")
+    yield summary(record)
+    yield legend(depth)
+
+
+def _tree(step: Step) -> Tree:
+    below = children(step.nodes)
+
+    def grow(branch: Tree, nodes: Iterable[Node]) -> None:
+        for node in nodes:
+            child = branch.add(_node_text(node), guide_style=_guide(node))
+            grow(child, below.get(node.index, []))
+            if node.index == step.last:
+                child.add(_bonus_text(step))
+
+    root = step.nodes[0]
+    tree = Tree(_node_text(root), guide_style=_guide(root))
+    grow(tree, below.get(0, []))
+    if step.last == 0:
+        tree.add(_bonus_text(step))
+    return tree
+
+
+def _guide(node: Node) -> str:
+    return "bold" if node.accepted else "dim"
+
+
+def _node_text(node: Node) -> Text:
+    text = Text(no_wrap=True)
+    text.append(f"{node.index:<3}", "dim")
+    if node.depth == 0:
+        text.append(node.label, "bold")
+        return text.append(" root", "dim")
+    if node.accepted:
+        text.append(node.label, Style(color=origin_colour(node.depth), bold=True))
+        text.append(f" {node.probability:.3f}")
+        return text.append(" ✔", Style(color=origin_colour(node.depth)))
+    text.append(node.label)
+    return text.append(f" {node.probability:.3f}", "dim")
+
+
+def _bonus_text(step: Step) -> Text:
+    colour = origin_colour(BONUS)
+    return Text(step.bonus, Style(color=colour, bold=True)).append(" bonus", Style(color=colour))
+
+
+def _mask(step: Step) -> Text:
+    rows = [*step.mask, [False] * len(step.mask)][: len(step.mask) + len(step.mask) % 2]
+    text = Text("mask: row sees column\n", "dim", no_wrap=True)
+    for upper, lower in zip(rows[::2], rows[1::2], strict=True):
+        text.append("".join(_HALF_BLOCKS[pair] for pair in zip(upper, lower, strict=True)) + "\n", "default")
+    return text
