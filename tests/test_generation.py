@@ -129,7 +129,7 @@ def test_return_dict_and_copies(model, decoder):
 
 def test_custom_generate(model, decoder):
     assert torch.equal(model.generate(PROMPT, custom_generate=decoder, max_new_tokens=16), plain(model))
-    other = ladon.Decoder(type(model)(model.config))
+    other = ladon.Decoder(type(model)(model.config).eval())
     with pytest.raises(InputError, match="another model"):
         model.generate(PROMPT, custom_generate=other, max_new_tokens=4)
 
@@ -236,7 +236,7 @@ def test_options_of_the_decoder_are_checked(model):
         ladon.Decoder(model, heads, budget="many")
     with pytest.raises(TreeError, match="tree is 'star'"):
         ladon.Decoder(model, heads, tree="star")
-    other = type(model)(type(model.config)(**{**model.config.to_dict(), "vocab_size": 50}))
+    other = type(model)(type(model.config)(**{**model.config.to_dict(), "vocab_size": 50})).eval()
     with pytest.raises(HeadsError, match="vocabulary"):
         ladon.Decoder(other, heads)
 
