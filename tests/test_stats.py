@@ -12,7 +12,12 @@ from ladon.stats import DecodeStats, StageClock
 
 def test_metrics():
     stats = DecodeStats(
-        forwards=10, row_steps=20, tokens=50, nodes_verified=320, accepted_nodes=30, decode_seconds=2.0,
+        forwards=10,
+        row_steps=20,
+        tokens=50,
+        nodes_verified=320,
+        accepted_nodes=30,
+        decode_seconds=2.0,
         stage_seconds={"forward": 1.8, "growth": 0.02},
     )
     assert stats.acceptance_length == 2.5
@@ -37,3 +42,14 @@ def test_clock_adds_up_only_when_enabled():
         with clock.stage("a"):
             pass
     assert seconds["a"] > 0
+
+
+def test_forwards_are_timed_only_while_asked():
+    seconds: dict[str, float] = {}
+    module = torch.nn.Linear(2, 2)
+    clock = StageClock(seconds, enabled=True, device=torch.device("cpu"))
+    with clock.forward_of(module, "forward"):
+        module(torch.ones(1, 2))
+    timed = seconds["forward"]
+    module(torch.ones(1, 2))
+    assert timed > 0 and seconds["forward"] == timed and not module._forward_hooks

@@ -122,7 +122,7 @@ class Engine:
         started = time.perf_counter()
         clock = self._clock
         tree = self._within_limits(tree)
-        with clock.stage("forward"):
+        with clock.stage("verify"), clock.forward_of(self._target.model, "forward"):
             out = self._target.verify(tree, self._cache)
         with clock.stage("pick"):
             picks = sampling.pick(out.logits)
@@ -149,8 +149,6 @@ class Engine:
         caps = []
         for row, length in zip(self._rows, self._cache.host_lengths, strict=True):
             target_cap = self._target.depth_cap(length)
-            if target_cap == 0:
-                return tree.prefix(1)
             caps.append(row.num_left - 1 if target_cap is None else min(row.num_left - 1, target_cap))
         if max(caps) == 0:
             return tree.prefix(1)

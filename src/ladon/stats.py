@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
+from torch import nn
 
 
 @dataclass(kw_only=True)
@@ -30,8 +31,8 @@ class DecodeStats:
         nodes_verified: node slots given to the target, roots and padding slots included.
         accepted_nodes: draft nodes accepted.
         decode_seconds: time in decode steps; time the caller holds a step's result is left out.
-        stage_seconds: the same time by stage, when the run was profiled: "forward" (the target's own forward and what
-            surrounds it in verify), "pick", "accept", "commit", "heads", "growth", "transfer".
+        stage_seconds: the same time by stage, when the run was profiled: "verify" (and of it "forward", the target's
+            own forward), "pick", "accept", "commit", "heads", "growth", "transfer".
     """
 
     prefill_tokens: int = 0
@@ -102,6 +103,28 @@ class StageClock:
         started = self._now()
         yield
         self._seconds[name] = self._seconds.get(name, 0.0) + self._now() - started
+
+    @contextmanager
+    def forward_of(self, module: nn.Module, name: str) -> Iterator[None]:
+        """While this lasts, time the forwards of `module` as stage `name`."""
+        if not self._enabled:
+            yield
+            return
+        started = 0.0
+
+        def before(*_: object) -> None:
+            nonlocal started
+            started = self._now()
+
+        def after(*_: object) -> None:
+            self._seconds[name] = self._seconds.get(name, 0.0) + self._now() - started
+
+        handles = [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def _now(self) -> float:
         if self._waits:
