@@ -131,9 +131,6 @@ FAMILIES: dict[str, Family] = {
     "seed_oss": Family("A"),
     "solar_open": Family("A", _GROUPED_MOE),
     "bert": Family("A", {"is_decoder": True}),
-    "llama-dynamic": Family(
-        "A", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "llama"
-    ),
     "gptj": Family("A'", {"rotary_dim": 4}),
     "codegen": Family("A'", {"rotary_dim": 4}),
     "gpt_neox_japanese": Family("A'", {"intermediate_multiple_size": 2}),
@@ -219,12 +216,22 @@ FAMILIES: dict[str, Family] = {
     "falcon-alibi": Family("E", {"alibi": True, "new_decoder_architecture": False, "multi_query": True}, "falcon"),
     "gpt_neo": Family("F", {"attention_types": [[["local", "global"], 1]], "window_size": WINDOW}),
 }
+_RECURRENT: dict[str, dict[str, Any]] = {
+    "mamba2": {"num_heads": 8, "expand": 2},
+    "bamba": {"mamba_n_heads": 8, "mamba_d_head": 8},
+    "falcon_h1": {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_ssm": 64},
+    "granitemoehybrid": {"mamba_n_heads": 8, "mamba_d_head": 8, **_MOE},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "zamba": {"num_hidden_layers": 9},
+    "zamba2": {"layer_types": ["mamba", "hybrid"]},
+}
 _REFUSED = (
     "mamba mamba2 falcon_mamba qwen3_next qwen3_5_text qwen3_5_moe_text bamba jamba falcon_h1 granitemoehybrid lfm2 "
     "recurrent_gemma olmo_hybrid kimi_linear bailing_hybrid nemotron_h zamba zamba2 minimax lfm2_moe lfm3 "
     "qwen4_exp_text inkling_text rwkv xlstm zaya deepseek_v4"
 )
-FAMILIES.update({name: Family("G") for name in _REFUSED.split()})
+FAMILIES.update({name: Family("G", _RECURRENT.get(name, {})) for name in _REFUSED.split()})
 
 WORKABLE = tuple(name for name, family in FAMILIES.items() if family.mask_class != "G")
 REFUSED = tuple(name for name, family in FAMILIES.items() if family.mask_class == "G")
@@ -255,3 +262,10 @@ def build(name: str, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
             if parameter.ndim > 1:  # large enough that the context decides the logits
                 nn.init.normal_(parameter, std=0.2)
     return model.to(dtype).eval()
+
+
+def skeleton(name: str) -> PreTrainedModel:
+    """A family's model without weights, for what can be told from the outside."""
+    config = config_of(name)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config).eval()

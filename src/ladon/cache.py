@@ -173,7 +173,7 @@ class TreeCache(Cache):  # type: ignore[misc]  # transformers is not typed stric
     def __init__(self, num_layers: int, batch_size: int, device: torch.device, *, keep_tokens: bool = False) -> None:
         self.route = _Route(batch_size)
         super().__init__(layers=[_TreeLayer(self.route) for _ in range(num_layers)])
-        self._tokens = _TreeLayer(self.route) if keep_tokens else None  # token ids move like one more layer's keys
+        self._tokens = _TreeLayer(self.route) if keep_tokens else None  # ids move like an indexer's keys
         self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self.host_lengths = [0] * batch_size
         self._rows = torch.arange(batch_size, device=device)
@@ -191,14 +191,13 @@ class TreeCache(Cache):  # type: ignore[misc]  # transformers is not typed stric
     def record(self, tokens: Tensor) -> None:
         """Remember the token ids [b, N] of this forward, if the cache was made to."""
         if self._tokens is not None:
-            ids = tokens[:, None, :, None]
-            self._tokens.update(ids, ids[..., :0])
+            self._tokens.update_indexer(tokens[:, :, None])
 
     def tokens(self, length: int) -> Tensor:
         """The first `length` token ids of every row, [B, length]."""
-        if self._tokens is None or self._tokens.keys is None:
+        if self._tokens is None or self._tokens.indexer_keys is None:
             raise InputError("this cache holds no token ids: make it with keep_tokens=True")
-        return self._tokens.keys[:, 0, :length, 0]
+        return self._tokens.indexer_keys[:, 0, :length, 0]
 
     def _stores(self) -> list[_TreeLayer]:
         return [*self.layers, *([] if self._tokens is None else [self._tokens])]
@@ -256,3 +255,4 @@ class TreeCache(Cache):  # type: ignore[misc]  # transformers is not typed stric
         """Declare how many leading slots of each row are committed, on the host and on the device."""
         self.host_lengths = list(lengths)
         self.lengths = torch.tensor(self.host_lengths, dtype=torch.int64, device=self.lengths.device)
+        self.route.widest = 0

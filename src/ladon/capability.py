@@ -49,12 +49,16 @@ def _refusal(model: PreTrainedModel, arguments: set[str]) -> str | None:
     config = model.config.get_text_config(decoder=True)
     if model.config.is_encoder_decoder:
         return "it is an encoder-decoder, whose decoder takes no position ids. Use a decoder-only model"
-    unknown = sorted(set(getattr(config, "layer_types", None) or ()) - set(LAYER_TYPES))
-    if unknown or model._is_stateful or _has_recurrent_cache(config):
-        kind = f"layers of type {', '.join(unknown)}" if unknown else "layers"
+    if model._is_stateful or _has_recurrent_cache(config):
         return (
-            f"it has {kind} that keep a running state, and a state cannot follow several branches at once. Use plain "
-            "decoding of transformers for it, or an attention-only model"
+            "it has recurrent layers, and a running state cannot follow several branches at once. Use plain decoding of "
+            "transformers for it, or an attention-only model"
+        )
+    unknown = sorted(set(getattr(config, "layer_types", None) or ()) - set(LAYER_TYPES))
+    if unknown:
+        return (
+            f"it has layers of type {', '.join(unknown)}; allowed are {', '.join(LAYER_TYPES)}, because others keep a "
+            "running state or choose what to attend to by cache slot. Use plain decoding of transformers for it"
         )
     if not isinstance(model.get_output_embeddings(), nn.Module):
         return "it has no output projection (get_output_embeddings() is empty). Load it with a language-model head"
@@ -72,8 +76,8 @@ def _has_recurrent_cache(config: Any) -> bool:
         return False
     try:
         layers = DynamicCache(config=config).layers
-    except KeyError:  # a layer type with a cache of its own; `layer_types` names it
-        return True
+    except KeyError:  # an unknown layer type, which gets its own refusal
+        return False
     return any(isinstance(layer, recurrent) for layer in layers)
 
 

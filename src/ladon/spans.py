@@ -2,7 +2,8 @@
 
 Some models treat positions differently from some length on, and decide it for the whole call: `longrope` and
 `dynamic` rotary embeddings choose their frequencies by the greatest position of a call, llama4 scales queries by
-blocks of 8192 slots, and sparse indexers keep only `index_topk` keys. A span is a stretch of positions on which a call
+blocks of 8192 slots, and sparse attention keeps only the best `index_topk` keys (doge: `keep_window_size`), with ties
+that fall as the width of the call has it. A span is a stretch of positions on which a call
 with many nodes and many rows equals plain decoding of each row alone. A tree never crosses the end of its span, and
 rows in different spans are verified by different calls. Where nothing but plain decoding is exact, a span is `plain`:
 one position long, one node at a time.
@@ -70,7 +71,7 @@ class Spans:
         )
         dynamic = any("dynamic" in rope["rope_type"] for rope in ropes)
         self._dynamic_from = config.max_position_embeddings if dynamic else None
-        self._sparse_from: int | None = getattr(config, "index_topk", None)
+        self._sparse_from: int | None = getattr(config, "index_topk", None) or getattr(config, "keep_window_size", None)
         self._block: int | None = config.floor_scale if _scales_by_slot(config) else None
         self.recomputed_at = self._switches if model.config.model_type in _RECOMPUTING else []
         self._rotaries = [module for module in model.modules() if _frequencies(module)] if dynamic else []

@@ -232,9 +232,10 @@ class Target:
         """Fill rows that have just reached a switch again, with the frequencies of the other side, as generate does."""
         for switch in self._spans.recomputed_at:
             rows = [row for row, length in enumerate(cache.host_lengths) if length == switch]
-            for start in range(0, switch if rows else 0, self.prefill_chunk):
-                stop = min(start + self.prefill_chunk, switch)
-                self._prefill_chunk(cache.tokens(switch), (start, stop), rows, [0] * len(rows), cache, switch)
+            if rows:
+                tokens = cache.tokens(switch).clone()  # the anchors of the chunks overwrite the next chunk's first
+                group = PrefillGroup(rows=rows, anchor=switch, whole=False)
+                self._prefill_group(tokens, [switch] * cache.num_rows, group, cache)
 
     def _forward(
         self, tokens: Tensor, sight: Sight, cache: TreeCache, only: list[int] | None = None
