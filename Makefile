@@ -4,9 +4,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ladon-installed
+# The oldest transformers that is supported, and the packages that it holds back.
+OLDEST := .venv-oldest
+OLDEST_TRANSFORMERS := 5.0.0
+HELD_BACK := ^(transformers|tokenizers|huggingface_hub|httpx2|httpcore2|truststore)==
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint bench docs clean
+.PHONY: help demo test test-slow test-oldest lint bench docs clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -25,6 +29,16 @@ test: $(STAMP)  ## set up and run the fast tests
 test-slow: $(STAMP)  ## the slow tests alone: every model family, the recipe end to end
 	$(BIN)/python -m pytest -m slow
 
+test-oldest: $(OLDEST)/.ladon-installed  ## the fast tests with the oldest supported transformers
+	$(OLDEST)/bin/python -m pytest
+
+$(OLDEST)/.ladon-installed: pyproject.toml constraints.txt
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	grep -vE '$(HELD_BACK)' constraints.txt > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python -m pip install --quiet -c $(OLDEST)/constraints.txt -e '.[dev]' \
+		transformers==$(OLDEST_TRANSFORMERS)
+	@touch $@
+
 lint: $(STAMP)  ## ruff and mypy --strict
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -36,4 +50,4 @@ docs: $(STAMP)  ## write again what the pages take from the program: command lin
 	$(BIN)/python docs/refresh.py
 
 clean:  ## remove .venv and every cache
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	rm -rf $(VENV) $(OLDEST) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist

@@ -126,6 +126,18 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert anchor in anchors, f"{page.name} links to {target}, but {file.name} has no such heading"
 
 
+def test_families_are_those_that_are_tested() -> None:
+    import families
+
+    page = (ROOT / "docs" / "supported-models.md").read_text(encoding="utf-8")
+    table = page.split("## Families")[1].split("## Where")[0]
+    rows = [line for line in table.splitlines() if line.startswith("| ")][1:]
+    listed = [name for row in rows for name in row.split("|")[2].replace(" ", "").split(",")]
+    assert sorted(listed) == sorted(families.WORKABLE)
+    refused = page.split("## Refused")[1].strip().split(":")[0]
+    assert sorted(refused.replace(" ", "").split(",")) == sorted(families.REFUSED)
+
+
 def test_every_doc_page_is_in_the_index() -> None:
     index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
     for page in (ROOT / "docs").glob("*.md"):
