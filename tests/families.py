@@ -126,6 +126,7 @@ FAMILIES: dict[str, Family] = {
     "jetmoe": Family(
         "A", {"num_local_experts": 4, "num_experts_per_tok": 2, "kv_channels": 8, "num_key_value_heads": 2}
     ),
+    "minimax_m3_vl_text": Family("A", _MOE),  # its attention knows no windows; its sparse layers are refused
     "minimax_m2": Family("A", _MOE),
     "nanochat": Family("A"),
     "seed_oss": Family("A"),
@@ -196,7 +197,6 @@ FAMILIES: dict[str, Family] = {
     "laguna": Family("C", {**_MIXED, **_MOE}),
     "mellum": Family("C", {**_MIXED, **_MOE}),
     "ministral": Family("C", _MIXED),
-    "minimax_m3_vl_text": Family("C", {**_MIXED, **_MOE}),
     "modernbert-decoder": Family(
         "C", {"local_attention": 2 * WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
     ),

@@ -1,7 +1,8 @@
 """Decoding with trees says what `transformers` greedy generate says: every family, proposer, tree and batch.
 
 "Equal" as the design defines it: in float64 without exception; in float32 but for near-ties, where the reference's own
-top two logits are closer than 1e-4 and the logits of both sides agree within 1e-4. Each near-tie is printed.
+top two logits are closer than 1e-4 and the logits of both sides agree within 1e-4. Each near-tie is printed, and more
+than one in a thousand sequences fails.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ EVERY_COMBINATION = [
     for combination in product(PROPOSERS, TREES, (1, 4), DTYPES)
     if combination[0] != "root" or combination[1] == "chain"
 ]
+
+COMPARED: list[bool] = []  # one entry per sequence compared in this process: whether it was a near-tie
 
 
 def pairwise_combinations() -> list[tuple[str, str, int, str]]:
@@ -49,6 +52,8 @@ class Case:
     def __init__(self, name: str, dtype_name: str) -> None:
         self.name = f"{name} {dtype_name}"
         self.model = families.build(name, DTYPES[dtype_name])
+        self.model.generation_config.eos_token_id = None  # every row has its full length to be wrong in
+        self.model.generation_config.pad_token_id = 0
         self.target = Target(self.model)
         generator = torch.Generator().manual_seed(5)
         self.prompts = [torch.randint(3, families.VOCAB_SIZE, (n,), generator=generator) for n in PROMPT_LENGTHS]
@@ -57,24 +62,23 @@ class Case:
         for parameter in self.heads.parameters():
             torch.nn.init.normal_(parameter, std=0.3)
         self.heads.bind(self.model)
-        self.eos = frozenset(torch.tensor(self.model.generation_config.eos_token_id).reshape(-1).tolist())
 
     @torch.no_grad()
-    def check(self, proposer_name: str, tree_name: str, batch_size: int) -> int:
-        """Decode and compare; the number of near-ties."""
+    def check(self, proposer_name: str, tree_name: str, batch_size: int) -> None:
+        """Decode and compare."""
         truth = self.truth[:batch_size] if batch_size > 1 else self.truth[3:]
         prompts = self.prompts[:batch_size] if batch_size > 1 else self.prompts[3:]
         vocab_size = self.target.vocab_size
         proposer = make_proposer(proposer_name, TREES[tree_name], truth, vocab_size, self.heads)
-        outputs, stats = decode(self.target, proposer, prompts, NEW_TOKENS, self.eos)
+        outputs, stats = decode(self.target, proposer, prompts, NEW_TOKENS)
         label = f"{self.name}: {proposer_name}, {tree_name}, batch {batch_size}"
-        near_ties = sum(
+        near_ties = [
             self._difference(label, prompt, expected, output)
             for prompt, expected, output in zip(prompts, truth, outputs, strict=True)
-        )
-        if not near_ties:
+        ]
+        COMPARED.extend(near_ties)
+        if not any(near_ties):
             self._check_acceptance(label, proposer_name, truth, stats)
-        return near_ties
 
     def _difference(self, label: str, prompt: torch.Tensor, expected: list[int], output: list[int]) -> bool:
         """False if equal, True at a near-tie; anything else fails."""
@@ -127,3 +131,10 @@ def test_pairwise_covers_every_pair():
         for second in range(first + 1, 4):
             wanted = set(product(settings[first], settings[second]))
             assert {(c[first], c[second]) for c in chosen} == wanted
+
+
+def test_near_ties_are_rare():
+    """Last in this file: it looks back at every comparison above."""
+    if not COMPARED:
+        pytest.skip("nothing was compared in this process")
+    assert sum(COMPARED) <= len(COMPARED) / 1000, f"{sum(COMPARED)} near-ties in {len(COMPARED)} sequences"
