@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_tree import parent_arrays
 
 from ladon.accept import longest_match
 from ladon.tree import TokenTree
+from test_tree import parent_arrays
 
 
 def walk_down(tokens: list[int], parents: list[int], is_padding: list[bool], picks: list[int]) -> list[int]:

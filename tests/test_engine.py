@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from drafts import TREES, decode, make_proposer
 
 import ladon
+from drafts import TREES, decode, make_proposer
 from ladon.engine import Row
 from ladon.target import Target
 

@@ -72,10 +72,13 @@ def test_files(tmp_path):
     assert FixedTree.load(path).num_nodes == 50
     for text in ("{}", '["a"]', "[[0], 3]", "not json"):
         path.write_text(text)
-        with pytest.raises(TreeError, match="tree.json"):
+        with pytest.raises(TreeError, match=r"tree\.json"):
             FixedTree.load(path)
-    with pytest.raises(TreeError, match="missing.json"):
+    with pytest.raises(TreeError, match=r"missing\.json"):
         FixedTree.load(tmp_path / "missing.json")
+
+
+RATES = st.sampled_from([0.0, 0.1, 0.25, 0.5, 1.0])
 
 
 def expected_length(paths, rates) -> float:
@@ -84,7 +87,7 @@ def expected_length(paths, rates) -> float:
 
 @settings(max_examples=60, deadline=None)
 @given(
-    rates=st.lists(st.lists(st.sampled_from([0.0, 0.1, 0.25, 0.5, 1.0]), min_size=2, max_size=2), min_size=2, max_size=2),
+    rates=st.lists(st.lists(RATES, min_size=2, max_size=2), min_size=2, max_size=2),
     num_nodes=st.integers(1, 7),
 )
 def test_the_search_finds_the_best_of_all_trees(rates, num_nodes):

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from itertools import product
 
-import families
 import pytest
 import torch
-from drafts import PROPOSERS, TREES, decode, make_proposer
 
+import families
 import ladon
+from drafts import PROPOSERS, TREES, decode, make_proposer
 from ladon.target import Target
 
 NEW_TOKENS = 20

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from drafts import FIXED
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ladon
+from drafts import FIXED
 from ladon import engine as engine_module
 from ladon.engine import Row
 
