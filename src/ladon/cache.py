@@ -162,7 +162,7 @@ class _TreeLayer(CacheLayerMixin):
         return seen if self.route.rows is None else seen.index_select(0, self.route.rows.to(buffer.device))
 
 
-class TreeCache(Cache):  # type: ignore[misc]  # transformers is not typed strictly
+class TreeCache(Cache):
     """Keys and values of B rows of any lengths, for trees of any shape.
 
     Attributes:

@@ -51,8 +51,8 @@ def _refusal(model: PreTrainedModel, arguments: set[str]) -> str | None:
         return "it is an encoder-decoder, whose decoder takes no position ids. Use a decoder-only model"
     if model._is_stateful or _has_recurrent_cache(config):
         return (
-            "it has recurrent layers, and a running state cannot follow several branches at once. Use plain decoding of "
-            "transformers for it, or an attention-only model"
+            "it has recurrent layers, and a running state cannot follow several branches at once. Use plain decoding "
+            "of transformers for it, or an attention-only model"
         )
     unknown = sorted(set(getattr(config, "layer_types", None) or ()) - set(LAYER_TYPES))
     if unknown:

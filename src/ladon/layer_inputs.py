@@ -29,7 +29,8 @@ class LayerInputs(ABC):
     """Hands tensors to the layers of one model, for the length of one forward."""
 
     def __init__(self, model: PreTrainedModel, layers: nn.ModuleList) -> None:
-        self.model, self.layers = model, list(layers)
+        self.model = model
+        self.layers: list[Any] = list(layers)  # each family has its own class of them
 
     @abstractmethod
     def for_layers(self, sight: Sight) -> list[dict[str, Any]]:
