@@ -28,6 +28,7 @@ MODEL_SIDE = [
     "target",
     "proposers",
     "engine",
+    "trace",
     "requests",
     "generation",
     "bundled",

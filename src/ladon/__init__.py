@@ -12,13 +12,14 @@ if TYPE_CHECKING:
     from ladon.bundled import load_demo
     from ladon.errors import HeadsError, InputError, LadonError, TreeError, UnsupportedModelError
     from ladon.fixed_tree import FixedTree, best_fixed_tree
-    from ladon.generation import Decoder, TraceStep, attach, detach
+    from ladon.generation import Decoder, attach, detach
     from ladon.heads import Heads, load_heads, new_heads
     from ladon.stats import DecodeStats
+    from ladon.trace import TraceStep
 
 _HOME = {
     "Decoder": "ladon.generation",
-    "TraceStep": "ladon.generation",
+    "TraceStep": "ladon.trace",
     "attach": "ladon.generation",
     "detach": "ladon.generation",
     "DecodeStats": "ladon.stats",

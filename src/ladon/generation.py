@@ -8,7 +8,6 @@ strings need.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -21,43 +20,16 @@ from ladon.errors import InputError, TreeError
 from ladon.fixed_tree import FixedTree
 from ladon.heads import Heads
 from ladon.proposers import HeadsProposer, Proposer, RootProposer, tree_builder
-from ladon.requests import make_rows, pack_output, refuse_unsupported
+from ladon.requests import end_ids, make_rows, pack_output, refuse_unsupported, stop_string_rule
 from ladon.stats import DecodeStats, StageClock
 from ladon.target import Target
-from ladon.tree import ancestor_mask, node_depths
+from ladon.trace import TraceStep, record
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
     from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 _DEFAULTS = DecoderOptions()
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TraceStep:
-    """A record of one decode step of one sequence, on the host.
-
-    Attributes:
-        index: number of the step, from 0.
-        length: tokens in the cache before the step; the root stands at this position.
-        tokens: token id of each node, root first.
-        parents: parent of each node, -1 for the root.
-        log_probs: log-probability of the path to each node; -inf for padding.
-        depths: depth of each node.
-        path: accepted nodes, root first.
-        emitted: tokens the step emitted: the accepted drafts, then the bonus token unless the sequence ended before.
-        bonus: the target's token after the last accepted node.
-    """
-
-    index: int
-    length: int
-    tokens: list[int]
-    parents: list[int]
-    log_probs: list[float]
-    depths: list[int]
-    path: list[int]
-    emitted: list[int]
-    bonus: int
 
 
 class Decoder:
@@ -138,7 +110,7 @@ class Decoder:
         criteria = list(kwargs.pop("stopping_criteria", None) or [])
         tokenizer, stop_strings = kwargs.pop("tokenizer", None), kwargs.pop("stop_strings", None)
         if stop_strings is not None:
-            criteria.append(_stop_strings(stop_strings, tokenizer))
+            criteria.append(stop_string_rule(stop_strings, tokenizer))
         streamer = kwargs.pop("streamer", None)
         return _own_generate(self.model)(
             input_ids,
@@ -204,26 +176,9 @@ class Decoder:
             config,
             self._target.context_limit,
             max_new_tokens=max_new_tokens,
-            eos_token_ids=_as_set(config.eos_token_id if eos_token_id is None else eos_token_id),
+            eos_token_ids=end_ids(config.eos_token_id if eos_token_id is None else eos_token_id),
         )
-        length = len(prompt)
-        for index, step in enumerate(self._engine().run(rows), start=-1):
-            if step.tree is None or step.accepted is None:
-                continue
-            tree, accepted = step.tree, step.accepted
-            count = int(accepted.count[0])
-            yield TraceStep(
-                index=index,
-                length=length,
-                tokens=tree.tokens[0].tolist(),
-                parents=tree.parents[0].tolist(),
-                log_probs=tree.log_probs[0].tolist(),
-                depths=node_depths(ancestor_mask(tree.parents, tree.max_depth))[0].tolist(),
-                path=accepted.path[0, :count].tolist(),
-                emitted=step.emitted[0],
-                bonus=int(accepted.bonus[0]),
-            )
-            length += count
+        yield from record(self._engine().run(rows), len(prompt))
 
     def _engine(self) -> Engine:
         """An engine for one call, with statistics of its own."""
@@ -286,16 +241,3 @@ def _check_budget(budget: int | str, tree: str | FixedTree) -> int:
     if isinstance(budget, bool) or not isinstance(budget, int) or budget < 1:
         raise TreeError(f'budget is {budget!r}; give "auto" or a number of nodes, 1 or more (the root is one of them)')
     return budget
-
-
-def _as_set(token_ids: int | Sequence[int] | None) -> frozenset[int]:
-    return frozenset([token_ids] if isinstance(token_ids, int) else token_ids or ())
-
-
-def _stop_strings(stop_strings: str | list[str], tokenizer: Any) -> Callable[..., Any]:
-    from transformers.generation.stopping_criteria import StopStringCriteria
-
-    if tokenizer is None:
-        raise InputError("stop_strings needs the tokenizer; pass tokenizer=... as well")
-    criterion: Callable[..., Any] = StopStringCriteria(tokenizer, stop_strings)
-    return criterion

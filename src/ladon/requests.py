@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -109,6 +109,21 @@ def _stop_rule(
         return token in eos_token_ids or any(bool(torch.as_tensor(c(sequence, None)).any()) for c in others)
 
     return is_stop
+
+
+def end_ids(token_ids: int | Sequence[int] | None) -> frozenset[int]:
+    """End-of-sequence ids, in any of the forms that generation configs hold them."""
+    return frozenset([token_ids] if isinstance(token_ids, int) else token_ids or ())
+
+
+def stop_string_rule(stop_strings: str | list[str], tokenizer: Any) -> Callable[..., Any]:
+    """The criterion of transformers for stop strings; raises `InputError` without a tokenizer."""
+    from transformers.generation.stopping_criteria import StopStringCriteria
+
+    if tokenizer is None:
+        raise InputError("stop_strings needs the tokenizer; pass tokenizer=... as well")
+    criterion: Callable[..., Any] = StopStringCriteria(tokenizer, stop_strings)
+    return criterion
 
 
 def pack_output(input_ids: Tensor, rows: list[Row], config: GenerationConfig) -> Tensor | GenerateDecoderOnlyOutput:

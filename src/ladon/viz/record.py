@@ -15,7 +15,7 @@ from ladon.viz.text import TextPieces, label
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from ladon.generation import TraceStep
+    from ladon.trace import TraceStep
 
 BONUS = 0  # the origin of a bonus token; a drafted token's origin is its depth, 1 or more
 
