@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from ladon.cache import TreeCache
 
-_BRANCHING = ((-1, 0, 0, 1, 2, 1), (-1, 0, 1, 0, 3, 3))  # the parents in each row; all leaves but one at depth 2
+_BRANCHING = ((-1, 0, 0, 1, 2, 1), (-1, 0, 1, 0, 3, 3))  # the parents in each row; all leaves at depth 2
 _CHAIN = ((-1, 0, 1, 2, 3, 4),) * 2
 _LENGTHS = (4, 7)
 _STEPS = 2
@@ -119,8 +119,9 @@ def measure(target: _Testable, shapes: tuple[tuple[int, ...], ...]) -> tuple[flo
         kept = []
         for row, parents in enumerate(shapes):
             paths = [_path(parents, node) for node in range(len(parents))]
-            plain = _plain(target, rows[row], [tokens[row, path] for path in paths])
-            wrong = _plain(target, rows[row], [tokens[row, : node + 1] for node in range(len(parents))])
+            leaves = [path for node, path in enumerate(paths) if node not in parents]
+            plain = _plain(target, rows[row], tokens[row], leaves)
+            wrong = _plain(target, rows[row], tokens[row], [list(range(len(parents)))])
             squares += torch.stack([(logits[row] - plain).square().mean(), (wrong - plain).square().mean()])
             kept.append(max(paths, key=len))
             rows[row] = torch.cat((rows[row], tokens[row, kept[row]]))
@@ -151,15 +152,14 @@ def _path(parents: tuple[int, ...], node: int) -> list[int]:
     return path
 
 
-def _plain(target: _Testable, prefix: Tensor, paths: list[Tensor]) -> Tensor:
-    """Logits after each path, [paths, V], one plain forward per length of path."""
-    found: dict[int, Tensor] = {}
-    for length in {len(path) for path in paths}:
-        chosen = [node for node, path in enumerate(paths) if len(path) == length]
-        ids = torch.stack([torch.cat((prefix, paths[node])) for node in chosen]).to(target.device)
-        logits = target.model(input_ids=ids, use_cache=False, return_dict=True).logits[:, -1].double().cpu()
-        found |= dict(zip(chosen, logits, strict=True))
-    return torch.stack([found[node] for node in range(len(paths))])
+def _plain(target: _Testable, prefix: Tensor, tokens: Tensor, leaves: list[list[int]]) -> Tensor:
+    """Logits after each node, [N, V], by one plain forward over the paths to the leaves, all of one length."""
+    ids = torch.stack([torch.cat((prefix, tokens[path])) for path in leaves]).to(target.device)
+    logits = target.model(input_ids=ids, use_cache=False, return_dict=True).logits.double().cpu()
+    found = torch.empty(len(tokens), logits.shape[-1], dtype=logits.dtype)
+    for path, path_logits in zip(leaves, logits, strict=True):
+        found[path] = path_logits[len(prefix) :]
+    return found
 
 
 def _key(target: _Testable) -> str:

@@ -157,6 +157,6 @@ def _reset(module: nn.Module) -> None:
     """Put a rotary embedding back to what it was when the model was loaded."""
     for name in _frequencies(module):
         original = name.replace("inv_freq", "original_inv_freq")
-        setattr(module, name, getattr(module, original))
+        setattr(module, name, getattr(module, original).clone())
     for name in [name for name in vars(module) if name.endswith("max_seq_len_cached")]:
         setattr(module, name, module.original_max_seq_len)
