@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import warnings
 from pathlib import Path
 
 _CACHE = tempfile.TemporaryDirectory(prefix="ladon-tests-")
@@ -25,6 +26,8 @@ os.environ.update(
 import pytest  # noqa: E402 (the environment comes first)
 import torch  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel  # noqa: E402
+
+from user_side import Tiny, make_tiny  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -60,3 +63,11 @@ def tiny_llama() -> PreTrainedModel:
         pad_token_id=0,
     )
     return LlamaForCausalLM(config).double().eval()
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    """A tiny float32 model with heads and tokenizer, in memory and on disk; tests leave it unchanged."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of tokenizers and transformers while training and saving
+        return make_tiny(tmp_path_factory.mktemp("tiny"))

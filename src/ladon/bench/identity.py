@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ladon.bench.systems import LadonSystem, end_ids
+from ladon.bench.systems import LadonSystem
 from ladon.target import Target
 from ladon.tree import TokenTree
 
@@ -116,8 +116,7 @@ def _mode_logits(
         logits: Tensor = target.prefill([ids], cache)[1][0].float()
         return logits
     emitted: list[int] = []
-    stops = sorted(end_ids(model))
-    for step in system.decoder.trace(ids, max_new_tokens=max_new_tokens, eos_token_id=stops):
+    for step in system.decoder.trace(ids, max_new_tokens=max_new_tokens):
         emitted = emitted or [step.tokens[0]]
         if position < len(emitted) + len(step.emitted):
             break

@@ -78,7 +78,6 @@ def _complete(console: Console, loaded: Loaded, prompt: str, plan: BenchOptions)
     from rich.rule import Rule
     from rich.text import Text
 
-    from ladon.bench.systems import end_ids
     from ladon.cli.prompts import encode
     from ladon.generation import Decoder
     from ladon.viz.record import origins
@@ -91,8 +90,7 @@ def _complete(console: Console, loaded: Loaded, prompt: str, plan: BenchOptions)
     console.print(Rule("dynamic tree, live", align="left", style="dim"))
     console.print(Text("\n".join(prompt.splitlines()[-_SHOWN_LINES:]), "dim"), end="", soft_wrap=True)
     steps = 0
-    stops = sorted(end_ids(loaded.model))
-    for step in decoder.trace(ids, max_new_tokens=plan.max_new_tokens, eos_token_id=stops):
+    for step in decoder.trace(ids, max_new_tokens=plan.max_new_tokens):
         if steps == 0:
             console.print(Text(pieces.push(step.tokens[0])), end="", soft_wrap=True)
         for token, origin in origins(step):

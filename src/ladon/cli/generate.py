@@ -95,7 +95,11 @@ def stats_lines(stats: DecodeStats) -> list[str]:
     """The same for people."""
     if not stats.forwards:
         return ["the answer ended with the prefill's token: no decode step"]
-    stages = ", ".join(f"{name} {seconds / stats.decode_seconds:.0%}" for name, seconds in stats.stage_seconds.items())
+    stages = ", ".join(
+        f"{name} {seconds / stats.decode_seconds:.0%}"
+        for name, seconds in stats.stage_seconds.items()
+        if name != "forward"
+    )
     return [
         f"{stats.tokens} tokens in {stats.forwards} decode steps: acceptance length {stats.acceptance_length:.2f}, "
         f"{stats.tokens_per_second:.0f} tokens per second (prefill of {stats.prefill_tokens} tokens apart: "

@@ -49,8 +49,7 @@ def trace(
     text, nodes, shape = read_prompt(prompt, prompt_file), options.parse_budget(budget), options.parse_tree(tree)
     check_writable(html)
     check_writable(png)
-    from ladon.bench.systems import end_ids
-    from ladon.cli.loading import load, require_heads
+    from ladon.cli.loading import dtype_name, load, require_heads
     from ladon.generation import Decoder
     from ladon.viz import html as web
     from ladon.viz import png as picture
@@ -62,9 +61,8 @@ def trace(
     require_heads(loaded, shape)
     decoder = Decoder(loaded.model, loaded.heads, tree=shape, budget=nodes)
     ids = encode(loaded.tokenizer, text)
-    stops = sorted(end_ids(loaded.model))
-    steps = list(decoder.trace(ids.to(loaded.model.device), max_new_tokens=max_new_tokens, eos_token_id=stops))
-    title = f"model {loaded.name}, tree {tree}, budget {nodes}"
+    steps = list(decoder.trace(ids.to(loaded.model.device), max_new_tokens=max_new_tokens))
+    title = f"{loaded.name} · tree {tree} · budget {budget} · {dtype_name(loaded.model)}"
     run = record(loaded.tokenizer, ids.tolist(), steps, title=title)
     if html is not None:
         write_whole(html, web.page(run).encode())

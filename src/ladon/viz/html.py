@@ -8,7 +8,7 @@ from ladon.viz.palette import origin_colour, origin_name
 from ladon.viz.record import BONUS, Node, Record, Step, rows_of, with_bonus
 
 _COLUMN, _ROW, _BOX_WIDTH, _BOX_HEIGHT = 178, 25, 148, 20  # pixels of the tree drawing
-_CELL, _PREFIX = 9, 46  # pixels of the mask drawing: one cell, and the bar that stands for the cached tokens
+_PREFIX = 76  # pixels of the mask drawing's bar that stands for the cached tokens
 _TAIL = 600  # characters of earlier text shown at each step
 
 _STYLE = """
@@ -157,22 +157,23 @@ def _box(node: Node, row: float, *, is_bonus: bool) -> str:
 def mask_svg(step: Step) -> str:
     """The attention mask: a bar for the cached tokens, which every node sees, then one cell per pair of nodes."""
     size = len(step.nodes)
-    side = size * _CELL
+    cell = 14 if size <= 24 else 9 if size <= 48 else 7
+    side = size * cell
     path = {node.index: node for node in step.nodes if node.accepted}
     parts = [
-        f'<svg width="{_PREFIX + side + 4}" height="{side + 18}" role="img">',
+        f'<svg width="{_PREFIX + max(side, 60)}" height="{side + 18}" role="img">',
         f'<text x="0" y="11" class="soft small">{step.length} cached</text>',
-        f'<text x="{_PREFIX + 4}" y="11" class="soft small">{size} nodes</text>' if size > 4 else "",
-        f'<rect class="bar" x="0" y="16" width="{_PREFIX - 4}" height="{side}"/>',
+        f'<text x="{_PREFIX}" y="11" class="soft small">{size} nodes</text>',
+        f'<rect class="bar" x="0" y="16" width="{_PREFIX - 6}" height="{side}"/>',
         f'<rect class="grid" x="{_PREFIX}" y="16" width="{side}" height="{side}"/>',
     ]
     for row, seen in enumerate(step.mask):
         node = path.get(row)
         fill = "var(--ink)" if node is None or node.depth == 0 else origin_colour(node.depth)
         cells = "".join(
-            f"M{_PREFIX + column * _CELL} {16 + row * _CELL}h{_CELL - 1}v{_CELL - 1}h-{_CELL - 1}z"
+            f"M{_PREFIX + column * cell} {16 + row * cell}h{cell - 1}v{cell - 1}h-{cell - 1}z"
             for column, sees in enumerate(seen)
             if sees
         )
-        parts.append(f'<path d="{cells}" fill="{fill}"/>')
+        parts.append(f'<path class="row" d="{cells}" fill="{fill}"/>')
     return "".join([*parts, "</svg>"])

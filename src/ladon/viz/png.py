@@ -12,6 +12,7 @@ from ladon.viz.record import BONUS, Record, Step, rows_of, with_bonus
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.text import Text
 
 _MAX_LABEL = 12
 
@@ -30,28 +31,29 @@ def draw_tree(axes: Axes, step: Step) -> None:
     """Draw one step's tree on `axes`: it grows to the right, the accepted path and the bonus token are in colour."""
     nodes = with_bonus(step)
     rows = rows_of(nodes)
+    drawn: list[Text] = []
     for node in nodes:
         is_bonus = node is nodes[-1]
         colour = origin_colour(BONUS if is_bonus else node.depth) if node.accepted and node.depth else "#8a8f98"
-        if node.parent >= 0:
-            xs, ys = [node.depth - 0.36, node.depth], [rows[node.parent], rows[node.index]]
-            style = "--" if is_bonus else "-"
-            axes.plot(
-                xs, ys, color=colour, lw=2.0 if node.accepted else 0.8, ls=style, zorder=2 if node.accepted else 1
-            )
         name = node.label if len(node.label) <= _MAX_LABEL else node.label[: _MAX_LABEL - 1] + "…"
         value = "bonus" if is_bonus else "root" if node.depth == 0 else f"{node.probability:.2f}"
-        axes.text(
-            node.depth,
-            rows[node.index],
+        parent = drawn[node.parent] if node.parent >= 0 else None
+        line = {"arrowstyle": "-", "relpos": (0, 0.5), "color": colour, "shrinkA": 2, "shrinkB": 2}
+        line |= {"lw": 2.0 if node.accepted else 0.8, "linestyle": "--" if is_bonus else "-"}
+        box = axes.annotate(
             f"{name}  {value}".replace("$", r"\$"),
+            (0, 0) if parent is None else (1, 0.5),
+            xycoords="data" if parent is None else parent,  # the middle of the parent's right side
+            xytext=(node.depth, rows[node.index]),
+            textcoords="data",
+            arrowprops=None if parent is None else line,
             fontsize=7,
             family="monospace",
             va="center",
             fontweight="bold" if node.accepted else "normal",
             bbox={"boxstyle": "round,pad=0.25", "fc": "white", "ec": colour, "lw": 1.4 if node.accepted else 0.6},
-            zorder=3,
         )
+        drawn.append(box)
     axes.set(xlim=(-0.1, max(node.depth for node in nodes) + 0.75), ylim=(max(rows) + 0.8, -0.8))
     axes.axis("off")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -43,7 +44,5 @@ def label(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
     text = str(tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False))
     if not text.strip("\N{REPLACEMENT CHARACTER}"):
         return f"<{token}>"
-    if not text.strip(" ") and len(text) > 3:
-        return f"·×{len(text)}"
-    text = text.translate(_VISIBLE)
+    text = re.sub(" {4,}", lambda run: f"·×{len(run[0])}", text).translate(_VISIBLE)
     return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
