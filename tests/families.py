@@ -214,7 +214,7 @@ FAMILIES: dict[str, Family] = {
     "bloom": Family("E"),
     "mpt": Family("E", {"max_seq_len": LIMIT, "n_heads": 4, "d_model": 32}),
     "falcon-alibi": Family("E", {"alibi": True, "new_decoder_architecture": False, "multi_query": True}, "falcon"),
-    "gpt_neo": Family("F", {"attention_types": [[["local", "global"], 1]], "window_size": WINDOW}),
+    "gpt_neo": Family("F", {"attention_types": [[["local", "global"], 1]], "window_size": WINDOW, "num_layers": 2}),
 }
 _RECURRENT: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8, "expand": 2},

@@ -34,7 +34,7 @@ def write(cache: TreeCache, states: Tensor, rows: list[int] | None = None) -> No
         assert seen_values.shape == (len(lengths), heads, cache.route.reach, WIDTHS[1])
         for row, length in enumerate(lengths):
             assert torch.equal(seen_keys[row, :, length : length + states.shape[1]], keys[row])
-        indexed = cache.update_indexer(states[:, :, None].double(), layer)
+        indexed = cache.layers[layer].update_indexer(states[:, :, None].double())  # a step of newer models only
         assert indexed.shape == (len(lengths), cache.route.reach, 1)
     cache.record(states)
 
