@@ -220,11 +220,11 @@ _RECURRENT: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8, "expand": 2},
     "bamba": {"mamba_n_heads": 8, "mamba_d_head": 8},
     "falcon_h1": {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_ssm": 64},
-    "granitemoehybrid": {"mamba_n_heads": 8, "mamba_d_head": 8, **_MOE},
+    "granitemoehybrid": {"mamba_n_heads": 8, "mamba_d_head": 8, "layer_types": ["mamba", "attention"], **_MOE},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "zamba": {"num_hidden_layers": 9},
-    "zamba2": {"layer_types": ["mamba", "hybrid"]},
+    "zamba2": {"layer_types": ["mamba", "hybrid"], "layers_block_type": ["mamba", "hybrid"]},
 }
 _REFUSED = (
     "mamba mamba2 falcon_mamba qwen3_next qwen3_5_text qwen3_5_moe_text bamba jamba falcon_h1 granitemoehybrid lfm2 "

@@ -6,6 +6,7 @@ does on the way (phi3 computes its cache again at the switch) is part of the ref
 
 from __future__ import annotations
 
+import inspect
 import random
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, PreTrainedModel
+from transformers import LogitsProcessor, Phi3ForCausalLM, PreTrainedModel
 
 from families import FAMILIES, VOCAB_SIZE, build
 from ladon.spans import Span, Spans
@@ -80,6 +81,9 @@ def generated(make: Callable[[], PreTrainedModel], prompt: list[int], tokens: li
 def make(case: str, monkeypatch: pytest.MonkeyPatch) -> Callable[[], PreTrainedModel]:
     """Builds the model of a case."""
     name, options = CASES[case]
+    prepare = inspect.getsource(Phi3ForCausalLM.prepare_inputs_for_generation)
+    if name == "phi3" and "next_sequence_length" not in prepare:
+        pytest.skip("generate of the installed transformers forgets the context at the switch")
     family = FAMILIES[name]
     monkeypatch.setitem(FAMILIES, name, replace(family, options={**family.options, **options}))
     return lambda: build(name)

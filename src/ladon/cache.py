@@ -202,6 +202,10 @@ class TreeCache(Cache):
     def _stores(self) -> list[_TreeLayer]:
         return [*self.layers, *([] if self._tokens is None else [self._tokens])]
 
+    def update_indexer(self, indexer_key_states: Tensor, layer_idx: int) -> Tensor:
+        """Store a sparse indexer's new keys, [b, N, D], of one layer (transformers 5.0 has no such method to inherit)."""
+        return self.layers[layer_idx].update_indexer(indexer_key_states)
+
     def commit(self, path: Tensor, count: Tensor) -> None:
         """Keep the accepted nodes of the tree that was verified last, and drop the rest.
 
