@@ -213,7 +213,7 @@ def test_the_one_command(arch: str, tmp_path: Path) -> None:
     for size, paths in trees.items():
         assert FixedTree(tuple(map(tuple, paths))).num_nodes == int(size)
     card = (out / "README.md").read_text(encoding="utf-8")
-    assert f"--arch {arch} --tiny" in card and "{" not in card
+    assert f"build.py --arch {arch} --steps 60 --heads-steps 40 --tiny" in card and "{" not in card
 
     weights = (out / "heads" / "heads.safetensors").read_bytes()
     again = build_command(arch, run, tmp_path / "again")  # every stage is kept: nothing is trained a second time

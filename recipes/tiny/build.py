@@ -100,6 +100,12 @@ def prepare_text(plan: Plan, run: Path) -> tuple[PreTrainedTokenizerBase, np.nda
     return tokenizer, tokens, held_out, record
 
 
+def command_line(plan: Plan, tiny: bool) -> str:
+    """What to type to get the same model again."""
+    command = f"python recipes/tiny/build.py --arch {plan.base.arch} --steps {plan.base.steps}"
+    return f"{command} --heads-steps {plan.heads.steps}" + (" --tiny" if tiny else "")
+
+
 @torch.no_grad()
 def round_weights(model: PreTrainedModel) -> None:
     """Round every parameter to bfloat16 in place: the heads learn on the weights that are exported.
@@ -132,7 +138,7 @@ def main() -> None:
         corpus=record,
         fixed_trees=trees,
         base_record=base_record,
-        command=f"python recipes/tiny/build.py --arch {plan.base.arch}" + (" --tiny" if arguments.tiny else ""),
+        command=command_line(plan, arguments.tiny),
     )
     export(bundle, arguments.out)
 

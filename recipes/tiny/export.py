@@ -32,6 +32,8 @@ def export(bundle: Bundle, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     bundle.model.config._name_or_path = ""
     bundle.model.to(torch.bfloat16).save_pretrained(folder)  # rotary buffers are not saved, so they lose nothing
+    for name in ("is_local", "local_files_only"):  # how it was loaded here says nothing about it
+        bundle.tokenizer.init_kwargs.pop(name, None)
     bundle.tokenizer.save_pretrained(folder)
     bundle.heads.to(torch.bfloat16).save(folder / "heads")
     _write_json(folder / "corpus.json", bundle.corpus)
