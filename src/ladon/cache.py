@@ -203,7 +203,7 @@ class TreeCache(Cache):
         return [*self.layers, *([] if self._tokens is None else [self._tokens])]
 
     def update_indexer(self, indexer_key_states: Tensor, layer_idx: int) -> Tensor:
-        """Store a sparse indexer's new keys, [b, N, D], of one layer (transformers 5.0 has no such method to inherit)."""
+        """Store a sparse indexer's new keys, [b, N, D], of one layer (not every transformers 5 inherits this)."""
         return self.layers[layer_idx].update_indexer(indexer_key_states)
 
     def commit(self, path: Tensor, count: Tensor) -> None:

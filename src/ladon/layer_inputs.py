@@ -119,11 +119,10 @@ class _GPTNeoWindows(LayerInputs):
 
     def for_layers(self, sight: Sight) -> list[dict[str, Any]]:
         window = Locality(window=self.model.config.window_size)
-        masks = {}
-        for kind, locality in (("global", Locality()), ("local", window)):
-            allowed = locality.allows(sight.queries, sight.keys)
-            visible = sight.visible if allowed is None else sight.visible & allowed
-            masks[kind] = {"attention_mask": as_additive(visible, self.model.dtype)[:, None]}
+        masks = {
+            kind: {"attention_mask": as_additive(locality.allowed(sight), self.model.dtype)[:, None]}
+            for kind, locality in (("global", Locality()), ("local", window))
+        }
         return [masks[layer.attn.attention_type] for layer in self.layers]
 
     @contextmanager

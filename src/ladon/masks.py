@@ -28,22 +28,15 @@ class Locality:
     window: int | None = None
     chunk: int | None = None
 
-    def allows(self, queries: Tensor, keys: Tensor) -> Tensor | None:
-        """Which key positions each query position may see, or None for all of them.
-
-        Args:
-            queries: positions of the new tokens, [B|1, N].
-            keys: positions of the visible slots, [B|1, S].
-
-        Returns:
-            [B|1, N, S] bool, or None. No lower bound on keys: causality is another mask's work.
-        """
+    def allowed(self, sight: Sight) -> Tensor:
+        """What a forward's new tokens may see: `sight.visible` and nothing outside the window or block, [B, N, S]."""
         if self.window is not None:
-            return keys[:, None, :] > queries[:, :, None] - self.window
+            return sight.visible & (sight.keys[:, None, :] > sight.queries[:, :, None] - self.window)
         if self.chunk is not None:
-            blocks = torch.div(keys, self.chunk, rounding_mode="floor")
-            return blocks[:, None, :] == torch.div(queries, self.chunk, rounding_mode="floor")[:, :, None]
-        return None
+            keys = torch.div(sight.keys, self.chunk, rounding_mode="floor")
+            queries = torch.div(sight.queries, self.chunk, rounding_mode="floor")
+            return sight.visible & (keys[:, None, :] == queries[:, :, None])
+        return sight.visible
 
     def binds(self, reach: int) -> bool:
         """Whether this can hide anything from a token when no position reaches `reach`."""
@@ -143,8 +136,7 @@ def model_masks(
     for name, locality in localities.items():
         bound = locality if locality.binds(sight.reach) else _FULL
         if bound not in made:
-            allowed = bound.allows(sight.queries, sight.keys)
-            mask = sight.visible if allowed is None else sight.visible & allowed
+            mask = bound.allowed(sight)
             made[bound] = (mask if additive is None else as_additive(mask, additive))[:, None]
         masks[name] = made[bound]
     return masks if len(masks) > 1 else next(iter(masks.values()))
