@@ -245,3 +245,10 @@ def test_without_heads_decoding_is_plain(model):
     decoder = ladon.Decoder(model)
     assert torch.equal(decoder.generate(PROMPT, max_new_tokens=16), plain(model))
     assert decoder.stats.acceptance_length == 1.0
+
+
+def test_a_fixed_tree_may_use_ranks_beyond_the_budget(model, decoder):
+    tree = ladon.FixedTree(((0,), (7,), (7, 5)))
+    wide = ladon.Decoder(model, decoder.heads, tree=tree, budget=3)
+    assert torch.equal(wide.generate(PROMPT, max_new_tokens=16), plain(model))
+    assert wide.stats.nodes_verified <= 3 * wide.stats.row_steps

@@ -19,7 +19,7 @@ from ladon.engine import Engine
 from ladon.errors import InputError, TreeError
 from ladon.fixed_tree import FixedTree
 from ladon.heads import Heads
-from ladon.proposers import HeadsProposer, Proposer, RootProposer, tree_builder
+from ladon.proposers import HeadsProposer, Proposer, RootProposer, candidates_needed, tree_builder
 from ladon.requests import end_ids, make_rows, pack_output, refuse_unsupported, stop_string_rule
 from ladon.stats import DecodeStats, StageClock
 from ladon.target import Target
@@ -189,7 +189,8 @@ class Decoder:
     def _proposer(self, clock: StageClock) -> Proposer:
         if self.heads is None or self._tree == "off":
             return RootProposer()
-        return HeadsProposer(self.heads, tree_builder(self._tree), self._num_candidates, clock)
+        num_candidates = candidates_needed(self._tree, self._num_candidates, self._budget)
+        return HeadsProposer(self.heads, tree_builder(self._tree), num_candidates, clock)
 
 
 def attach(model: PreTrainedModel, heads: Heads | None = None, **options: Any) -> Decoder:

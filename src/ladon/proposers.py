@@ -62,7 +62,7 @@ class HeadsProposer(_Stateless):
     """Drafts with decoding heads: one hidden row per sequence -> lattice -> tree."""
 
     def __init__(self, heads: nn.Module, build: TreeBuilder, num_candidates: int, clock: StageClock) -> None:
-        """`heads` maps [B, H] to logits [B, K, V]; `build` turns the lattice into a tree."""
+        """`heads` maps [B, H] to logits [B, K, V]; `build` turns the lattice of `num_candidates` each into a tree."""
         self._heads = heads
         self._build = build
         self._num_candidates = num_candidates
@@ -73,7 +73,7 @@ class HeadsProposer(_Stateless):
         if max_nodes == 1:
             return root_tree(root)
         with self._clock.stage("heads"):
-            candidates = lattice.from_logits(self._heads(hidden), min(self._num_candidates, max_nodes - 1))
+            candidates = lattice.from_logits(self._heads(hidden), self._num_candidates)
         with self._clock.stage("growth"):
             return self._build(candidates, root, max_nodes)
 
@@ -83,3 +83,10 @@ def tree_builder(tree: str | FixedTree) -> TreeBuilder:
     if isinstance(tree, FixedTree):
         return lambda candidates, root, max_nodes: growth.grow_fixed(candidates, root, tree).prefix(max_nodes)
     return {"dynamic": growth.grow_dynamic, "chain": growth.grow_chain}[tree]
+
+
+def candidates_needed(tree: str | FixedTree, num_candidates: int, budget: int) -> int:
+    """How many of a head's best candidates a tree can use: a fixed tree names its ranks, whatever the budget."""
+    if isinstance(tree, FixedTree):
+        return max(1, tree.max_rank + 1)
+    return 1 if tree == "chain" else max(1, min(num_candidates, budget - 1))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Option
 
 from ladon.cli import options
-from ladon.cli.output import check_writable, print_json, progress_bar, say, write_whole
+from ladon.cli.output import OutConsole, check_writable, print_json, progress_bar, say, write_whole
 from ladon.config import BenchOptions, help_of
 from ladon.errors import InputError
 
@@ -162,12 +162,10 @@ def measure(
 
 def show(document: dict[str, Any], findings: Findings, title: str) -> None:
     """The table and what has to be said about it, on standard output."""
-    from rich.console import Console
-
     from ladon.bench.report import float32_lines, near_tie_lines, repetition_line, results, table
 
     found = results(findings)
-    console = Console(highlight=False)
+    console = OutConsole(highlight=False)
     console.print(title, style="bold")
     for batch in dict.fromkeys(result.batch for result in found):
         console.print(table(found, document["transformers"], batch))

@@ -8,7 +8,7 @@ from typer import Option
 
 from ladon.cli import options
 from ladon.cli.bench import demo_workload, make_subject, measure, show, tree_source
-from ladon.cli.output import print_json, progress_bar
+from ladon.cli.output import OutConsole, print_json, progress_bar
 from ladon.config import BenchOptions, DecoderOptions
 
 if TYPE_CHECKING:
@@ -49,13 +49,11 @@ def demo(
         ladon demo --prompts 4 --budget 32 --json
     """
     plan = BenchOptions(budgets=options.parse_budgets(budget)[:1], max_new_tokens=max_new_tokens, repeats=repeats)
-    from rich.console import Console
-
     from ladon.cli.loading import DEMO, load
 
     loaded = load(DEMO, None, dtype=dtype, device="cpu", threads=threads)
     workload = demo_workload(prompts)
-    console = Console(highlight=False)
+    console = OutConsole(highlight=False)
     for question in workload.questions[:live]:
         _complete(console, loaded, question.turns[0], plan)
     with progress_bar() as progress:

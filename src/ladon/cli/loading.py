@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -91,7 +92,8 @@ def _from_transformers(
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     path = Path(name).expanduser()
-    if not path.is_dir() and (path.exists() or (name.count("/") != 1 and ("/" in name or "\\" in name))):
+    is_hub_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not name.startswith(".")
+    if not path.is_dir() and (path.exists() or not is_hub_id):
         raise InputError(f"there is no model folder {name}; give a folder in transformers' format, or a hub id")
     source: Any = str(path) if path.is_dir() else name
     try:

@@ -86,6 +86,8 @@ def run(arguments: Sequence[str]) -> int:
         if os.environ.get("LADON_DEBUG"):
             raise
         return _fail(f"internal error: {type(error).__name__}: {error} (LADON_DEBUG=1 shows where)", 1)
+    if code == _INTERRUPTED:  # newer typers turn Ctrl-C into this code, older ones into Abort
+        return _fail("interrupted", _INTERRUPTED)
     return code if isinstance(code, int) else 0
 
 

@@ -15,6 +15,14 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from ladon.errors import InputError
 
 
+class OutConsole(Console):
+    """Standard output for people; a reader that goes away, as in `ladon trace | head`, is no error."""
+
+    def on_broken_pipe(self) -> None:
+        """Raise what `ladon.cli.main.run` treats as an ordinary end."""
+        raise BrokenPipeError
+
+
 def check_writable(path: Path | None) -> None:
     """Raise `InputError` if `path` cannot become a file; called before a long run, not after it."""
     if path is None:

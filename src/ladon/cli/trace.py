@@ -9,7 +9,7 @@ from typing import Annotated
 from typer import Option
 
 from ladon.cli import options
-from ladon.cli.output import check_writable, print_json, say, write_whole
+from ladon.cli.output import OutConsole, check_writable, print_json, say, write_whole
 from ladon.cli.prompts import encode, read_prompt
 from ladon.config import DecoderOptions
 
@@ -71,11 +71,9 @@ def trace(
         write_whole(png, picture.png(run, run.steps[:png_steps]))
         say(f"wrote {png}: the first {min(png_steps, len(run.steps))} of {len(run.steps)} steps")
     if html is None and png is None and not as_json:
-        from rich.console import Console
-
         from ladon.viz.terminal import run_view
 
-        console = Console(highlight=False)
+        console = OutConsole(highlight=False)
         for part in run_view(run):
             console.print(part)
     if as_json:

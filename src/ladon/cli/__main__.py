@@ -1,0 +1,5 @@
+"""`python -m ladon.cli`."""
+
+from ladon.cli.main import main
+
+main()

@@ -1,0 +1,362 @@
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ladon.bench.systems import LadonSystem
+from ladon.cli.main import app, run
+from ladon.generation import Decoder
+from ladon.viz import png
+from user_side import CONTEXT, Tiny, write_jsonl
+
+COMMANDS = ("demo", "generate", "bench", "trace")
+PROMPT = "for line in self.lines:\n    é"
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands set torch's threads for the whole process; --threads is tested in a process of its own."""
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+
+
+def expected(tiny: Tiny, prompt: str, tokens: int) -> list[int]:
+    """What transformers' greedy generate adds to a prompt."""
+    ids = tiny.tokenizer(prompt, return_tensors="pt")["input_ids"]
+    whole = tiny.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False)
+    new: list[int] = whole[0, ids.shape[1] :].tolist()
+    return new
+
+
+def last_json(output: str) -> dict[str, object]:
+    document: dict[str, object] = json.loads(output.splitlines()[-1], parse_constant=lambda name: pytest.fail(name))
+    return document
+
+
+def test_help_is_quick_and_complete(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([]) == 0 and run(["--help"]) == 0 and run(["--version"]) == 0
+    out = capsys.readouterr().out
+    assert all(f" {command} " in out for command in COMMANDS) and "ladon 0." in out
+    code = "import sys; from ladon.cli import main; main()"
+    check = "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
+    script = (
+        f"import atexit, sys; atexit.register(lambda: print('heavy' if {check[len('assert not ') :]} else 'light'))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", f"{script}; {code}", "bench", "--help"], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0 and done.stdout.rstrip().endswith("light"), done.stderr
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([command, "--help"]) == 0
+    assert "For example:\n" in re.sub(r" +\n", "\n", capsys.readouterr().out)
+    (registered,) = [entry.callback for entry in app.registered_commands if entry.callback.__name__ == command]
+    assert f"\n        ladon {command}" in (registered.__doc__ or "")
+
+
+@pytest.mark.parametrize("tree", ["dynamic", "chain", "off", "file"])
+def test_generate_writes_what_transformers_writes(
+    tiny: Tiny, tree: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if tree == "file":
+        tree = str(tmp_path / "tree.json")
+        Path(tree).write_text("[[0], [1], [0, 0]]", encoding="utf-8")
+    options = [*tiny.arguments, "--prompt", PROMPT, "--max-new-tokens", "24", "--tree", tree, "--budget", "8"]
+    assert run(["generate", *options]) == 0
+    new = expected(tiny, PROMPT, 24)
+    assert capsys.readouterr().out == tiny.tokenizer.decode(new, skip_special_tokens=True) + "\n"
+    assert run(["generate", *options, "--json"]) == 0
+    captured = capsys.readouterr()
+    document = last_json(captured.out)
+    assert document["token_ids"] == new and len(captured.out.splitlines()) == 1 and captured.err == ""
+    assert document["stats"]["tokens"] == 23  # type: ignore[index]
+
+
+def test_generate_reads_files_and_standard_input(
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "prompt.txt"
+    file.write_text(PROMPT, encoding="utf-8")
+    assert run(["generate", *tiny.arguments, "--prompt-file", str(file), "--max-new-tokens", "9", "--json"]) == 0
+    assert last_json(capsys.readouterr().out)["token_ids"] == expected(tiny, PROMPT, 9)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "ladon.cli",
+            "generate",
+            *tiny.arguments,
+            "--max-new-tokens",
+            "9",
+            "--json",
+            "--threads",
+            "1",
+        ],
+        input=PROMPT.encode(),
+        capture_output=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert last_json(done.stdout.decode())["token_ids"] == expected(tiny, PROMPT, 9)
+
+
+def test_statistics_go_to_standard_error(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["generate", *tiny.arguments, "--prompt", "def", "--max-new-tokens", "16", "--stats"]) == 0
+    captured = capsys.readouterr()
+    assert re.search(r"15 tokens in \d+ decode steps: acceptance length \d\.\d\d", captured.err)
+    assert "acceptance" not in captured.out
+    assert run(["generate", *tiny.arguments, "--prompt", "def", "--max-new-tokens", "1", "--stats", "--json"]) == 0
+    captured = capsys.readouterr()
+    assert "no decode step" in captured.err
+    assert last_json(captured.out)["stats"]["acceptance_length"] is None  # type: ignore[index]
+
+
+def test_trace_in_the_terminal_and_as_files(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["trace", *tiny.arguments, "--prompt", "def", "--max-new-tokens", "8", "--budget", "6"]
+    assert run(options) == 0
+    shown = capsys.readouterr().out
+    assert "step 0" in shown and "root" in shown and "bonus" in shown and "mask: row sees column" in shown
+    page, picture = tmp_path / "t.html", tmp_path / "t.png"
+    assert run([*options, "--html", str(page), "--png", str(picture), "--json"]) == 0
+    captured = capsys.readouterr()
+    assert page.read_text(encoding="utf-8").startswith("<!doctype html>")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    steps = last_json(captured.out)["steps"]
+    assert [step["index"] for step in steps] == list(range(len(steps)))  # type: ignore[index,arg-type]
+    emitted = [token for step in steps for token in step["emitted"]]  # type: ignore[attr-defined]
+    assert [steps[0]["tokens"][0], *emitted] == expected(tiny, "def", 8)  # type: ignore[index]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["t.html", "t.png"]
+
+
+def test_bench_prints_a_table_and_one_document(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts = write_jsonl(
+        tmp_path / "p.jsonl",
+        [
+            {"prompt": "def read", "category": "code"},
+            {"turns": ["for", "return"], "question_id": 7, "category": "chat"},
+        ],
+    )
+    answers, output = tmp_path / "answers.jsonl", tmp_path / "result.json"
+    options = ["--prompts", str(prompts), "--max-new-tokens", "8", "--repeats", "1", "--budget", "4,6", "--json"]
+    code = run(["bench", *tiny.arguments, *options, "--answers", str(answers), "--output", str(output)])
+    captured = capsys.readouterr()
+    assert code == 0, captured.err
+    assert "calibrated on the measured prompts" in captured.err
+    document = last_json(captured.out)
+    assert json.loads(output.read_text(encoding="utf-8")) == document
+    assert document["environment"]["load_before"].keys() == document["environment"]["load_after"].keys()  # type: ignore[index]
+    results = document["results"]
+    assert [(row["mode"], row["budget"]) for row in results] == [  # type: ignore[attr-defined]
+        *[("plain", 1), ("chain", 4)],
+        *[("fixed", 4), ("fixed", 6), ("dynamic", 4), ("dynamic", 6)],
+    ]
+    assert all(row["identical"] and set(row["categories"]) == {"code", "chat"} for row in results)  # type: ignore[attr-defined]
+    table = captured.out.splitlines()[:-1]
+    assert max(map(len, table)) <= 120 and any(line.startswith("dynamic") and "yes" in line for line in table)
+    assert len(answers.read_text(encoding="utf-8").splitlines()) == 2 * (len(results) + 1)  # type: ignore[arg-type]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["answers.jsonl", "p.jsonl", "result.json"]
+
+
+def test_bench_takes_a_tree_or_other_prompts_for_mode_fixed(
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = write_jsonl(tmp_path / "p.jsonl", [{"prompt": "def read"}])
+    others = write_jsonl(tmp_path / "o.jsonl", [{"prompt": "return line"}])
+    tree = tmp_path / "tree.json"
+    tree.write_text("[[0], [1], [2]]", encoding="utf-8")
+    options = ["bench", *tiny.arguments, "--prompts", str(prompts), "--modes", "fixed", "--max-new-tokens", "6"]
+    for more in (["--fixed-tree", str(tree)], ["--calibration", str(others)]):
+        assert run([*options, "--repeats", "1", "--budget", "4", *more, "--json"]) == 0
+        captured = capsys.readouterr()
+        assert "calibrated on the measured" not in captured.err
+        results = last_json(captured.out)["results"]
+        assert [row["mode"] for row in results] == ["plain", "fixed"]  # type: ignore[attr-defined]
+
+
+def bad(*arguments: str) -> list[str]:
+    return list(arguments)
+
+
+MISTAKES = {
+    "no such command": (bad("train"), "No such command"),
+    "no such option": (bad("generate", "--nonsense"), "--nonsense"),
+    "no such model folder": (bad("generate", "--model", "./none", "--prompt", "a"), "no model folder ./none"),
+    "no such hub model": (bad("generate", "--model", "none", "--prompt", "a"), "cannot load the model none"),
+    "a file as model": (bad("generate", "--model", "{file}", "--prompt", "a"), "no model folder"),
+    "not a model": (bad("generate", "--model", "{folder}", "--prompt", "a"), "cannot load the model"),
+    "broken model": (bad("generate", "--model", "{broken}", "--prompt", "a"), "cannot load the model"),
+    "no heads named": (bad("generate", "--model", "{model}", "--prompt", "a"), "give --heads"),
+    "no such heads": (bad("generate", "--model", "{model}", "--heads", "./none", "--prompt", "a"), "./none"),
+    "model as heads": (bad("generate", "--model", "{model}", "--heads", "{model}", "--prompt", "a"), "heads"),
+    "heads of another model": (
+        bad("generate", "--model", "{other}", "--heads", "{heads}", "--prompt", "a"),
+        "trained on",
+    ),
+    "heads of another size": (
+        bad("generate", "--model", "{wide}", "--heads", "{heads}", "--prompt", "a"),
+        "hidden size",
+    ),
+    "tree too deep": (bad("generate", "{tiny}", "--tree", "{deep}", "--prompt", "a"), "4 deep but there are 3 heads"),
+    "tree unknown": (bad("generate", "{tiny}", "--tree", "bushy", "--prompt", "a"), "--tree is 'bushy'"),
+    "tree no JSON": (bad("generate", "{tiny}", "--tree", "{file}", "--prompt", "a"), "fixed tree file"),
+    "budget 0": (bad("generate", "{tiny}", "--budget", "0", "--prompt", "a"), "--budget is '0'"),
+    "budget no number": (bad("trace", "{tiny}", "--budget", "many", "--prompt", "a"), "--budget is 'many'"),
+    "empty prompt": (bad("generate", "{tiny}", "--prompt", ""), "the prompt is empty"),
+    "empty prompt file": (bad("generate", "{tiny}", "--prompt-file", "{empty}"), "is empty"),
+    "no such prompt file": (bad("trace", "{tiny}", "--prompt-file", "none.txt"), "cannot read the prompt file"),
+    "prompt file not UTF-8": (bad("generate", "{tiny}", "--prompt-file", "{latin}"), "is not UTF-8 (byte 3)"),
+    "two prompts": (bad("generate", "{tiny}", "--prompt", "a", "--prompt-file", "{file}"), "both --prompt and"),
+    "prompt at the limit": (bad("generate", "{tiny}", "--prompt-file", "{limit}"), f"context limit is {CONTEXT}"),
+    "prompt past the limit": (bad("trace", "{tiny}", "--prompt-file", "{long}"), f"context limit is {CONTEXT}"),
+    "no tokens asked for": (bad("generate", "{tiny}", "--max-new-tokens", "0", "--prompt", "a"), "max-new-tokens"),
+    "tokens no number": (bad("trace", "{tiny}", "--max-new-tokens", "x", "--prompt", "a"), "max-new-tokens"),
+    "dtype unknown": (bad("generate", "{tiny}", "--dtype", "int3", "--prompt", "a"), "--dtype is 'int3'"),
+    "device unknown": (bad("generate", "{tiny}", "--device", "abacus", "--prompt", "a"), "--device abacus"),
+    "page nowhere": (bad("trace", "{tiny}", "--prompt", "a", "--html", "none/t.html"), "there is no folder none"),
+    "picture onto a folder": (bad("trace", "{tiny}", "--prompt", "a", "--png", "{folder}"), "it is a folder"),
+    "bench without prompts": (bad("bench", "{tiny}"), "give --prompts"),
+    "bench no such prompts": (bad("bench", "{tiny}", "--prompts", "none.jsonl"), "cannot read none.jsonl"),
+    "bench prompts no JSON": (bad("bench", "{tiny}", "--prompts", "{file}"), "line 1: no JSON"),
+    "bench prompts not UTF-8": (bad("bench", "{tiny}", "--prompts", "{latin}"), "is not UTF-8"),
+    "bench mode unknown": (
+        bad("bench", "{tiny}", "--modes", "plain,fast", "--prompts", "{prompts}"),
+        "--modes has 'fast'",
+    ),
+    "bench budget 0": (bad("bench", "{tiny}", "--budget", "8,0", "--prompts", "{prompts}"), "--budget is '8,0'"),
+    "bench batch 0": (bad("bench", "{tiny}", "--batch", "0", "--prompts", "{prompts}"), "--batch is '0'"),
+    "bench repeats 0": (bad("bench", "{tiny}", "--repeats", "0", "--prompts", "{prompts}"), "repeats"),
+    "bench tree too deep": (bad("bench", "{tiny}", "--fixed-tree", "{deep}", "--prompts", "{prompts}"), "4 deep"),
+    "bench no room": (bad("bench", "{tiny}", "--max-new-tokens", "999", "--prompts", "{prompts}"), "context limit"),
+    "bench answers nowhere": (bad("bench", "{tiny}", "--answers", "none/a", "--prompts", "{prompts}"), "no folder"),
+    "bench heads missing": (bad("bench", "--model", "{model}", "--prompts", "{prompts}"), "needs heads"),
+    "demo prompts 0": (bad("demo", "--prompts", "0"), "prompts"),
+}
+
+
+@pytest.fixture(scope="module")
+def places(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Files and folders that are wrong in one way each."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    root = tmp_path_factory.mktemp("places")
+    ids = tiny.tokenizer("a" * CONTEXT)["input_ids"]
+    files = {
+        "file": b"just text\n",
+        "empty": b"",
+        "latin": b"caf\xe9",
+        "deep": b"[[0], [0, 0], [0, 0, 0], [0, 0, 0, 0]]",
+        "limit": b"a" * CONTEXT,
+        "long": b"a" * (2 * CONTEXT),
+        "prompts": b'{"prompt": "def"}\n',
+    }
+    assert len(ids) == CONTEXT
+    for name, data in files.items():
+        (root / name).write_bytes(data)
+    for name in ("folder", "broken"):
+        (root / name).mkdir()
+    (root / "broken" / "config.json").write_bytes((tiny.folder / "model" / "config.json").read_bytes())
+    (root / "broken" / "model.safetensors").write_bytes(b"no tensors")
+    config = tiny.model.config.to_dict()
+    for name, changes in {"other": {}, "wide": {"hidden_size": 64}}.items():
+        torch.manual_seed(7)
+        LlamaForCausalLM(LlamaConfig(**(config | changes))).save_pretrained(root / name)
+        tiny.tokenizer.save_pretrained(root / name)
+    own = {"model": str(tiny.folder / "model"), "heads": str(tiny.folder / "heads")}
+    return {name: str(root / name) for name in [*files, "folder", "broken", "other", "wide"]} | own
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_give_one_line_and_2(
+    name: str,
+    tiny: Tiny,
+    places: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments, message = MISTAKES[name]
+    filled = [part for argument in arguments for part in (tiny.arguments if argument == "{tiny}" else [argument])]
+    monkeypatch.chdir(tmp_path)
+    assert run([argument.format(**places) for argument in filled]) == 2
+    captured = capsys.readouterr()
+    lines = [line for line in captured.err.splitlines() if not line.startswith("ladon: warning: ")]
+    assert len(lines) == 1 and lines[0].startswith("ladon: "), captured.err
+    assert message in lines[0] and captured.out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_prompt_at_a_terminal_is_a_mistake(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    assert run(["generate", *tiny.arguments]) == 2
+    assert "no prompt; give --prompt" in capsys.readouterr().err
+
+
+def test_interrupted_runs_end_with_130_and_leave_nothing(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    prompts = write_jsonl(tmp_path / "p.jsonl", [{"prompt": "def read"}])
+    answers, page = tmp_path / "a.jsonl", tmp_path / "t.html"
+    monkeypatch.setattr(LadonSystem, "run", interrupt)
+    monkeypatch.setattr(Decoder, "trace", interrupt)
+    modes = ["--modes", "dynamic", "--max-new-tokens", "8", "--answers", str(answers)]
+    assert run(["bench", *tiny.arguments, "--prompts", str(prompts), *modes]) == 130
+    assert run(["trace", *tiny.arguments, "--prompt", "a", "--html", str(page)]) == 130
+    lines = [line for line in capsys.readouterr().err.splitlines() if "warning" not in line]
+    assert lines == ["ladon: interrupted"] * 2
+    assert list(tmp_path.iterdir()) == [prompts]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Ctrl-C reaches a process group there")
+def test_ctrl_c_in_a_real_process() -> None:
+    code = "import sys; from ladon.cli import main; print('ready', flush=True); sys.argv[1:] = ['generate']; main()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)  # it waits for a prompt on standard input, or is about to
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130 and errors == "ladon: interrupted\n"
+
+
+def test_a_failed_write_leaves_the_old_file(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "t.png"
+    page.write_text("old", encoding="utf-8")
+
+    def fail(*_: object) -> bytes:
+        raise RuntimeError("the renderer broke")
+
+    monkeypatch.setattr(png, "png", fail)
+    assert run(["trace", *tiny.arguments, "--prompt", "a", "--max-new-tokens", "4", "--png", str(page)]) == 1
+    assert "internal error: RuntimeError: the renderer broke (LADON_DEBUG=1" in capsys.readouterr().err
+    assert page.read_text(encoding="utf-8") == "old" and list(tmp_path.iterdir()) == [page]
+    monkeypatch.setenv("LADON_DEBUG", "1")
+    with pytest.raises(RuntimeError, match="renderer"):
+        run(["trace", *tiny.arguments, "--prompt", "a", "--max-new-tokens", "4", "--png", str(page)])
+
+
+def test_output_into_a_closed_pipe_is_no_error(tiny: Tiny) -> None:
+    arguments = ["trace", *tiny.arguments, "--prompt", "a", "--max-new-tokens", "40"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ladon.cli", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    with process.stderr:
+        errors = process.stderr.read()
+    assert process.wait(timeout=120) == 0 and errors == ""
