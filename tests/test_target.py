@@ -12,14 +12,21 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, T5Config, T5ForConditionalGeneration
 
-from families import FAMILIES, FAST, REFUSED, VOCAB_SIZE, WORKABLE, build, skeleton
+from families import FAMILIES, FAST, LIMIT, REFUSED, VOCAB_SIZE, WORKABLE, build, skeleton
 from ladon import self_test
 from ladon.errors import UnsupportedModelError
 from ladon.target import Target
 from random_trees import draw, pad_paths, plain_logits
 
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4}  # many families compute softmax or routing in float32
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in WORKABLE if name not in FAST]
+
+
+def slow(name: str) -> Any:
+    """A parameter that only the slow suite runs."""
+    return pytest.param(name, marks=pytest.mark.slow)
+
+
+SLOW = [slow(name) for name in WORKABLE if name not in FAST]
 
 
 def run_trees(model: PreTrainedModel, lengths: list[int], *, steps: int, prefill_chunk: int) -> tuple[float, float]:
@@ -89,6 +96,24 @@ def test_prefill_in_chunks(name: str) -> None:
         torch.testing.assert_close(parts_logits, logits, rtol=0, atol=1e-5)
 
 
+TABLES = ["gpt_neo", "gptj", *(slow(name) for name in ("gpt2", "opt", "codegen", "ctrl", "biogpt", "xglm", "mpt"))]
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_to_the_last_position(name: str) -> None:
+    """A tree beside a row at the end of its context: that row's padding must not leave the position table."""
+    model = build(name, torch.float32)
+    target = Target(model)
+    tokens = [[3 + index % 90 for index in range(length)] for length in (LIMIT - 1, 5)]
+    cache = target.new_cache(2)
+    target.prefill([torch.tensor(row) for row in tokens], cache)
+    drawn = draw(random.Random(0), [0, None], 9, VOCAB_SIZE)
+    out = target.verify(drawn.tree, cache)
+    for row, node in [(0, 0), *((1, node) for node in range(9) if drawn.real[1][node])]:
+        plain = plain_logits(model, [tokens[row] + drawn.tokens(row, drawn.path(row, node))])
+        torch.testing.assert_close(out.logits[row, node], plain[0], rtol=0, atol=1e-4)
+
+
 def test_prefill_projects_one_position_per_row(tiny_llama: PreTrainedModel) -> None:
     """No logits of whole prompts: the output projection sees one position of each row, whatever the length."""
     target = Target(tiny_llama, prefill_chunk=8)
@@ -148,10 +173,10 @@ def test_the_model_is_left_as_it_was(name: str) -> None:
     before, ids = state_of(model), torch.randint(3, VOCAB_SIZE, (2, 12))
     with torch.no_grad():
         logits = model(ids).logits
-    run_trees_once = Target(model)
-    cache = run_trees_once.new_cache(1)
-    run_trees_once.prefill([torch.randint(3, VOCAB_SIZE, (20,))], cache)
-    run_trees_once.verify(draw(random.Random(0), [run_trees_once.depth_cap(20)], 5, VOCAB_SIZE).tree, cache)
+    target = Target(model)
+    cache = target.new_cache(1)
+    target.prefill([torch.randint(3, VOCAB_SIZE, (20,))], cache)
+    target.verify(draw(random.Random(0), [target.depth_cap(20)], 5, VOCAB_SIZE).tree, cache)
     after = state_of(model)
     assert {key: after[key] for key in before} == before  # (transformers 5.0 adds one to a dynamic rotary embedding)
     with torch.no_grad():

@@ -159,8 +159,9 @@ class Target:
         past = None if part.span.stop is None else part.span.start
         cache.route.aim(start, num_nodes, past=past, slots=slots, rows=rows)
         positions = position_ids(depths, lengths)
-        if part.span.stop is not None:
-            positions.clamp_(max=part.span.stop - 1)  # padding nodes may lie deeper than the row's cap
+        stop = part.span.stop or self.context_limit
+        if stop is not None and cache.route.reach > stop:
+            positions.clamp_(max=stop - 1)  # padding nodes may lie deeper than the row's cap
         visible = tree_mask(ancestors, lengths, None if ragged else start, cache.route.reach)
         return self._forward(tokens, Sight(visible=visible, queries=positions, tree=(depths, lengths)), cache)
 
