@@ -64,22 +64,22 @@ def say(line: str) -> None:
 
 @contextmanager
 def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar on standard error that shows what is being done; silent where that is no terminal.
+    """Bars on standard error that show what is being done; silent where that is no terminal.
+
+    They are drawn only when told of progress, between two calls: a thread of their own would disturb the timings.
 
     Yields:
         A function of (what, calls done, calls in all).
     """
-    console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
-    with Progress(
-        *columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal
-    ) as bar:
+    options: dict[str, Any] = {"transient": True, "auto_refresh": False, "disable": not sys.stderr.isatty()}
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), **options) as bar:
         tasks: dict[str, TaskID] = {}
 
         def show(what: str, done: int, total: int) -> None:
             if what not in tasks:
                 tasks[what] = bar.add_task(what, total=total)
-            bar.update(tasks[what], completed=done, total=total)
+            bar.update(tasks[what], completed=done, total=total, refresh=True)
 
         yield show
 

@@ -1,4 +1,7 @@
-"""One set of colours for every picture; told apart by hue and lightness, readable on light and dark grounds."""
+"""The colours of tokens by origin, readable on light and dark grounds.
+
+Files have exact colours. A terminal has the user's own sixteen, which fit its ground and which every kind has.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,18 @@ from ladon.viz.record import BONUS
 
 _DEPTHS = ("#2f9e77", "#2b8cbe", "#6a6fd1", "#a855b8", "#c2447f", "#b5563c", "#8a7a2b")
 _BONUS = "#e07b00"
+_ANSI_DEPTHS = ("green", "cyan", "blue", "magenta", "red", "bright_green", "bright_cyan")
+_ANSI_BONUS = "yellow"
 
 
 def origin_colour(origin: int) -> str:
     """Colour (#rrggbb) of a token by its origin: the bonus token, or drafted at a depth of 1 or more."""
     return _BONUS if origin == BONUS else _DEPTHS[(origin - 1) % len(_DEPTHS)]
+
+
+def ansi_colour(origin: int) -> str:
+    """The same for a terminal: the name of one of its colours."""
+    return _ANSI_BONUS if origin == BONUS else _ANSI_DEPTHS[(origin - 1) % len(_ANSI_DEPTHS)]
 
 
 def origin_name(origin: int) -> str:

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from ladon.viz.palette import origin_colour, origin_name
+from ladon.viz.palette import ansi_colour, origin_name
 from ladon.viz.record import BONUS, Node, Record, Step, children
 
 _HALF_BLOCKS = {(False, False): " ", (True, False): "▀", (False, True): "▄", (True, True): "█"}
@@ -20,20 +20,20 @@ _HALF_BLOCKS = {(False, False): " ", (True, False): "▀", (False, True): "▄",
 
 def legend(depth: int) -> Text:
     """The colours in words, for drafts up to `depth`."""
-    parts = [Text(origin_name(origin), Style(color=origin_colour(origin))) for origin in [*range(1, depth + 1), BONUS]]
+    parts = [Text(origin_name(origin), Style(color=ansi_colour(origin))) for origin in [*range(1, depth + 1), BONUS]]
     return Text(" · ").join(parts)
 
 
 def token_text(piece: str, origin: int) -> Text:
     """One emitted token in its colour; a bonus token is bold besides, so that colour is not the only sign."""
-    return Text(piece, Style(color=origin_colour(origin), bold=origin == BONUS))
+    return Text(piece, Style(color=ansi_colour(origin), bold=origin == BONUS))
 
 
 def step_view(step: Step) -> RenderableType:
     """One step: heading, tree and mask side by side, and what was emitted."""
     emitted = Text("emitted  ", "dim")
     for piece, origin in step.emitted:
-        emitted.append(repr(piece)[1:-1] or "…", Style(color=origin_colour(origin), bold=origin == BONUS))
+        emitted.append(repr(piece)[1:-1] or "…", Style(color=ansi_colour(origin), bold=origin == BONUS))
         emitted.append("│", "dim")
     view = Table.grid(padding=(0, 4))
     view.add_row(_tree(step), _mask(step))
@@ -97,15 +97,15 @@ def _node_text(node: Node) -> Text:
         text.append(node.label, "bold")
         return text.append(" root", "dim")
     if node.accepted:
-        text.append(node.label, Style(color=origin_colour(node.depth), bold=True))
+        text.append(node.label, Style(color=ansi_colour(node.depth), bold=True))
         text.append(f" {node.probability:.3f}")
-        return text.append(" ✔", Style(color=origin_colour(node.depth)))
+        return text.append(" ✔", Style(color=ansi_colour(node.depth)))
     text.append(node.label)
     return text.append(f" {node.probability:.3f}", "dim")
 
 
 def _bonus_text(step: Step) -> Text:
-    colour = origin_colour(BONUS)
+    colour = ansi_colour(BONUS)
     return Text(step.bonus, Style(color=colour, bold=True)).append(" bonus", Style(color=colour))
 
 
