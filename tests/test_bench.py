@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ladon.bench import answers, environment, report
-from ladon.bench.calibration import RANKS, calibrate, hit_rates
+from ladon.bench.calibration import calibrate
 from ladon.bench.identity import Difference, examine, first_difference, margin
 from ladon.bench.repetition import Repetition, repeated_tokens
 from ladon.bench.runner import Findings, Subject, in_float32, run_bench
@@ -304,23 +304,6 @@ def test_half_precision_is_measured_and_checked_in_float32(tiny: Tiny) -> None:
         assert result.identical
         assert (result.largest_margin is None) == (result.near_ties == 0)
     assert model.dtype == torch.bfloat16
-
-
-def test_hit_rates_against_a_plain_count(tiny: Tiny) -> None:
-    prompt = tiny.tokenizer("for line")["input_ids"]
-    output = LadonSystem(tiny.model, None, mode="plain", budget=1).run([prompt], 30).outputs[0]
-    rates = hit_rates(tiny.model, tiny.heads, [(prompt, output)])
-    tokens = [*prompt, *output]
-    with torch.no_grad():
-        hidden = tiny.model.model(torch.tensor([tokens])).last_hidden_state[0]
-        ranked = tiny.heads(hidden).argsort(dim=-1, descending=True)[..., :RANKS].tolist()
-    for head in range(tiny.heads.num_heads):
-        places = [t for t in range(len(prompt) - 1, len(tokens)) if t + head + 2 < len(tokens)]
-        for rank in range(RANKS):
-            hits = sum(ranked[t][head][rank] == tokens[t + head + 2] for t in places)
-            assert rates[head][rank] == pytest.approx(hits / len(places))
-    assert max(map(max, rates)) > 0.0
-    assert not tiny.model.get_output_embeddings()._forward_pre_hooks
 
 
 def test_calibration_gives_a_tree(tiny: Tiny) -> None:

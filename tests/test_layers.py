@@ -32,6 +32,7 @@ MODEL_SIDE = [
     "requests",
     "generation",
     "bundled",
+    "calibration",
 ]
 USER_SIDE = ["viz", "bench", "cli"]
 ORDER = CORE + MODEL_SIDE + USER_SIDE
