@@ -204,7 +204,8 @@ class TreeCache(Cache):
 
     def update_indexer(self, indexer_key_states: Tensor, layer_idx: int) -> Tensor:
         """Store a sparse indexer's new keys, [b, N, D], of one layer (not every transformers 5 inherits this)."""
-        return self.layers[layer_idx].update_indexer(indexer_key_states)
+        seen: Tensor = self.layers[layer_idx].update_indexer(indexer_key_states)
+        return seen
 
     def commit(self, path: Tensor, count: Tensor) -> None:
         """Keep the accepted nodes of the tree that was verified last, and drop the rest.
