@@ -9,6 +9,8 @@ from itertools import pairwise
 
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from ladon.errors import InputError
@@ -190,6 +192,25 @@ def test_terminal_shows_every_step(run: Record) -> None:
     blocks = {" ": 0, "▀": 1, "▄": 1, "█": 2}
     drawn = sum(blocks[char] for line in text.splitlines() for char in line if char in "▀▄█")
     assert drawn == sum(sum(map(sum, step.mask)) for step in run.steps)
+
+
+def test_every_line_joins_a_node_to_its_parent(run: Record) -> None:
+    step = max(run.steps, key=lambda step: max(node.depth for node in step.nodes))
+    figure = Figure(figsize=(10, 5))
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    png.draw_tree(axes, step)
+    canvas.draw()
+    boxes = [text for text in axes.texts if text.get_text()]
+    lines = [text for text in axes.texts if not text.get_text()]
+    nodes = with_bonus(step)
+    assert [len(boxes), len(lines)] == [len(nodes), len(nodes) - 1]
+    for node, line in zip(nodes[1:], lines, strict=True):
+        line_ends = line.arrow_patch.get_window_extent()
+        parent, child = (boxes[index].get_window_extent() for index in (node.parent, node.index))
+        assert abs(line_ends.x0 - parent.x1) < 10 and abs(line_ends.x1 - child.x0) < 10
+        ends = sorted([(parent.y0 + parent.y1) / 2, (child.y0 + child.y1) / 2])
+        assert [line_ends.y0, line_ends.y1] == pytest.approx(ends, abs=10)
 
 
 def test_png_is_a_picture(run: Record) -> None:

@@ -14,6 +14,7 @@ from ladon.heads import Heads, new_heads
 
 TEXT = "def read(self, name):\n    for line in self.lines:\n        return line\n"
 CONTEXT = 128
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)

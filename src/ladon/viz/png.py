@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ladon.errors import InputError
 from ladon.viz.palette import origin_colour
@@ -37,22 +37,21 @@ def draw_tree(axes: Axes, step: Step) -> None:
         colour = origin_colour(BONUS if is_bonus else node.depth) if node.accepted and node.depth else "#8a8f98"
         name = node.label if len(node.label) <= _MAX_LABEL else node.label[: _MAX_LABEL - 1] + "…"
         value = "bonus" if is_bonus else "root" if node.depth == 0 else f"{node.probability:.2f}"
-        parent = drawn[node.parent] if node.parent >= 0 else None
-        line = {"arrowstyle": "-", "relpos": (0, 0.5), "color": colour, "shrinkA": 2, "shrinkB": 2}
-        line |= {"lw": 2.0 if node.accepted else 0.8, "linestyle": "--" if is_bonus else "-"}
-        box = axes.annotate(
+        box = axes.text(
+            node.depth,
+            rows[node.index],
             f"{name}  {value}".replace("$", r"\$"),
-            (0, 0) if parent is None else (1, 0.5),
-            xycoords="data" if parent is None else parent,  # the middle of the parent's right side
-            xytext=(node.depth, rows[node.index]),
-            textcoords="data",
-            arrowprops=None if parent is None else line,
             fontsize=7,
             family="monospace",
             va="center",
             fontweight="bold" if node.accepted else "normal",
             bbox={"boxstyle": "round,pad=0.25", "fc": "white", "ec": colour, "lw": 1.4 if node.accepted else 0.6},
         )
+        if node.parent >= 0:  # from the middle of the parent's right side to the middle of this one's left side
+            line: dict[str, Any] = {"arrowstyle": "-", "color": colour, "shrinkA": 2, "shrinkB": 2}
+            line |= {"lw": 2.0 if node.accepted else 0.8, "linestyle": "--" if is_bonus else "-"}
+            ends: dict[str, Any] = {"xy": (1, 0.5), "xycoords": drawn[node.parent], "xytext": (0, 0.5), "textcoords": box}
+            axes.annotate("", **ends, arrowprops=line)
         drawn.append(box)
     axes.set(xlim=(-0.1, max(node.depth for node in nodes) + 0.75), ylim=(max(rows) + 0.8, -0.8))
     axes.axis("off")
@@ -92,7 +91,7 @@ def png(record: Record, steps: Sequence[Step]) -> bytes:
         draw_tree(left, step)
         emitted = "".join(piece for piece, _ in step.emitted)
         shown = repr(emitted if len(emitted) <= 60 else emitted[:59] + "…").replace("$", r"\$")
-        left.set_title(f"step {step.index}: {len(step.emitted)} tokens emitted: {shown}", fontsize=8, loc="left")
+        left.set_title(f"step {step.index} emits {len(step.emitted)}: {shown}", fontsize=8, loc="left")
         draw_mask(right, step)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150)
