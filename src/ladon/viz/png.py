@@ -47,10 +47,15 @@ def draw_tree(axes: Axes, step: Step) -> None:
             fontweight="bold" if node.accepted else "normal",
             bbox={"boxstyle": "round,pad=0.25", "fc": "white", "ec": colour, "lw": 1.4 if node.accepted else 0.6},
         )
-        if node.parent >= 0:  # from the middle of the parent's right side to the middle of this one's left side
+        if node.parent >= 0:  # from the parent's right side to this one's left side
             line: dict[str, Any] = {"arrowstyle": "-", "color": colour, "shrinkA": 2, "shrinkB": 2}
             line |= {"lw": 2.0 if node.accepted else 0.8, "linestyle": "--" if is_bonus else "-"}
-            ends: dict[str, Any] = {"xy": (1, 0.5), "xycoords": drawn[node.parent], "xytext": (0, 0.5), "textcoords": box}
+            ends: dict[str, Any] = {
+                "xy": (1, 0.5),
+                "xycoords": drawn[node.parent],
+                "xytext": (0, 0.5),
+                "textcoords": box,
+            }
             axes.annotate("", **ends, arrowprops=line)
         drawn.append(box)
     axes.set(xlim=(-0.1, max(node.depth for node in nodes) + 0.75), ylim=(max(rows) + 0.8, -0.8))
