@@ -8,16 +8,19 @@ skipped with that reason.
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+RELEASE = ".".join(transformers.__version__.split(".")[:2])
 VOCAB_SIZE = 97
 WINDOW = 8
 LIMIT = 256  # positions
@@ -107,7 +110,7 @@ FAMILIES: dict[str, Family] = {
             "n_heads": 4,
             "n_layers": 2,
             "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
-            "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 32},
+            "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 32},
         },
     ),
     "diffllama": Family("A"),
@@ -212,7 +215,7 @@ FAMILIES: dict[str, Family] = {
     "axk2": Family("D", _INDEXER),
     "hy_v4": Family("D", _INDEXER),
     "bloom": Family("E"),
-    "mpt": Family("E", {"max_seq_len": LIMIT, "n_heads": 4, "d_model": 32}),
+    "mpt": Family("E", {"max_seq_len": LIMIT, "n_heads": 4, "d_model": 32}, float64=RELEASE != "5.0"),
     "falcon-alibi": Family("E", {"alibi": True, "new_decoder_architecture": False, "multi_query": True}, "falcon"),
     "gpt_neo": Family("F", {"attention_types": [[["local", "global"], 1]], "window_size": WINDOW, "num_layers": 2}),
 }
@@ -238,15 +241,23 @@ REFUSED = tuple(name for name, family in FAMILIES.items() if family.mask_class =
 FAST = ("llama", "gptj", "mistral", "gemma3_text", "gemma2", "deepseek_v32", "bloom", "gpt_neo")  # one of each class
 
 
+# What the families' own code gets wrong in an old release, so that there is nothing to compare with.
+_BROKEN = {
+    ("doge", "5.0"): "its short prompts are not causal",
+}
+
+
 def config_of(name: str) -> PreTrainedConfig:
     """The tiny config of a family; skips the test where transformers does not have it."""
     family = FAMILIES[name]
     model_type = family.model_type or name
     if model_type not in CONFIG_MAPPING:
         pytest.skip(f"{model_type} is not in the installed transformers")
+    if (name, RELEASE) in _BROKEN:
+        pytest.skip(f"{name} in transformers {RELEASE}: {_BROKEN[name, RELEASE]}")
     config_class = CONFIG_MAPPING[model_type]
     known = set(inspect.signature(config_class.__init__).parameters) | set(config_class.attribute_map)
-    base = {key: value for key, value in _BASE.items() if key in known}
+    base = {key: value for key, value in _BASE.items() if key in known or key.endswith("token_id")}
     return config_class(**{**base, **family.options})
 
 
@@ -254,7 +265,9 @@ def build(name: str, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
     """A tiny random model of a family, in evaluation mode; the same weights at every call."""
     config = config_of(name)
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config)
+    with warnings.catch_warnings():  # some older model files use torch.jit
+        warnings.simplefilter("ignore", DeprecationWarning)
+        model = AutoModelForCausalLM.from_config(config)
     if dtype == torch.float64 and hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")  # the grouped kernels have no float64
     with torch.no_grad():

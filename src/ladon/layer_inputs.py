@@ -1,7 +1,7 @@
 """Families whose layers need more than the model's forward can be given.
 
 Alibi models (bloom, mpt, falcon with alibi) build their position bias inside forward, from a 2-D mask and by slot;
-gpt_neo cuts its local window by slot, with a buffer of its own. For both the right tensors are handed to every layer
+gpt_neo cuts its local window by slot, with a buffer of its own. To these the right tensors are handed layer by layer,
 by a pre-hook that exists only during the call. Positions then come from the tree, as everywhere else.
 
 Bias values are made by the model's own function, so that plain decoding sees the same numbers.
@@ -9,11 +9,13 @@ Bias values are made by the model's own function, so that plain decoding sees th
 
 from __future__ import annotations
 
+import inspect
 import math
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,12 +43,18 @@ class LayerInputs(ABC):
         """While this lasts, every layer receives what `for_layers` says."""
         with ExitStack() as stack:
             for layer, inputs in zip(self.layers, self.for_layers(sight), strict=True):
-
-                def replace(_: nn.Module, args: Any, kwargs: Any, inputs: dict[str, Any] = inputs) -> tuple[Any, Any]:
-                    return args, {**kwargs, **inputs}
-
-                stack.callback(layer.register_forward_pre_hook(replace, with_kwargs=True).remove)
+                hook = partial(_replace, inputs)
+                stack.callback(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
             yield
+
+
+def _replace(inputs: dict[str, Any], layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    """A layer's arguments with `inputs` in their places; some models pass theirs by position."""
+    if len(args) > 1:  # more than the hidden states
+        names = list(inspect.signature(layer.forward).parameters)[: len(args)]
+        args = tuple(inputs.get(name, arg) for name, arg in zip(names, args, strict=True))
+        inputs = {name: value for name, value in inputs.items() if name not in names}
+    return args, {**kwargs, **inputs}
 
 
 class _TableAlibi(LayerInputs):
@@ -114,6 +122,13 @@ class _RowBias:
         return self._bias
 
 
+class _LayerMasks(LayerInputs):
+    """ctrl and xglm: in transformers 5.0 forward rewrites a 4-D mask; the layers take it as it is."""
+
+    def for_layers(self, sight: Sight) -> list[dict[str, Any]]:
+        return [{"attention_mask": as_additive(sight.visible, self.model.dtype)[:, None]}] * len(self.layers)
+
+
 class _GPTNeoWindows(LayerInputs):
     """gpt_neo: the window of local layers goes into the mask, and the slot-wise buffer is opened for the call."""
 
@@ -149,6 +164,10 @@ def layer_inputs_of(model: PreTrainedModel) -> LayerInputs | None:
             return _FalconAlibi(model, base.h)
         case "mpt":
             return _MptAlibi(model, base.blocks)
+        case "ctrl":
+            return _LayerMasks(model, base.h)
+        case "xglm":
+            return _LayerMasks(model, base.layers)
         case "gpt_neo":
             return _GPTNeoWindows(model, base.h)
     return None

@@ -244,7 +244,8 @@ class Target:
         """The model's own forward; with `only` [b], just that index of each row is projected to logits."""
         given: dict[str, Any] = {}
         if self._takes_positions:
-            given["position_ids"] = sight.queries.expand(tokens.shape[0], -1)
+            # a copy where rows share memory: xglm of transformers 5.0 adds to its position ids in place
+            given["position_ids"] = sight.queries.expand(tokens.shape[0], -1).contiguous()
         with ExitStack() as stack:
             if self._layer_inputs is None:
                 given["attention_mask"] = model_masks(sight, self._localities, self._mask_dtype)
