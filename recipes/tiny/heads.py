@@ -28,12 +28,12 @@ class HeadsTraining:
     """Number of heads and length of their training."""
 
     num_heads: int = 4
-    steps: int = 1200
+    steps: int = 1000
     batch_tokens: int = 8192
     length: int = 512
     chunk_rows: int = 2048  # hidden rows whose logits [rows, K, V] are in memory at once
     depth_decay: float = 0.8
-    matrix_lr: float = 0.02
+    matrix_lr: float = 0.015
     vector_lr: float = 3e-3
     warmup_steps: int = 20
     decay_share: float = 0.6
