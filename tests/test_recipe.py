@@ -156,37 +156,6 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path: Path, monkeyp
     assert whole[1].training_record == parts[1].training_record
 
 
-def test_ranks_are_those_of_the_greedy_text(tiny_llama: PreTrainedModel) -> None:
-    calibrate = recipe("calibrate")
-    model = tiny_llama.float()
-    heads = new_heads(model, 2)
-    with torch.no_grad():
-        heads.down_weight.normal_()
-    prompt = torch.tensor([5, 6, 7, 8])
-    ranks = calibrate.greedy_ranks(model, heads, prompt)
-    text = prompt
-    with torch.no_grad():
-        while len(text) < 4 + calibrate.NEW_TOKENS and (len(text) == 4 or text[-1] != 2):
-            text = torch.cat([text, model(input_ids=text[None]).logits[0, -1].argmax()[None]])
-        for row, position in enumerate(range(3, len(text) - 3)):
-            hidden = model.base_model(input_ids=text[None, : position + 1]).last_hidden_state[0, -1]
-            for k in (1, 2):
-                logits = heads(hidden)[k - 1]
-                rank = int((logits > logits[text[position + k + 1]]).sum())
-                assert ranks[row, k - 1] == min(rank, calibrate.RANKS)
-    assert len(ranks) == len(text) - 6
-
-
-def test_hit_rates_count_only_where_the_path_was_right() -> None:
-    calibrate = recipe("calibrate")
-    miss = calibrate.RANKS
-    rates = calibrate.hit_rates(torch.tensor([[0, 0], [0, 1], [2, 0], [miss, 0]]))
-    assert rates[0][:3] == [0.5, 0.0, 0.25] and sum(rates[0]) == 0.75
-    assert rates[1][:3] == pytest.approx([2 / 3, 1 / 3, 0.0], abs=1e-5)
-    nothing = calibrate.hit_rates(torch.full((3, 2), miss))
-    assert nothing == [[0.0] * calibrate.RANKS] * 2
-
-
 def build_command(arch: str, run: Path, out: Path, *more: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(RECIPE / "build.py"), "--tiny", "--arch", arch, "--threads", "1"]
     return subprocess.run(
