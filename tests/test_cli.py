@@ -320,14 +320,33 @@ def test_interrupted_runs_end_with_130_and_leave_nothing(
     assert list(tmp_path.iterdir()) == [prompts]
 
 
+WAITING = """
+import sys, time
+from ladon.cli import main
+
+class Slow:
+    def read(self):
+        print("reading", flush=True)
+        time.sleep(100)
+
+class Stdin:
+    buffer = Slow()
+    def isatty(self):
+        return False
+
+sys.stdin = Stdin()
+sys.argv[1:] = ["generate"]
+main()
+"""
+
+
 @pytest.mark.skipif(os.name == "nt", reason="Ctrl-C reaches a process group there")
 def test_ctrl_c_in_a_real_process() -> None:
-    code = "import sys; from ladon.cli import main; print('ready', flush=True); sys.argv[1:] = ['generate']; main()"
     process = subprocess.Popen(
-        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", WAITING], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    assert process.stdout is not None and process.stdout.readline() == "ready\n"
-    process.send_signal(signal.SIGINT)  # it waits for a prompt on standard input, or is about to
+    assert process.stdout is not None and process.stdout.readline() == "reading\n"
+    process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130 and errors == "ladon: interrupted\n"
 

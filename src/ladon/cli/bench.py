@@ -152,12 +152,16 @@ def measure(
         "transformers": baselines(findings),
         "results": [result_json(result) for result in results(findings)],
     }
-    threads = place["threads"]
+    prompts, repeats = _several(len(findings.requests), "prompt"), _several(plan.repeats, "repeat")
     title = (
-        f"{subject.name} · {dtype} · {len(findings.requests)} prompts of {workload.name} · up to {plan.max_new_tokens} "
-        f"tokens · {plan.repeats} repeats · {threads} thread{'s' if threads != 1 else ''} · {place['cpu']}"
+        f"{subject.name} · {dtype} · {prompts} of {workload.name} · up to {plan.max_new_tokens} tokens · {repeats} · "
+        f"{_several(place['threads'], 'thread')} · {place['cpu']}"
     )
     return document, findings, title
+
+
+def _several(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def show(document: dict[str, Any], findings: Findings, title: str) -> None:
