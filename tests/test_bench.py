@@ -225,6 +225,7 @@ def test_report_is_json_with_the_promised_fields(findings: Findings) -> None:
     baselines = report.baselines(findings)
     assert [row["batch"] for row in baselines] == [1, 2]
     assert report.table(report.results(findings), baselines, 2).row_count == 7
+    assert report.identity_line(report.results(findings)).startswith("identical: yes (")
 
 
 def test_a_wrong_token_is_found(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,6 +244,7 @@ def test_a_wrong_token_is_found(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> 
     results = {result.mode: result for result in report.results(found)}
     assert not results["chain"].identical and results["chain"].near_ties == len(TEXTS)
     assert results["dynamic"].identical and results["plain"].identical
+    assert report.identity_line(list(results.values())).startswith("identical: NO (chain 4 left")
     lines = report.float32_lines(found)
     assert len(lines) == len(TEXTS) and all("NOT a near-tie" in line and "token 5" in line for line in lines)
     assert len(report.near_tie_lines(list(results.values()), "float32")) == 1

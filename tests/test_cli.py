@@ -166,6 +166,21 @@ def test_bench_prints_a_table_and_one_document(tiny: Tiny, tmp_path: Path, capsy
     assert sorted(path.name for path in tmp_path.iterdir()) == ["answers.jsonl", "p.jsonl", "result.json"]
 
 
+def test_demo_shows_and_measures(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--prompts", "2", "--live", "1", "--max-new-tokens", "16", "--repeats", "1", "--budget", "8", "--json"]
+    assert run(["demo", *options]) == 0
+    captured = capsys.readouterr()
+    assert "drafted, depth 1" in captured.out and "15 tokens in" in captured.out and "identical: yes" in captured.out
+    document = last_json(captured.out)
+    modes = document["modes"]
+    assert list(modes) == ["plain", "chain", "fixed", "dynamic"]  # type: ignore[call-overload]
+    promised = ("acceptance_length", "tokens_per_second", "step_ms", "forward_ms", "overhead", "identical", "near_ties")
+    for mode in modes.values():  # type: ignore[attr-defined]
+        assert mode["identical"] is True and all(mode[name] is not None for name in promised)
+    assert document["transformers"]["tokens_per_second"] > 0  # type: ignore[index]
+    assert document["dtype"] in ("bfloat16", "float32")
+
+
 def test_bench_takes_a_tree_or_other_prompts_for_mode_fixed(
     tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -222,11 +222,23 @@ def table(results: Sequence[Result], baselines: Sequence[dict[str, Any]], batch:
     return view
 
 
+def identity_line(results: Sequence[Result]) -> str:
+    """Whether every mode wrote what transformers writes."""
+    prompts = results[0].prompts
+    if all(result.identical for result in results):
+        ties = sum(result.float32_near_ties for result in results)
+        aside = f", {ties} near-ties aside" if ties else ""
+        return f"identical: yes (each mode against transformers' generate, float32, {prompts} prompts{aside})"
+    wrong = ", ".join(f"{result.mode} {result.budget}" for result in results if not result.identical)
+    return f"identical: NO ({wrong} left transformers' generate in float32)"
+
+
 def near_tie_lines(results: Sequence[Result], dtype: str) -> list[str]:
     """One line per mode about outputs that left plain decoding in the timed dtype."""
     return [
-        f"{result.mode} {result.budget}: {result.near_ties} of {result.prompts} outputs leave plain decoding in "
-        f"{dtype} (rounding depends on the shape of the call; top-2 margins there: at most {result.largest_margin:.3f})"
+        f"near-ties in {dtype}: {result.mode} {result.budget} left plain decoding in {result.near_ties} of "
+        f"{result.prompts} outputs; the two best logits there lay within {result.largest_margin:.3f} (rounding differs "
+        "with the shape of a call)"
         for result in results
         if result.near_ties
     ]

@@ -19,6 +19,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from ladon.errors import InputError
 from ladon.fixed_tree import FixedTree
 from ladon.generation import Decoder
+from ladon.requests import end_ids
 from ladon.stats import DecodeStats
 
 if TYPE_CHECKING:
@@ -209,16 +210,10 @@ def _inputs(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> dict[st
 
 
 def _outputs(model: PreTrainedModel, sequences: Any, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
-    stops = end_ids(model)
+    stops = end_ids(model.generation_config.eos_token_id)
     longest = max(len(prompt) for prompt in prompts)
     rows: list[list[int]] = sequences[:, longest:].tolist()
     return [cut(row, stops) for row in rows]
-
-
-def end_ids(model: PreTrainedModel) -> frozenset[int]:
-    """Token ids that end an answer, from the model's generation config."""
-    ends = getattr(model.generation_config, "eos_token_id", None)
-    return frozenset() if ends is None else frozenset([ends] if isinstance(ends, int) else ends)
 
 
 def cut(tokens: list[int], stops: frozenset[int]) -> list[int]:

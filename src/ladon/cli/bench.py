@@ -166,13 +166,14 @@ def _several(count: int, noun: str) -> str:
 
 def show(document: dict[str, Any], findings: Findings, title: str) -> None:
     """The table and what has to be said about it, on standard output."""
-    from ladon.bench.report import float32_lines, near_tie_lines, repetition_line, results, table
+    from ladon.bench.report import float32_lines, identity_line, near_tie_lines, repetition_line, results, table
 
     found = results(findings)
     console = OutConsole(highlight=False)
     console.print(title, style="bold")
     for batch in dict.fromkeys(result.batch for result in found):
         console.print(table(found, document["transformers"], batch))
+    console.print(identity_line(found), style="bold", markup=False)
     for line in [repetition_line(found), *near_tie_lines(found, document["dtype"]), *float32_lines(findings)]:
         console.print(line, style="dim", markup=False)
 

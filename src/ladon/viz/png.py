@@ -36,7 +36,7 @@ def draw_tree(axes: Axes, step: Step) -> None:
         is_bonus = node is nodes[-1]
         colour = origin_colour(BONUS if is_bonus else node.depth) if node.accepted and node.depth else "#8a8f98"
         name = node.label if len(node.label) <= _MAX_LABEL else node.label[: _MAX_LABEL - 1] + "…"
-        value = "bonus" if is_bonus else "root" if node.depth == 0 else f"{node.probability:.2f}"
+        value = "bonus" if is_bonus else "root" if node.depth == 0 else f"{node.probability:.3f}"
         box = axes.text(
             node.depth,
             rows[node.index],
