@@ -234,13 +234,18 @@ def identity_line(results: Sequence[Result]) -> str:
 
 
 def near_tie_lines(results: Sequence[Result], dtype: str) -> list[str]:
-    """One line per mode about outputs that left plain decoding in the timed dtype."""
-    return [
-        f"near-ties in {dtype}: {result.mode} {result.budget} left plain decoding in {result.near_ties} of "
-        f"{result.prompts} outputs; the two best logits there lay within {result.largest_margin:.3f} (rounding differs "
-        "with the shape of a call)"
+    """One line about outputs that left plain decoding in the timed dtype, if any did."""
+    margins = [result.largest_margin for result in results if result.largest_margin is not None]
+    if not margins:
+        return []
+    counts = ", ".join(
+        f"{result.mode} {result.budget} {result.near_ties} of {result.prompts}"
         for result in results
         if result.near_ties
+    )
+    return [
+        f"near-ties in {dtype}: {counts} outputs left plain decoding, where the two best logits lay within "
+        f"{max(margins):.3f} (rounding differs with the shape of a call)"
     ]
 
 
