@@ -24,7 +24,7 @@ _SHOWN_LINES = 6  # of a prompt, before its live completion
 def demo(
     prompts: Annotated[
         int, Option("--prompts", metavar="N", min=1, help="How many held-out prompts are measured.")
-    ] = 8,
+    ] = 5,
     live: Annotated[
         int, Option("--live", metavar="N", min=0, help="How many of them are completed before your eyes.")
     ] = 2,
