@@ -53,7 +53,7 @@ def test_model_and_heads_have_learnt_what_the_card_says() -> None:
     assert loss < 4.0  # ln V is 8.3
     for k in range(heads.num_heads):
         assert hits[k] / count == pytest.approx(recorded[k][0], abs=0.1)
-    assert hits[0] / count > 0.25
+    assert hits[0] / count > 0.15
 
 
 def test_fixed_trees() -> None:
