@@ -358,7 +358,12 @@ main()
 @pytest.mark.skipif(os.name == "nt", reason="Ctrl-C reaches a process group there")
 def test_ctrl_c_in_a_real_process() -> None:
     process = subprocess.Popen(
-        [sys.executable, "-c", WAITING], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", WAITING],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # Tests that a shell runs in the background start with Ctrl-C ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout is not None and process.stdout.readline() == "reading\n"
     process.send_signal(signal.SIGINT)

@@ -51,6 +51,8 @@ def longest_match(
     Returns:
         The accepted paths; no host transfer.
     """
+    if tree.num_nodes == 1:
+        return _root_alone(picks)
     if ancestors is None:
         ancestors = ancestor_mask(tree.parents, tree.max_depth)
     if depths is None:
@@ -70,3 +72,9 @@ def longest_match(
     path = torch.where(steps < count[:, None], path, last)
     tokens = picks.gather(1, path)
     return Accepted(path=path, count=count, tokens=tokens, last=last[:, 0], bonus=picks.gather(1, last)[:, 0])
+
+
+def _root_alone(picks: Tensor) -> Accepted:
+    """Plain decoding's case, where there is nothing to compare: its steps are short, and 25 small operations show."""
+    first = torch.zeros_like(picks)
+    return Accepted(path=first, count=torch.ones_like(picks[:, 0]), tokens=picks, last=first[:, 0], bonus=picks[:, 0])
