@@ -252,3 +252,16 @@ def test_a_fixed_tree_may_use_ranks_beyond_the_budget(model, decoder):
     wide = ladon.Decoder(model, decoder.heads, tree=tree, budget=3)
     assert torch.equal(wide.generate(PROMPT, max_new_tokens=16), plain(model))
     assert wide.stats.nodes_verified <= 3 * wide.stats.row_steps
+
+
+def test_a_model_that_verifies_chains_only_never_gets_a_branch(model, monkeypatch):
+    monkeypatch.setattr("ladon.generation.Target.supports_trees", False)
+    heads = ladon.new_heads(model, num_heads=3)
+    for tree in ("dynamic", "chain", "off", ladon.FixedTree.chain(2)):
+        decoder = ladon.Decoder(model, heads, tree=tree)
+        assert torch.equal(decoder.generate(PROMPT, max_new_tokens=8), plain(model, max_new_tokens=8))
+        for step in decoder.trace(PROMPT, max_new_tokens=8):
+            real = [p for p, log_prob in zip(step.parents, step.log_probs, strict=True) if log_prob != -torch.inf]
+            assert real == list(range(-1, len(real) - 1)), "each node but the padding follows the one before"
+    with pytest.raises(TreeError, match="chains only"):
+        ladon.Decoder(model, heads, tree=ladon.FixedTree.from_dense([1, 2]))

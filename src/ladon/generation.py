@@ -58,7 +58,8 @@ class Decoder:
             model: any causal language model of transformers whose cache can roll back.
             heads: decoding heads for it; None decodes plainly.
             tree: "dynamic" (grown anew at each step from the heads' joint probabilities), "chain" (each head's best
-                token), "off" (plain decoding) or a `FixedTree`.
+                token), "off" (plain decoding) or a `FixedTree`. A model that verifies chains but no trees (its
+                self-test says so) gets the chain instead of the dynamic tree.
             budget: nodes verified per step and row, root included; "auto" is 16 until sizes are chosen from measured
                 cost. A fixed tree has its own size, and a smaller budget cuts it.
             num_candidates: candidates kept per head.
@@ -67,7 +68,8 @@ class Decoder:
         Raises:
             UnsupportedModelError: the model cannot verify a tree exactly.
             HeadsError: the heads do not belong to the model.
-            TreeError: an unknown tree option, a budget below 1, or a fixed tree that the heads cannot fill.
+            TreeError: an unknown tree option, a budget below 1, or a fixed tree that the heads cannot fill or that
+                branches where the model verifies chains only.
         """
         self._tree = _check_tree_option(tree, heads, num_candidates)
         self._budget = _check_budget(budget, self._tree)
@@ -76,8 +78,8 @@ class Decoder:
         self.model = model
         self.heads = None if heads is None else heads.bind(model)
         self._target = Target(model)
-        if heads is not None and not self._target.supports_trees and self._tree == "dynamic":
-            self._tree = "chain"
+        if heads is not None and not self._target.supports_trees:
+            self._tree = _as_chain(self._tree)
         self.stats = DecodeStats()
 
     def generate(self, input_ids: Tensor | None = None, **kwargs: Any) -> Tensor | GenerateDecoderOnlyOutput:
@@ -234,6 +236,13 @@ def _check_tree_option(tree: str | FixedTree, heads: Heads | None, num_candidate
     if tree not in ("dynamic", "chain", "off"):
         raise TreeError(f'tree is {tree!r}; give "dynamic", "chain", "off" or a ladon.FixedTree')
     return tree
+
+
+def _as_chain(tree: str | FixedTree) -> str | FixedTree:
+    """The option for a model that verifies chains only; a fixed tree that branches would not be exact there."""
+    if isinstance(tree, FixedTree) and tree.num_nodes > tree.max_depth + 1:
+        raise TreeError('this model verifies chains only, and the fixed tree branches; give tree="chain"')
+    return "chain" if tree == "dynamic" else tree
 
 
 def _check_budget(budget: int | str, tree: str | FixedTree) -> int:
