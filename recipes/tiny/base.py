@@ -79,15 +79,15 @@ def sample_batch(tokens: np.ndarray, step: int, config: BaseConfig) -> Tensor:
     return torch.from_numpy(np.stack([tokens[s : s + length + 1] for s in starts]).astype(np.int64))
 
 
-def make_optimizers(model: nn.Module, config: BaseConfig) -> list[torch.optim.Optimizer]:
+def make_optimizers(model: nn.Module, matrix_lr: float, vector_lr: float) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the layers, AdamW for embeddings, norms and biases."""
     embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     matrices = [p for p in model.parameters() if p.ndim == 2 and id(p) not in embeddings]
     matrix_ids = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in matrix_ids]
     return [
-        torch.optim.Muon(matrices, lr=config.matrix_lr, weight_decay=0.05),
-        torch.optim.AdamW(others, lr=config.vector_lr, betas=(0.9, 0.95), weight_decay=0.01),
+        torch.optim.Muon(matrices, lr=matrix_lr, weight_decay=0.05),
+        torch.optim.AdamW(others, lr=vector_lr, betas=(0.9, 0.95), weight_decay=0.01),
     ]
 
 
@@ -114,7 +114,7 @@ def train_base(
 ) -> tuple[PreTrainedModel, dict[str, object]]:
     """Train (or resume) and return the model with its training record."""
     model = new_model(config, eos_token_id)
-    optimizers = make_optimizers(model, config)
+    optimizers = make_optimizers(model, config.matrix_lr, config.vector_lr)
     base_rates = [config.matrix_lr, config.vector_lr]
     checkpoint, step, history = folder / "base.pt", 0, []
     if checkpoint.exists():

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import platform
 import sysconfig
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ HELD_OUT = frozenset(CALIBRATION_MODULES) | frozenset(PROMPT_MODULES)
 
 # Tables and deliberately broken sources: text that teaches nothing about code.
 SKIPPED_FOLDERS = ("site-packages", "encodings", "pydoc_data", "lib2to3/tests/data", "test/encoded_modules")
+SKIPPED_IN_WHEELS = ("pip/_vendor/chardet", "pip/_vendor/idna", "setuptools/_distutils")  # tables; distutils again
 MAX_FILE_BYTES = 400_000
 
 
@@ -51,6 +53,28 @@ def training_files() -> Iterator[SourceFile]:
             source = _read(path, relative)
             if source is not None:
                 yield source
+
+
+def wheel_files() -> list[SourceFile]:
+    """The sources inside the wheels that `ensurepip` carries (pip, before 3.12 setuptools too), each text once.
+
+    Some distributions take these wheels out of Python; then the list is empty.
+    """
+    sources: dict[str, SourceFile] = {}
+    for wheel in sorted(library_root().glob("ensurepip/_bundled/*.whl")):
+        with zipfile.ZipFile(wheel) as archive:
+            for name in sorted(archive.namelist()):
+                relative = Path(name)
+                if relative.suffix == ".py" and not name.startswith(SKIPPED_IN_WHEELS) and not _is_held_out(relative):
+                    source = _source(archive.read(name), relative)
+                    if source is not None:
+                        sources.setdefault(source.sha256, source)
+    return list(sources.values())
+
+
+def is_test(source: SourceFile) -> bool:
+    """Whether a file of the standard library tests it."""
+    return any(part in ("test", "tests", "idle_test") for part in Path(source.path).parts)
 
 
 def held_out_files(modules: list[str]) -> list[SourceFile]:
@@ -87,7 +111,10 @@ def _is_held_out(relative: Path) -> bool:
 
 
 def _read(path: Path, relative: Path) -> SourceFile | None:
-    data = path.read_bytes()
+    return _source(path.read_bytes(), relative)
+
+
+def _source(data: bytes, relative: Path) -> SourceFile | None:
     if not 0 < len(data) <= MAX_FILE_BYTES:
         return None
     try:

@@ -48,16 +48,16 @@ class StackedMuon:
     Each matrix of a stack is its own parameter to the optimizer, sharing memory with the stack.
     """
 
-    def __init__(self, heads: Heads, config: HeadsTraining) -> None:
+    def __init__(self, heads: Heads, matrix_lr: float, vector_lr: float) -> None:
         stacks = [p for p in heads.parameters() if p.ndim >= 3]
         self.stacks = [(p, [nn.Parameter(m) for m in p.detach().flatten(0, -3)]) for p in stacks]
         matrices = [m for _, parts in self.stacks for m in parts]
         others = [p for p in heads.parameters() if p.ndim < 3]
         self.optimizers = [
-            torch.optim.Muon(matrices, lr=config.matrix_lr, weight_decay=0.01),
-            torch.optim.AdamW(others, lr=config.vector_lr, betas=(0.9, 0.95), weight_decay=0.0),
+            torch.optim.Muon(matrices, lr=matrix_lr, weight_decay=0.01),
+            torch.optim.AdamW(others, lr=vector_lr, betas=(0.9, 0.95), weight_decay=0.0),
         ]
-        self.rates = [config.matrix_lr, config.vector_lr]
+        self.rates = [matrix_lr, vector_lr]
 
     def step(self, scale: float) -> None:
         """One update at `scale` times the learning rates; gradients are cleared."""
@@ -141,7 +141,7 @@ def train_heads(
 ) -> Heads:
     """Train (or resume) heads on the frozen `model`; their training record holds the settings and the history."""
     heads = new_heads(model.requires_grad_(False), config.num_heads, seed=config.seed)
-    optimizer = StackedMuon(heads, config)
+    optimizer = StackedMuon(heads, config.matrix_lr, config.vector_lr)
     checkpoint, step, history = folder / "heads.pt", 0, []
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)

@@ -127,7 +127,7 @@ class Engine:
         with clock.stage("pick"):
             picks = sampling.pick(out.logits)
         with clock.stage("accept"):
-            accepted = longest_match(out.tree, picks, out.ancestors, out.depths)
+            accepted = longest_match(out.tree, picks, out.ancestors)
         with clock.stage("commit"):
             self._cache.commit(accepted.path, accepted.count)
             self._proposer.observe(accepted, out.hidden)

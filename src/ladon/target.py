@@ -37,14 +37,12 @@ class VerifyOutput:
         logits: the target's logits after each node, [B, M, V], in the model's dtype.
         hidden: hidden state after the final norm, [B, M, H].
         ancestors: who sees whom inside the tree, [B, M, M] bool, so that no one builds it twice.
-        depths: depth of each node, [B, M].
     """
 
     tree: TokenTree
     logits: Tensor
     hidden: Tensor
     ancestors: Tensor
-    depths: Tensor
 
 
 class Target:
@@ -129,7 +127,7 @@ class Target:
             logits, hidden = self._verify_rows(tree.tokens, ancestors, depths, cache, parts[0], None)
         else:
             logits, hidden = self._verify_parts(tree.tokens, ancestors, depths, cache, parts)
-        return VerifyOutput(tree=tree, logits=logits, hidden=hidden, ancestors=ancestors, depths=depths)
+        return VerifyOutput(tree=tree, logits=logits, hidden=hidden, ancestors=ancestors)
 
     def _verify_parts(
         self, tokens: Tensor, ancestors: Tensor, depths: Tensor, cache: TreeCache, parts: list[Part]
