@@ -75,16 +75,12 @@ def test_token_id_zero_is_an_ordinary_token():
     )
     accepted = longest_match(tree, torch.tensor([[3, 0, 7]]))
     assert accepted.count.tolist() == [2] and accepted.bonus.tolist() == [0]
-    real = TokenTree(
-        tokens=tree.tokens, parents=tree.parents, log_probs=torch.tensor([[0.0, -0.5, -0.9]]), max_depth=2
-    )
+    real = TokenTree(tokens=tree.tokens, parents=tree.parents, log_probs=torch.tensor([[0.0, -0.5, -0.9]]), max_depth=2)
     accepted = longest_match(real, torch.tensor([[3, 0, 7]]))
     assert accepted.count.tolist() == [3] and accepted.bonus.tolist() == [7]
 
 
 def test_the_root_alone():
-    tree = TokenTree(
-        tokens=torch.tensor([[5]]), parents=torch.tensor([[-1]]), log_probs=torch.zeros(1, 1), max_depth=0
-    )
+    tree = TokenTree(tokens=torch.tensor([[5]]), parents=torch.tensor([[-1]]), log_probs=torch.zeros(1, 1), max_depth=0)
     accepted = longest_match(tree, torch.tensor([[9]]))
     assert accepted.path.tolist() == [[0]] and accepted.tokens.tolist() == [[9]] and accepted.count.tolist() == [1]

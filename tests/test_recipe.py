@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
 from ladon.fixed_tree import FixedTree
 from ladon.heads import load_heads, new_heads
@@ -48,9 +48,23 @@ def tiny_base(arch: str = "llama", vocab_size: int = 64, **options: Any) -> Any:
 
 
 def tiny_heads(**options: Any) -> Any:
-    return recipe("heads").HeadsTraining(
-        num_heads=3, batch_tokens=256, length=32, chunk_rows=96, warmup_steps=2, **options
+    return recipe("heads").HeadsTraining(batch_tokens=256, length=32, chunk_rows=96, warmup_steps=2, **options)
+
+
+def tiny_joint(**options: Any) -> Any:
+    return recipe("joint").JointTraining(
+        batch_tokens=256,
+        short_length=32,
+        long_length=64,
+        long_share=0.2,
+        heads_positions=128,
+        warmup_steps=2,
+        **options,
     )
+
+
+def text_of(tokens: np.ndarray) -> Any:
+    return recipe("training").Text(kinds=[tokens], shares=[1.0], held_out=tokens)
 
 
 def counting(count: int, vocab_size: int = 64) -> np.ndarray:
@@ -80,22 +94,44 @@ def test_provenance_names_every_file() -> None:
     assert corpus.provenance(sources[:4])["sha256"] != record["sha256"]
 
 
+def test_wheels_give_each_text_once_and_nothing_held_out() -> None:
+    corpus = recipe("corpus")
+    sources = corpus.wheel_files()
+    if not sources:
+        pytest.skip("this Python carries no wheels in ensurepip")
+    assert len({source.sha256 for source in sources}) == len(sources)
+    assert all(".whl/" in source.path for source in sources)
+    assert not {Path(source.path).stem for source in sources} & corpus.HELD_OUT
+
+
+def test_windows_come_from_every_kind_by_its_share() -> None:
+    kinds = [np.full(1000, kind, dtype=np.uint16) for kind in range(3)]
+    text = recipe("training").Text(kinds=kinds, shares=[0.5, 0.3, 0.2], held_out=kinds[0])
+    windows = text.windows(2000, 5, np.random.default_rng(0))
+    assert windows.shape == (2000, 5) and (windows == windows[:, :1]).all()
+    for kind, share in enumerate(text.shares):
+        assert abs((windows[:, 0] == kind).float().mean() - share) < 0.05
+
+
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_every_architecture_learns(arch: str, tmp_path: Path) -> None:
     base = recipe("base")
     config = tiny_base(arch, steps=40, save_every=20)
-    model, record = base.train_base(config, counting(4000), counting(2000), 0, tmp_path)
+    model, record = base.train_base(config, text_of(counting(4000)), 0, tmp_path / "base.pt")
     first, last = (entry["held_out_loss"] for entry in record["history"])
     assert model.config.model_type == arch and last < first < np.log(64)
 
 
-def test_head_k_learns_the_token_k_plus_one_places_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("from_base", [False, True])
+def test_head_k_learns_the_token_k_plus_one_places_on(from_base: bool, tmp_path: Path) -> None:
     """On counting text, token t is followed by t + 1: the base says t + 1 and head k must say t + k + 1."""
     base, heads_module = recipe("base"), recipe("heads")
-    text = counting(4000)
-    model, _ = base.train_base(tiny_base(steps=60, save_every=60), text, text, 0, tmp_path)
+    text = text_of(counting(4000))
+    model, _ = base.train_base(tiny_base(steps=60, save_every=60), text, 0, tmp_path / "base.pt")
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    heads = heads_module.train_heads(tiny_heads(steps=60, save_every=60), model, text, text, tmp_path)
+    heads = new_heads(model, 3)
+    training = tiny_heads(steps=60, save_every=60, from_base=from_base)
+    heads_module.train_heads(training, model, heads, text, tmp_path / "heads.pt")
     with torch.no_grad():
         hidden = model.base_model(input_ids=torch.arange(10, 30)[None]).last_hidden_state[0]
         said, guessed = model.lm_head(hidden[-1]).argmax(-1), heads(hidden[-1]).argmax(-1)
@@ -105,14 +141,59 @@ def test_head_k_learns_the_token_k_plus_one_places_on(tmp_path: Path) -> None:
     assert all(rates[0] > 0.9 and rates == sorted(rates) for rates in result["accuracy"])
 
 
-def test_chunks_do_not_change_the_gradient() -> None:
+def test_joint_training_moves_base_and_heads_towards_the_text(tmp_path: Path) -> None:
+    base, joint = recipe("base"), recipe("joint")
+    text = text_of(counting(4000))
+    model, _ = base.train_base(tiny_base(steps=20, save_every=20), text, 0, tmp_path / "base.pt")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    record = joint.train_jointly(
+        tiny_joint(steps=60, save_every=20), model, new_heads(model, 3), text, tmp_path / "j.pt"
+    )
+    first, last = record["history"][0], record["history"][-1]
+    assert last["held_out_loss"] < first["held_out_loss"]
+    assert sum(last["heads"]["loss"]) < sum(first["heads"]["loss"])
+    assert any(not torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_the_heads_loss_reaches_the_base() -> None:
+    base, joint = recipe("base"), recipe("joint")
+    model = base.new_model(tiny_base(), 0)
+    heads = new_heads(model, 3)
+    losses = joint.joint_losses(model, heads, torch.randint(64, (2, 36)), torch.arange(0, 64, 4))
+    assert losses.shape == (4,)
+    losses[3].backward()
+    assert all(layer.mlp.up_proj.weight.grad.abs().sum() > 0 for layer in model.base_model.layers)
+
+
+def test_targets_of_both_kinds_line_up() -> None:
+    """Head k's target after place t: the text's token t + k + 1, or what the base says at place t + k."""
     heads_module, base = recipe("heads"), recipe("base")
     model = base.new_model(tiny_base(), 0).requires_grad_(False)
     batch = torch.randint(64, (2, 36))
-    hidden, targets = heads_module.hidden_and_targets(model, batch, 3)
-    assert hidden.shape == (64, 32) and targets.shape == (64, 3)
+    hidden = heads_module.hidden_states(model, batch[:, :35])
+    targets = heads_module.later(batch, 32, 3, first=2)
+    goals = heads_module.later(hidden, 32, 3, first=1)
+    assert targets.shape == (64, 3) and goals.shape == (64, 3, 32)
     for k in (1, 2, 3):
         assert torch.equal(targets[:, k - 1].view(2, 32), batch[:, k + 1 : k + 33])
+        assert torch.equal(goals[:, k - 1].view(2, 32, 32), hidden[:, k : k + 32])
+
+
+def test_learning_from_a_sure_base_is_learning_from_its_tokens() -> None:
+    """With probabilities that are 1 for one token, both losses are the same number."""
+    heads_module, base = recipe("heads"), recipe("base")
+    heads = new_heads(base.new_model(tiny_base(), 0), 3)
+    hidden, targets = torch.randn(16, 32), torch.randint(64, (16, 3))
+    sure = torch.nn.functional.one_hot(targets, 64).float()
+    torch.testing.assert_close(
+        heads_module.heads_losses(heads, hidden, targets), heads_module.heads_losses(heads, hidden, sure)
+    )
+
+
+def test_chunks_do_not_change_the_gradient() -> None:
+    heads_module, base = recipe("heads"), recipe("base")
+    model = base.new_model(tiny_base(), 0).requires_grad_(False)
+    hidden, targets = torch.randn(64, 32), torch.randint(64, (64, 3))
     gradients = []
     for rows in (64, 16):
         heads = new_heads(model, 3)
@@ -122,38 +203,37 @@ def test_chunks_do_not_change_the_gradient() -> None:
     torch.testing.assert_close(gradients[0], gradients[1], rtol=2e-2, atol=1e-4)  # bfloat16 products
 
 
-def _stop_at(module: ModuleType, name: str, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = getattr(module, name)
-
-    def stopping(tokens: np.ndarray, at: int, config: Any) -> torch.Tensor:
-        if at == step:
-            raise KeyboardInterrupt
-        return original(tokens, at, config)
-
-    monkeypatch.setattr(module, name, stopping)
-
-
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    base, heads_module = recipe("base"), recipe("heads")
-    text = counting(3000)
-    config, training = tiny_base(steps=8, save_every=3), tiny_heads(steps=8, save_every=3)
+    base, heads_module, joint, training = (recipe(name) for name in ("base", "heads", "joint", "training"))
+    text = text_of(counting(3000))
+    options = {"steps": 8, "save_every": 3}
 
-    def build(folder: Path) -> tuple[PreTrainedModel, torch.nn.Module]:
+    def build(folder: Path) -> tuple[list[Any], dict[str, torch.Tensor]]:
         folder.mkdir(exist_ok=True)
-        model, _ = base.train_base(config, text, text, 0, folder)
-        return model, heads_module.train_heads(training, model, text, text, folder)
+        model, base_record = base.train_base(tiny_base(**options), text, 0, folder / "base.pt")
+        heads = new_heads(model, 3)
+        heads_module.train_heads(tiny_heads(**options), model, heads, text, folder / "heads.pt")
+        records = [base_record, heads.training_record]
+        records.append(joint.train_jointly(tiny_joint(**options), model, heads, text, folder / "joint.pt"))
+        return records, {**model.state_dict(), **heads.state_dict()}
 
-    whole = build(tmp_path / "whole")
-    for module, name in ((base, "sample_batch"), (heads_module, "sample_windows")):
+    whole_records, whole = build(tmp_path / "whole")
+    scale = training.Schedule.rate_scale
+    for stage in (base.BaseConfig, heads_module.HeadsTraining, joint.JointTraining):
+
+        def stopping(schedule: Any, step: int, stage: type = stage) -> float:
+            if type(schedule) is stage and step == 5:
+                raise KeyboardInterrupt
+            return scale(schedule, step)
+
         with monkeypatch.context() as patch:
-            _stop_at(module, name, 5, patch)
+            patch.setattr(training.Schedule, "rate_scale", stopping)
             with pytest.raises(KeyboardInterrupt):
                 build(tmp_path / "parts")
-    parts = build(tmp_path / "parts")
-    for left, right in zip(whole, parts, strict=True):
-        for name, value in left.state_dict().items():
-            assert torch.equal(value, right.state_dict()[name]), name
-    assert whole[1].training_record == parts[1].training_record
+    parts_records, parts = build(tmp_path / "parts")
+    assert whole_records == parts_records
+    for name, value in whole.items():
+        assert torch.equal(value, parts[name]), name
 
 
 def build_command(arch: str, run: Path, out: Path, *more: str) -> subprocess.CompletedProcess[str]:
@@ -182,12 +262,13 @@ def test_the_one_command(arch: str, tmp_path: Path) -> None:
     for size, paths in trees.items():
         assert FixedTree(tuple(map(tuple, paths))).num_nodes == int(size)
     card = (out / "README.md").read_text(encoding="utf-8")
-    assert f"build.py --arch {arch} --steps 60 --heads-steps 40 --tiny" in card and "{" not in card
+    steps = "--base-steps 60 --first-heads-steps 20 --joint-steps 20 --heads-steps 20"
+    assert f"build.py --arch {arch} {steps} --tiny" in card and "{" not in card
 
     weights = (out / "heads" / "heads.safetensors").read_bytes()
     again = build_command(arch, run, tmp_path / "again")  # every stage is kept: nothing is trained a second time
     assert again.returncode == 0 and "step 10/" not in again.stdout
     assert (tmp_path / "again" / "heads" / "heads.safetensors").read_bytes() == weights
 
-    refused = build_command(arch, run, out, "--steps", "7")
+    refused = build_command(arch, run, out, "--base-steps", "7")
     assert refused.returncode != 0 and "other settings" in refused.stderr

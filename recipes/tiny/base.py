@@ -1,26 +1,23 @@
-"""Train the base language model: a small decoder on the corpus, resumable at any step.
+"""Train the base language model: a small decoder on the standard library.
 
-Every batch is a function of (seed, step) alone, so a run that was killed and resumed sees what an uninterrupted one
-would have seen. The schedule is warm-up, constant, linear decay; the last part runs at the full context length.
+The last part of the training runs at the full context length.
 """
 
 from __future__ import annotations
 
-import math
-import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from training import Optimizers, Schedule, Stage, Text, even_windows
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-
-LOG_EVERY = 10
 
 
 @dataclass(frozen=True, kw_only=True)
-class BaseConfig:
+class BaseConfig(Schedule):
     """Shape of the model and length of its training."""
 
     arch: str = "llama"
@@ -31,16 +28,11 @@ class BaseConfig:
     intermediate_size: int = 768
     max_positions: int = 2048
     steps: int = 2600
-    batch_tokens: int = 8192
     short_length: int = 256
     long_share: float = 0.12  # share of the steps, at the end, that run at max_positions
     decay_share: float = 0.45
-    warmup_steps: int = 60
     matrix_lr: float = 0.02
     vector_lr: float = 3e-3
-    seed: int = 0
-    compile: bool = False
-    save_every: int = 100
 
 
 def new_model(config: BaseConfig, eos_token_id: int) -> PreTrainedModel:
@@ -64,31 +56,16 @@ def new_model(config: BaseConfig, eos_token_id: int) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(model_config)
 
 
-def learning_rate_scale(step: int, config: BaseConfig) -> float:
-    """Warm-up, constant, then linear to zero over the last `decay_share` of the steps."""
-    decay_steps = config.decay_share * config.steps
-    return min(1.0, (step + 1) / config.warmup_steps, (config.steps - step) / decay_steps)
-
-
-def sample_batch(tokens: np.ndarray, step: int, config: BaseConfig) -> Tensor:
-    """Random windows [rows, length + 1] for this step; rows x length is `batch_tokens`."""
-    is_long = step >= config.steps * (1 - config.long_share)
-    length = config.max_positions if is_long else config.short_length
-    rng = np.random.default_rng((config.seed, step))
-    starts = rng.integers(0, len(tokens) - length - 1, size=config.batch_tokens // length)
-    return torch.from_numpy(np.stack([tokens[s : s + length + 1] for s in starts]).astype(np.int64))
-
-
-def make_optimizers(model: nn.Module, matrix_lr: float, vector_lr: float) -> list[torch.optim.Optimizer]:
+def base_optimizers(model: nn.Module, matrix_lr: float, vector_lr: float) -> Optimizers:
     """Muon for the matrices inside the layers, AdamW for embeddings, norms and biases."""
     embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     matrices = [p for p in model.parameters() if p.ndim == 2 and id(p) not in embeddings]
     matrix_ids = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in matrix_ids]
-    return [
-        torch.optim.Muon(matrices, lr=matrix_lr, weight_decay=0.05),
-        torch.optim.AdamW(others, lr=vector_lr, betas=(0.9, 0.95), weight_decay=0.01),
-    ]
+    return Optimizers(
+        (torch.optim.Muon(matrices, lr=matrix_lr, weight_decay=0.05), matrix_lr),
+        (torch.optim.AdamW(others, lr=vector_lr, betas=(0.9, 0.95), weight_decay=0.01), vector_lr),
+    )
 
 
 def next_token_loss(model: PreTrainedModel, batch: Tensor) -> Tensor:
@@ -101,64 +78,34 @@ def next_token_loss(model: PreTrainedModel, batch: Tensor) -> Tensor:
 @torch.no_grad()
 def held_out_loss(model: PreTrainedModel, tokens: np.ndarray, length: int = 512, rows: int = 64) -> float:
     """Mean loss in nats per token over evenly spaced windows of held-out text."""
-    starts = np.linspace(0, len(tokens) - length - 1, rows).astype(int)
-    windows = torch.from_numpy(np.stack([tokens[s : s + length + 1] for s in starts]).astype(np.int64))
-    model.eval()
-    losses = [next_token_loss(model, part).item() for part in windows.split(8)]
-    model.train()
+    losses = [next_token_loss(model, part).item() for part in even_windows(tokens, rows, length + 1).split(8)]
     return float(np.mean(losses))
 
 
 def train_base(
-    config: BaseConfig, tokens: np.ndarray, held_out: np.ndarray, eos_token_id: int, folder: Path
+    config: BaseConfig, text: Text, eos_token_id: int, checkpoint: Path
 ) -> tuple[PreTrainedModel, dict[str, object]]:
     """Train (or resume) and return the model with its training record."""
     model = new_model(config, eos_token_id)
-    optimizers = make_optimizers(model, config.matrix_lr, config.vector_lr)
-    base_rates = [config.matrix_lr, config.vector_lr]
-    checkpoint, step, history = folder / "base.pt", 0, []
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        model.load_state_dict(state["model"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        step, history = state["step"], state["history"]
-        print(f"resumed at step {step}")
-    loss_fn = torch.compile(next_token_loss) if config.compile else next_token_loss
-    model.train()
-    started, first_step, running = time.time(), step, math.nan
-    while step < config.steps:
-        loss = loss_fn(model, sample_batch(tokens, step, config))
+    loss_of: Callable[[PreTrainedModel, Tensor], Tensor] = next_token_loss
+    if config.compile:
+        loss_of = torch.compile(loss_of)
+
+    def backward(step: int) -> Tensor:
+        is_long = step >= config.steps * (1 - config.long_share)
+        length = config.max_positions if is_long else config.short_length
+        rng = np.random.default_rng((config.seed, step))
+        loss = loss_of(model, text.windows(config.batch_tokens // length, length + 1, rng))
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer, rate in zip(optimizers, base_rates, strict=True):
-            for group in optimizer.param_groups:
-                group["lr"] = rate * learning_rate_scale(step, config)
-            optimizer.step()
-            optimizer.zero_grad()
-        step += 1
-        running = loss.item() if math.isnan(running) else 0.95 * running + 0.05 * loss.item()
-        if step % LOG_EVERY == 0:
-            pace = (time.time() - started) / (step - first_step)
-            left = pace * (config.steps - step) / 60
-            print(
-                f"base step {step}/{config.steps} loss {running:.3f} {pace:.2f} s/step, {left:.0f} min left", flush=True
-            )
-        if step % config.save_every == 0 or step == config.steps:
-            history.append({"step": step, "train_loss": running, "held_out_loss": held_out_loss(model, held_out)})
-            print(f"  held-out loss {history[-1]['held_out_loss']:.4f}", flush=True)
-            save_checkpoint(checkpoint, model, optimizers, step, history)
-    return model.eval(), {"config": asdict(config), "history": history}
+        return loss[None]
 
-
-def save_checkpoint(path: Path, model: nn.Module, optimizers: list, step: int, history: list) -> None:
-    """Write beside, then rename: a kill in the middle leaves the previous checkpoint whole."""
-    state = {
-        "model": model.state_dict(),
-        "optimizers": [o.state_dict() for o in optimizers],
-        "step": step,
-        "history": history,
-    }
-    partial = path.with_suffix(".partial")
-    torch.save(state, partial)
-    partial.replace(path)
+    stage = Stage(
+        name=checkpoint.stem,
+        schedule=config,
+        module=model,
+        optimizers=[base_optimizers(model, config.matrix_lr, config.vector_lr)],
+        backward=backward,
+        evaluate=lambda losses: {"train_loss": losses[0], "held_out_loss": held_out_loss(model, text.held_out)},
+    )
+    return model, {"config": asdict(config), "history": stage.train(checkpoint.parent)}

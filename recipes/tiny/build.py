@@ -2,8 +2,9 @@
 
     python recipes/tiny/build.py --arch llama --out my_model
 
-Stages: corpus, tokenizer, base, heads, fixed trees, export. Each keeps its result in the run folder; killed and started
-again with the same arguments, the command goes on where it stopped.
+Stages: tokenizer; base; heads on the frozen base; both together; heads once more, on the base as it is then, frozen;
+fixed trees; export. Each keeps its result in the run folder; killed and started again with the same arguments, the
+command goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -17,15 +18,28 @@ import numpy as np
 import torch
 from base import BaseConfig, train_base
 from calibrate import calibrate
-from corpus import CALIBRATION_MODULES, PROMPT_MODULES, held_out_files, provenance, training_files
+from corpus import (
+    CALIBRATION_MODULES,
+    PROMPT_MODULES,
+    SourceFile,
+    held_out_files,
+    is_test,
+    provenance,
+    training_files,
+    wheel_files,
+)
 from export import Bundle, export
 from heads import HeadsTraining, train_heads
+from joint import JointTraining, train_jointly
 from tokens import cached_tokens, train_tokenizer
+from training import Schedule, Text
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ladon.bundled import module_prompts
+from ladon.heads import new_heads
 
 ARCHITECTURES = ("llama", "gpt_neox", "qwen3")
+STAGES = ("base", "first_heads", "joint", "heads")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,9 +47,24 @@ class Plan:
     """Everything that decides the result."""
 
     base: BaseConfig
+    first_heads: HeadsTraining
+    joint: JointTraining
     heads: HeadsTraining
+    num_heads: int = 4
+    library_share: float = 0.37  # of the text after the base's own stage; the wheels and the tests have the rest
+    tests_share: float = 0.30
     calibration_prompts: int = 120
     every_nth_file: int = 1  # train on every n-th file of the corpus only
+
+
+def full_plan(arch: str) -> Plan:
+    """What the bundled model was made with."""
+    return Plan(
+        base=BaseConfig(arch=arch),
+        first_heads=HeadsTraining(),
+        joint=JointTraining(),
+        heads=HeadsTraining(steps=400, matrix_lr=0.01, vector_lr=2e-3, decay_share=1.0, from_base=True),
+    )
 
 
 def tiny_plan(arch: str) -> Plan:
@@ -43,9 +72,13 @@ def tiny_plan(arch: str) -> Plan:
     base = BaseConfig(
         arch=arch, vocab_size=512, hidden_size=64, num_layers=2, num_heads=2, intermediate_size=128, max_positions=1024
     )
+    heads = HeadsTraining(steps=20, batch_tokens=2048, length=128, warmup_steps=5, save_every=10)
+    joint = JointTraining(steps=20, batch_tokens=2048, short_length=128, long_length=1024, heads_positions=512)
     return Plan(
         base=replace(base, steps=60, batch_tokens=2048, short_length=128, warmup_steps=10, save_every=30),
-        heads=HeadsTraining(steps=40, batch_tokens=2048, length=128, warmup_steps=5, save_every=20),
+        first_heads=heads,
+        joint=replace(joint, warmup_steps=5, save_every=10),
+        heads=replace(heads, from_base=True),
         calibration_prompts=4,
         every_nth_file=40,
     )
@@ -56,8 +89,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--arch", choices=ARCHITECTURES, default="llama")
     parser.add_argument("--out", type=Path, required=True, help="folder for the finished model, heads and card")
     parser.add_argument("--run", type=Path, help="folder for unfinished work (default: runs/ARCH beside this file)")
-    parser.add_argument("--steps", type=int, help="training steps of the base")
-    parser.add_argument("--heads-steps", type=int, help="training steps of the heads")
+    for name in STAGES:
+        parser.add_argument(f"--{name.replace('_', '-')}-steps", type=int, help="training steps of this stage")
     parser.add_argument("--tiny", action="store_true", help="a toy model, in under a minute")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     parser.add_argument("--compile", action="store_true", help="torch.compile the training; needs a C++ compiler")
@@ -66,14 +99,14 @@ def parse() -> argparse.Namespace:
 
 def make_plan(arguments: argparse.Namespace) -> Plan:
     """Defaults, or the toy's, changed by the arguments."""
-    plan = tiny_plan(arguments.arch) if arguments.tiny else Plan(base=BaseConfig(), heads=HeadsTraining())
-    steps = arguments.steps or plan.base.steps
-    heads_steps = arguments.heads_steps or plan.heads.steps
-    return replace(
-        plan,
-        base=replace(plan.base, arch=arguments.arch, steps=steps, compile=arguments.compile),
-        heads=replace(plan.heads, steps=heads_steps, compile=arguments.compile),
-    )
+    plan = tiny_plan(arguments.arch) if arguments.tiny else full_plan(arguments.arch)
+    stages: dict[str, Schedule] = {}
+    for name in STAGES:
+        stage: Schedule = getattr(plan, name)
+        stages[name] = replace(
+            stage, steps=getattr(arguments, f"{name}_steps") or stage.steps, compile=arguments.compile
+        )
+    return replace(plan, **stages)
 
 
 def check_same_plan(plan: Plan, run: Path) -> None:
@@ -86,24 +119,50 @@ def check_same_plan(plan: Plan, run: Path) -> None:
         raise SystemExit(f"{run} holds a run with other settings (see plan.json). Give them again or another --run")
 
 
-def prepare_text(plan: Plan, run: Path) -> tuple[PreTrainedTokenizerBase, np.ndarray, np.ndarray, dict[str, object]]:
-    """Tokenizer, training ids, held-out ids and the corpus record."""
-    sources = list(training_files())[:: plan.every_nth_file]
-    record = provenance(sources)
+@dataclass(frozen=True, kw_only=True)
+class Corpus:
+    """The text as the stages take it, its tokenizer and its record."""
+
+    tokenizer: PreTrainedTokenizerBase
+    library_only: Text
+    everything: Text
+    record: dict[str, object]
+
+
+def prepare_corpus(plan: Plan, run: Path) -> Corpus:
+    """Tokenizer, token ids and record; kept in the run folder."""
+    library = list(training_files())[:: plan.every_nth_file]
+    wheels = wheel_files()[:: plan.every_nth_file]
     if not (run / "tokenizer").exists():
-        print(f"training the tokenizer on {record['files']} files", flush=True)
-        train_tokenizer(sources, plan.base.vocab_size, plan.base.max_positions).save_pretrained(run / "tokenizer")
+        print(f"training the tokenizer on {len(library)} files", flush=True)
+        train_tokenizer(library, plan.base.vocab_size, plan.base.max_positions).save_pretrained(run / "tokenizer")
     tokenizer = AutoTokenizer.from_pretrained(run / "tokenizer")
-    tokens = cached_tokens(run / "train.npy", tokenizer, sources)
-    held_out = cached_tokens(run / "held_out.npy", tokenizer, held_out_files([*CALIBRATION_MODULES, *PROMPT_MODULES]))
-    print(f"corpus: {len(tokens)} tokens, held out: {len(held_out)}", flush=True)
-    return tokenizer, tokens, held_out, record
+
+    def ids(name: str, sources: list[SourceFile]) -> np.ndarray:
+        return cached_tokens(run / f"{name}.npy", tokenizer, sources)
+
+    held_out = ids("held_out", held_out_files([*CALIBRATION_MODULES, *PROMPT_MODULES]))
+    kinds = {
+        "library": (ids("library", [s for s in library if not is_test(s)]), plan.library_share),
+        "wheels": (ids("wheels", wheels), 1 - plan.library_share - plan.tests_share if wheels else 0.0),
+        "tests": (ids("tests", [s for s in library if is_test(s)]), plan.tests_share),
+    }
+    print(
+        f"tokens: { ({name: len(text) for name, (text, _) in kinds.items()}) }, held out: {len(held_out)}", flush=True
+    )
+    texts, shares = zip(*((text, share) for text, share in kinds.values() if share), strict=True)
+    return Corpus(
+        tokenizer=tokenizer,
+        library_only=Text(kinds=[ids("train", library)], shares=[1.0], held_out=held_out),
+        everything=Text(kinds=texts, shares=[share / sum(shares) for share in shares], held_out=held_out),
+        record=provenance([*library, *wheels]),
+    )
 
 
 def command_line(plan: Plan, tiny: bool) -> str:
     """What to type to get the same model again."""
-    command = f"python recipes/tiny/build.py --arch {plan.base.arch} --steps {plan.base.steps}"
-    return f"{command} --heads-steps {plan.heads.steps}" + (" --tiny" if tiny else "")
+    steps = " ".join(f"--{name.replace('_', '-')}-steps {getattr(plan, name).steps}" for name in STAGES)
+    return f"python recipes/tiny/build.py --arch {plan.base.arch} {steps}" + (" --tiny" if tiny else "")
 
 
 @torch.no_grad()
@@ -125,19 +184,25 @@ def main() -> None:
     check_same_plan(plan, run)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    tokenizer, tokens, held_out, record = prepare_text(plan, run)
-    model, base_record = train_base(plan.base, tokens, held_out, tokenizer.eos_token_id, run)
+    corpus = prepare_corpus(plan, run)
+    model, base_record = train_base(plan.base, corpus.library_only, corpus.tokenizer.eos_token_id, run / "base.pt")
     round_weights(model)
-    heads = train_heads(plan.heads, model, tokens, held_out, run)
+    heads = new_heads(model.requires_grad_(False), plan.num_heads, seed=plan.base.seed)
+    train_heads(plan.first_heads, model, heads, corpus.library_only, run / "first_heads.pt")
+    joint_record = train_jointly(plan.joint, model, heads, corpus.everything, run / "joint.pt")
+    round_weights(model)
+    heads.remember_base(model)
+    train_heads(plan.heads, model, heads, corpus.everything, run / "heads.pt")
     heads.base_name = f"the {plan.base.arch} model of recipes/tiny"
-    trees = calibrate(model, tokenizer, heads, module_prompts(CALIBRATION_MODULES, plan.calibration_prompts))
+    prompts = module_prompts(CALIBRATION_MODULES, plan.calibration_prompts)
     bundle = Bundle(
         model=model,
-        tokenizer=tokenizer,
+        tokenizer=corpus.tokenizer,
         heads=heads,
-        corpus=record,
-        fixed_trees=trees,
+        corpus=corpus.record,
+        fixed_trees=calibrate(model, corpus.tokenizer, heads, prompts),
         base_record=base_record,
+        joint_record=joint_record,
         command=command_line(plan, arguments.tiny),
     )
     export(bundle, arguments.out)

@@ -1,6 +1,6 @@
-"""The training text: the standard library's own sources, with a fixed list of modules held out.
+"""The training text: the standard library's own sources and those in `ensurepip`'s wheels, with fixed modules held out.
 
-Every Python installation has this text, so anyone can repeat the recipe offline. The held-out modules (and their
+Nearly every Python installation has this text, so anyone can repeat the recipe offline. The held-out modules (and their
 tests) are never trained on; they are split in two so that whatever is calibrated never sees the prompts it is judged
 on.
 """
@@ -66,7 +66,7 @@ def wheel_files() -> list[SourceFile]:
             for name in sorted(archive.namelist()):
                 relative = Path(name)
                 if relative.suffix == ".py" and not name.startswith(SKIPPED_IN_WHEELS) and not _is_held_out(relative):
-                    source = _source(archive.read(name), relative)
+                    source = _source(archive.read(name), wheel.relative_to(library_root()) / name)
                     if source is not None:
                         sources.setdefault(source.sha256, source)
     return list(sources.values())
