@@ -190,6 +190,20 @@ def test_learning_from_a_sure_base_is_learning_from_its_tokens() -> None:
     )
 
 
+def test_narrowed_heads_keep_the_units_that_matter() -> None:
+    heads_module, base = recipe("heads"), recipe("base")
+    model = base.new_model(tiny_base(), 0)
+    wide = new_heads(model, 3, expansion=4)
+    with torch.no_grad():
+        used = torch.stack([torch.randperm(128)[:64] for _ in range(3)])  # the other units add nothing
+        for head, units in enumerate(used):
+            wide.down_weight[head, units] = torch.randn(64, 32)
+    narrow = heads_module.narrowed(wide, model, expansion=2)
+    hidden = torch.randn(5, 32)
+    assert narrow.expansion == 2
+    torch.testing.assert_close(narrow(hidden), wide(hidden))
+
+
 def test_chunks_do_not_change_the_gradient() -> None:
     heads_module, base = recipe("heads"), recipe("base")
     model = base.new_model(tiny_base(), 0).requires_grad_(False)

@@ -29,7 +29,7 @@ from corpus import (
     wheel_files,
 )
 from export import Bundle, export
-from heads import HeadsTraining, train_heads
+from heads import HeadsTraining, narrowed, train_heads
 from joint import JointTraining, train_jointly
 from tokens import cached_tokens, train_tokenizer
 from training import Schedule, Text
@@ -51,6 +51,7 @@ class Plan:
     joint: JointTraining
     heads: HeadsTraining
     num_heads: int = 4
+    expansion: int = 2  # of the heads that are exported; they are twice as wide until the last stage
     library_share: float = 0.37  # of the text after the base's own stage; the wheels and the tests have the rest
     tests_share: float = 0.30
     calibration_prompts: int = 120
@@ -147,9 +148,8 @@ def prepare_corpus(plan: Plan, run: Path) -> Corpus:
         "wheels": (ids("wheels", wheels), 1 - plan.library_share - plan.tests_share if wheels else 0.0),
         "tests": (ids("tests", [s for s in library if is_test(s)]), plan.tests_share),
     }
-    print(
-        f"tokens: { ({name: len(text) for name, (text, _) in kinds.items()}) }, held out: {len(held_out)}", flush=True
-    )
+    sizes = {name: len(text) for name, (text, _) in kinds.items()}
+    print(f"tokens: {sizes}, held out: {len(held_out)}", flush=True)
     texts, shares = zip(*((text, share) for text, share in kinds.values() if share), strict=True)
     return Corpus(
         tokenizer=tokenizer,
@@ -187,11 +187,11 @@ def main() -> None:
     corpus = prepare_corpus(plan, run)
     model, base_record = train_base(plan.base, corpus.library_only, corpus.tokenizer.eos_token_id, run / "base.pt")
     round_weights(model)
-    heads = new_heads(model.requires_grad_(False), plan.num_heads, seed=plan.base.seed)
+    heads = new_heads(model.requires_grad_(False), plan.num_heads, seed=plan.base.seed, expansion=2 * plan.expansion)
     train_heads(plan.first_heads, model, heads, corpus.library_only, run / "first_heads.pt")
     joint_record = train_jointly(plan.joint, model, heads, corpus.everything, run / "joint.pt")
     round_weights(model)
-    heads.remember_base(model)
+    heads = narrowed(heads, model, plan.expansion)
     train_heads(plan.heads, model, heads, corpus.everything, run / "heads.pt")
     heads.base_name = f"the {plan.base.arch} model of recipes/tiny"
     prompts = module_prompts(CALIBRATION_MODULES, plan.calibration_prompts)

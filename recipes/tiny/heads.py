@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from training import Optimizers, Schedule, Stage, Text, even_windows
 from transformers import PreTrainedModel
 
-from ladon.heads import Heads
+from ladon.heads import Heads, new_heads
 
 TOP = 5  # accuracies are given for the best 1 to 5 candidates
 
@@ -61,6 +61,19 @@ class StackedMuon(Optimizers):
         super().step(scale)
         for stack, _ in self._stacks:
             stack.grad = None
+
+
+@torch.no_grad()
+def narrowed(heads: Heads, model: PreTrainedModel, expansion: int) -> Heads:
+    """Heads of the shared family with fewer inner units: in each head those with the largest weights, in and out."""
+    narrow = new_heads(model, heads.num_heads, expansion=expansion)
+    strength = heads.up_weight.norm(dim=-1) * heads.down_weight.norm(dim=-1)  # [K, F]
+    kept = strength.topk(expansion * heads.hidden_size, dim=-1).indices  # [K, F']
+    rows = kept[..., None].expand(-1, -1, heads.hidden_size)
+    narrow.up_weight.copy_(heads.up_weight.gather(1, rows))
+    narrow.up_bias.copy_(heads.up_bias.gather(1, kept))
+    narrow.down_weight.copy_(heads.down_weight.gather(1, rows))
+    return narrow
 
 
 @torch.no_grad()
