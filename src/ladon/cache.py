@@ -1,7 +1,8 @@
 """The key/value cache of tree decoding: preallocated, ragged, rewritten in place.
 
-Every layer holds one buffer [B, heads, capacity, D] for keys and one for values (and one for the keys of a sparse
-indexer, where the model has one). Row b has `lengths[b]` committed tokens in slots 0 to `lengths[b]` - 1; a verified
+Every layer holds buffers [B, heads, capacity, D] for keys and for values (and for the keys of a sparse indexer, where
+the model has one); where keys and values have one shape, they are the two parts of one allocation, so that `commit`
+moves them in one operation. Row b has `lengths[b]` committed tokens in slots 0 to `lengths[b]` - 1; a verified
 tree puts node i of that row into slot `lengths[b]` + i, and `commit` moves the accepted nodes down to the committed
 part. Whatever lies beyond is stale: it is masked until the next tree overwrites it. It must stay finite, because a
 masked NaN in the values still spoils the softmax average.
@@ -9,7 +10,7 @@ masked NaN in the values still spoils the softmax average.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from ladon.errors import InputError
 
 _FIRST_CAPACITY = 64  # slots; buffers double from here
 _FlatKey = tuple[int, int, torch.device]
+_MoveKey = tuple[int, int, int, torch.device]
 
 
 class _Route:
@@ -91,19 +93,24 @@ class _TreeLayer(CacheLayerMixin):
     def __init__(self, route: _Route) -> None:
         super().__init__()
         self.route = route
+        self.stores: dict[str, Tensor] = {}  # each [parts, B, heads, capacity, D]; empty for a layer never written
         self.indexer_keys: Tensor | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate the key and value buffers for states of these shapes."""
-        self.keys, self.values = self._allocate(key_states), self._allocate(value_states)
+        if key_states.shape == value_states.shape:
+            self.stores["both"] = self._allocate(2, key_states)
+        else:
+            self.stores |= {"keys": self._allocate(1, key_states), "values": self._allocate(1, value_states)}
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
+        self._name_parts()
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Store the new states, [b, heads, N, D], and return all that the forward can see."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.keys, self.values = self._fitting(self.keys), self._fitting(self.values)
+        self._grow()
         self._write(self.keys, key_states)
         self._write(self.values, value_states)
         return self._visible(self.keys), self._visible(self.values)
@@ -111,16 +118,19 @@ class _TreeLayer(CacheLayerMixin):
     def update_indexer(self, indexer_key_states: Tensor) -> Tensor:
         """Store a sparse indexer's new keys, [b, N, D], and return all that the forward can see."""
         states = indexer_key_states[:, None]
-        self.indexer_keys = self._allocate(states) if self.indexer_keys is None else self._fitting(self.indexer_keys)
+        if self.indexer_keys is None:
+            self.stores["indexer"] = self._allocate(1, states)
+            self._name_parts()
+        self._grow()
+        assert self.indexer_keys is not None
         self._write(self.indexer_keys, states)
         return self._visible(self.indexer_keys)[:, 0]
 
-    def buffers(self) -> Iterator[tuple[str, Tensor]]:
-        """Name and buffer of everything this layer stores; nothing for a layer that was never written."""
-        for name in ("keys", "values", "indexer_keys"):
-            buffer = getattr(self, name)
-            if buffer is not None:
-                yield name, buffer
+    def keep_rows(self, index: Tensor) -> None:
+        """Drop all rows but these, in this order."""
+        for name, store in self.stores.items():
+            self.stores[name] = store.index_select(1, index.to(store.device))
+        self._name_parts()
 
     def get_seq_length(self) -> int:
         """The tokens before this forward, for the models that ask instead of reading position ids."""
@@ -136,17 +146,27 @@ class _TreeLayer(CacheLayerMixin):
 
     get_max_cache_shape = get_max_length  # its name before transformers 5.17
 
-    def _allocate(self, states: Tensor) -> Tensor:
-        shape = (self.route.batch_size, states.shape[1], self.route.capacity, states.shape[3])
+    def _allocate(self, parts: int, states: Tensor) -> Tensor:
+        shape = (parts, self.route.batch_size, states.shape[-3], self.route.capacity, states.shape[-1])
         return states.new_zeros(shape)
 
-    def _fitting(self, buffer: Tensor) -> Tensor:
-        """The buffer itself, or its content in a larger one: layers grow one by one, as the forward reaches them."""
-        if buffer.shape[2] >= self.route.capacity:
-            return buffer
-        grown = self._allocate(buffer)
-        grown[:, :, : buffer.shape[2]] = buffer
-        return grown
+    def _grow(self) -> None:
+        """Larger buffers with the same content, if needed: layers grow one by one, as the forward reaches them."""
+        for name, store in self.stores.items():
+            if store.shape[3] < self.route.capacity:
+                grown = self._allocate(store.shape[0], store)
+                grown[:, :, :, : store.shape[3]] = store
+                self.stores[name] = grown
+                self._name_parts()
+
+    def _name_parts(self) -> None:
+        """Let the names that transformers and this class read point into the stores."""
+        if "both" in self.stores:
+            self.keys, self.values = self.stores["both"].unbind()
+        elif "keys" in self.stores:
+            self.keys, self.values = self.stores["keys"][0], self.stores["values"][0]
+        if "indexer" in self.stores:
+            self.indexer_keys = self.stores["indexer"][0]
 
     def _write(self, buffer: Tensor, states: Tensor) -> None:
         route = self.route
@@ -176,7 +196,6 @@ class TreeCache(Cache):
         self._tokens = _TreeLayer(self.route) if keep_tokens else None  # ids move like an indexer's keys
         self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self.host_lengths = [0] * batch_size
-        self._rows = torch.arange(batch_size, device=device)
 
     @property
     def num_rows(self) -> int:
@@ -186,7 +205,7 @@ class TreeCache(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes of all buffers."""
-        return sum(buffer.nbytes for layer in self._stores() for _, buffer in layer.buffers())
+        return sum(store.nbytes for layer in self._all_layers() for store in layer.stores.values())
 
     def record(self, tokens: Tensor) -> None:
         """Remember the token ids [b, N] of this forward, if the cache was made to."""
@@ -199,7 +218,7 @@ class TreeCache(Cache):
             raise InputError("this cache holds no token ids: make it with keep_tokens=True")
         return self._tokens.indexer_keys[:, 0, :length, 0]
 
-    def _stores(self) -> list[_TreeLayer]:
+    def _all_layers(self) -> list[_TreeLayer]:
         return [*self.layers, *([] if self._tokens is None else [self._tokens])]
 
     def update_indexer(self, indexer_key_states: Tensor, layer_idx: int) -> Tensor:
@@ -227,18 +246,19 @@ class TreeCache(Cache):
     def _move(self, source: Tensor, num_slots: int) -> None:
         """Copy the slots `source` [B, A] of every buffer to the A slots after the root's."""
         after_root = torch.arange(1, num_slots + 1, device=source.device)
-        target = self.lengths[:, None] + after_root
-        moves: dict[_FlatKey, tuple[Tensor, Tensor]] = {}
-        for layer in self._stores():
-            for _, buffer in layer.buffers():
-                _, heads, capacity, width = buffer.shape
-                key = (heads, capacity, buffer.device)
+        both = torch.cat((source, self.lengths[:, None] + after_root), 1)
+        moves: dict[_MoveKey, tuple[Tensor, Tensor]] = {}
+        for layer in self._all_layers():
+            for store in layer.stores.values():
+                parts, batch_size, heads, capacity, width = store.shape
+                key = (parts, heads, capacity, store.device)
                 if key not in moves:
-                    both = _flat_index(self._rows, torch.cat((source, target), 1), heads, capacity)
-                    both = both.to(buffer.device).view(-1, 2, num_slots)
-                    moves[key] = both[:, 0].reshape(-1), both[:, 1].reshape(-1)
+                    rows = torch.arange(parts * batch_size, device=both.device)
+                    index = _flat_index(rows, both.repeat(parts, 1), heads, capacity)
+                    index = index.to(store.device).view(-1, 2, num_slots)
+                    moves[key] = index[:, 0].reshape(-1), index[:, 1].reshape(-1)
                 read, write = moves[key]
-                flat = buffer.view(-1, width)
+                flat = store.view(-1, width)
                 flat.index_copy_(0, write, flat.index_select(0, read))
 
     def mirror(self, counts: Sequence[int]) -> None:
@@ -248,13 +268,11 @@ class TreeCache(Cache):
     def keep_rows(self, rows: Sequence[int]) -> None:
         """Drop all rows but these, in this order."""
         index = torch.tensor(list(rows), dtype=torch.int64, device=self.lengths.device)
-        for layer in self._stores():
-            for name, buffer in layer.buffers():
-                setattr(layer, name, buffer.index_select(0, index.to(buffer.device)))
+        for layer in self._all_layers():
+            layer.keep_rows(index)
         self.lengths = self.lengths[index]
         self.host_lengths = [self.host_lengths[row] for row in rows]
         self.route.batch_size = len(self.host_lengths)
-        self._rows = self._rows[: len(self.host_lengths)]
 
     def set_lengths(self, lengths: Sequence[int]) -> None:
         """Declare how many leading slots of each row are committed, on the host and on the device."""
