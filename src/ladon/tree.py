@@ -104,6 +104,8 @@ def ancestor_mask(parents: Tensor, max_depth: int) -> Tensor:
     Cost: ceil(log2(max_depth)) batched products of [N, N], no loop over nodes, no host transfer.
     """
     num_nodes = parents.shape[1]
+    if num_nodes == 1:  # plain decoding, whose steps are short
+        return torch.ones_like(parents, dtype=torch.bool)[:, :, None]
     nodes = torch.arange(num_nodes, device=parents.device)
     steps = (parents[:, :, None] == nodes) | (nodes[:, None] == nodes)  # at most one step up
     reach, span = steps, 1
