@@ -108,4 +108,4 @@ def train_base(
         backward=backward,
         evaluate=lambda losses: {"train_loss": losses[0], "held_out_loss": held_out_loss(model, text.held_out)},
     )
-    return model, {"config": asdict(config), "history": stage.train(checkpoint.parent)}
+    return model, {"settings": asdict(config), "history": stage.train(checkpoint.parent)}

@@ -85,15 +85,22 @@ def tiny_plan(arch: str) -> Plan:
     )
 
 
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is below 1")
+    return number
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", choices=ARCHITECTURES, default="llama")
     parser.add_argument("--out", type=Path, required=True, help="folder for the finished model, heads and card")
     parser.add_argument("--run", type=Path, help="folder for unfinished work (default: runs/ARCH beside this file)")
     for name in STAGES:
-        parser.add_argument(f"--{name.replace('_', '-')}-steps", type=int, help="training steps of this stage")
+        parser.add_argument(f"--{name.replace('_', '-')}-steps", type=_positive, help="training steps of this stage")
     parser.add_argument("--tiny", action="store_true", help="a toy model, in under a minute")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
+    parser.add_argument("--threads", type=_positive, help="CPU threads (default: torch's choice)")
     parser.add_argument("--compile", action="store_true", help="torch.compile the training; needs a C++ compiler")
     return parser.parse_args()
 
@@ -110,14 +117,18 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
     return replace(plan, **stages)
 
 
-def check_same_plan(plan: Plan, run: Path) -> None:
-    """A run folder belongs to one plan: going on with another would mix two trainings."""
-    document = json.loads(json.dumps(asdict(plan)))
+def check_same_plan(plan: Plan, corpus_sha256: object, run: Path) -> None:
+    """A run folder belongs to one plan and one corpus: going on with another would mix two trainings."""
+    document = json.loads(json.dumps({"corpus": corpus_sha256, **asdict(plan)}))
     path = run / "plan.json"
     if not path.exists():
-        path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        partial.replace(path)
     elif json.loads(path.read_text(encoding="utf-8")) != document:
-        raise SystemExit(f"{run} holds a run with other settings (see plan.json). Give them again or another --run")
+        raise SystemExit(
+            f"{run} holds a run with other settings or another Python (see plan.json). Give them again or another --run"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,9 +145,13 @@ def prepare_corpus(plan: Plan, run: Path) -> Corpus:
     """Tokenizer, token ids and record; kept in the run folder."""
     library = list(training_files())[:: plan.every_nth_file]
     wheels = wheel_files()[:: plan.every_nth_file]
+    record = provenance([*library, *wheels])
+    check_same_plan(plan, record["sha256"], run)
     if not (run / "tokenizer").exists():
         print(f"training the tokenizer on {len(library)} files", flush=True)
-        train_tokenizer(library, plan.base.vocab_size, plan.base.max_positions).save_pretrained(run / "tokenizer")
+        trained = train_tokenizer(library, plan.base.vocab_size, plan.base.max_positions)
+        trained.save_pretrained(run / "tokenizer.partial")
+        (run / "tokenizer.partial").rename(run / "tokenizer")
     tokenizer = AutoTokenizer.from_pretrained(run / "tokenizer")
 
     def ids(name: str, sources: list[SourceFile]) -> np.ndarray:
@@ -155,7 +170,7 @@ def prepare_corpus(plan: Plan, run: Path) -> Corpus:
         tokenizer=tokenizer,
         library_only=Text(kinds=[ids("train", library)], shares=[1.0], held_out=held_out),
         everything=Text(kinds=texts, shares=[share / sum(shares) for share in shares], held_out=held_out),
-        record=provenance([*library, *wheels]),
+        record=record,
     )
 
 
@@ -181,7 +196,6 @@ def main() -> None:
     default_run = Path(__file__).parent / "runs" / (arguments.arch + ("-tiny" if arguments.tiny else ""))
     run = arguments.run or default_run
     run.mkdir(parents=True, exist_ok=True)
-    check_same_plan(plan, run)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     corpus = prepare_corpus(plan, run)
@@ -189,6 +203,7 @@ def main() -> None:
     round_weights(model)
     heads = new_heads(model.requires_grad_(False), plan.num_heads, seed=plan.base.seed, expansion=2 * plan.expansion)
     train_heads(plan.first_heads, model, heads, corpus.library_only, run / "first_heads.pt")
+    first_record = heads.training_record
     joint_record = train_jointly(plan.joint, model, heads, corpus.everything, run / "joint.pt")
     round_weights(model)
     heads = narrowed(heads, model, plan.expansion)
@@ -202,6 +217,7 @@ def main() -> None:
         corpus=corpus.record,
         fixed_trees=calibrate(model, corpus.tokenizer, heads, prompts),
         base_record=base_record,
+        first_record=first_record,
         joint_record=joint_record,
         command=command_line(plan, arguments.tiny),
     )

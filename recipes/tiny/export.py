@@ -24,6 +24,7 @@ class Bundle:
     corpus: dict[str, object]
     fixed_trees: dict[str, object]
     base_record: dict[str, object]
+    first_record: dict[str, object]
     joint_record: dict[str, object]
     command: str
 
@@ -70,15 +71,15 @@ def model_card(bundle: Bundle) -> str:
         sha256=bundle.corpus["sha256"],
         calibration=", ".join(held_out["calibration"]),
         prompts=", ".join(held_out["prompts"]),
+        unused=" and ".join(bundle.corpus["not_used"]),
         stages="\n".join(
-            _stage_row(name, record)
-            for name, record in (
-                ("base, on the standard library", bundle.base_record),
-                ("base and heads together, on all text", bundle.joint_record),
+            (
+                _stage_row("base, on the standard library", bundle.base_record),
+                _stage_row("heads, base frozen, on the standard library", bundle.first_record),
+                _stage_row("base and heads together, on all text", bundle.joint_record),
+                _stage_row("heads, base frozen, against what the base says of all text", training),
             )
         ),
-        result=result,
-        heads_tokens=result["step"] * training["settings"]["batch_tokens"] / 1e6,
         table="\n".join(rows),
         calibration_prompts=bundle.fixed_trees["prompts"],
         calibration_positions=bundle.fixed_trees["positions"],
@@ -88,8 +89,9 @@ def model_card(bundle: Bundle) -> str:
 
 def _stage_row(name: str, record: dict) -> str:
     last = record["history"][-1]
-    tokens = last["step"] * record["config"]["batch_tokens"] / 1e6
-    return f"| {name} | {last['step']} | {tokens:.1f} | {last['train_loss']:.3f} | {last['held_out_loss']:.3f} |"
+    tokens = last["step"] * record["settings"]["batch_tokens"] / 1e6
+    losses = [f"{last[kind]:.3f}" if kind in last else "" for kind in ("train_loss", "held_out_loss")]
+    return f"| {name} | {last['step']} | {tokens:.1f} | {' | '.join(losses)} |"
 
 
 CARD = """\
@@ -114,7 +116,8 @@ and measured offline. It completes Python source text; it is no assistant.
 
 The sources of Python {python}'s standard library and of the wheels in its `ensurepip` (pip and what it carries):
 {files} files, {megabytes:.1f} MB. `corpus.json` has the hash of each (all together: sha256 {sha256}).
-Never trained on, nor are their tests: {calibration} (used to calibrate) and {prompts} (used as prompts).
+Never trained on, nor are their tests: {calibration} (used to calibrate) and {prompts} (used as prompts); nor {unused},
+which are used for nothing, because other files hold pieces of them.
 
 ## Training
 
@@ -123,9 +126,8 @@ Never trained on, nor are their tests: {calibration} (used to calibrate) and {pr
 | stage | steps | tokens (M) | train loss | held-out loss |
 |---|---|---|---|---|
 {stages}
-| heads, base frozen | {result[step]} | {heads_tokens:.1f} | | below |
 
-In the second stage the heads' loss reaches the base, as in MEDUSA-2 (arXiv 2401.10774, section 2.2.2). The model then
+In the third stage the heads' loss reaches the base, as in MEDUSA-2 (arXiv 2401.10774, section 2.2.2). The model then
 foretells more of its own text than one that never had heads: expect a lower acceptance length from heads on a model
 that was trained alone.
 

@@ -94,4 +94,4 @@ def train_jointly(
         backward=backward,
         evaluate=measure,
     )
-    return {"config": asdict(config), "history": stage.train(checkpoint.parent)}
+    return {"settings": asdict(config), "history": stage.train(checkpoint.parent)}

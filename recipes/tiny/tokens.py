@@ -43,7 +43,9 @@ def encode_files(tokenizer: PreTrainedTokenizerFast, sources: list[SourceFile]) 
 
 
 def cached_tokens(path: Path, tokenizer: PreTrainedTokenizerFast, sources: list[SourceFile]) -> np.ndarray:
-    """`encode_files`, kept on disk between runs."""
+    """`encode_files`, kept on disk between runs; a kill leaves the whole file or none."""
     if not path.exists():
-        np.save(path, encode_files(tokenizer, sources))
+        partial = path.with_suffix(".partial.npy")
+        np.save(partial, encode_files(tokenizer, sources))
+        partial.replace(path)
     return np.load(path)

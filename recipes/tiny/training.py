@@ -117,7 +117,8 @@ class Stage:
                 pace = (time.time() - started) / (step - first_step)
                 shown = " ".join(f"{x:.3f}" for x in running.tolist())
                 left = pace * (schedule.steps - step) / 60
-                print(f"{self.name} step {step}/{schedule.steps} loss {shown} {pace:.2f} s/step, {left:.0f} min left")
+                paces = f"{pace:.2f} s/step, {left:.0f} min left"
+                print(f"{self.name} step {step}/{schedule.steps} loss {shown} {paces}", flush=True)
             if step % schedule.save_every == 0 or step == schedule.steps:
                 self.module.eval()
                 history.append({"step": step, **self.evaluate(running.tolist())})
