@@ -14,7 +14,9 @@ class DecoderOptions:
 
     tree: str = field(
         default="dynamic",
-        metadata={"help": "dynamic (grown anew each step), chain, off (plain decoding), or a file of rank paths"},
+        metadata={
+            "help": ", ".join(f"{name} ({meaning})" for name, meaning in TREES.items()) + ", or a file of rank paths"
+        },
     )
     budget: int | str = field(
         default="auto",

@@ -7,23 +7,23 @@ strings need.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ladon.config import AUTO_BUDGET, DecoderOptions
-from ladon.engine import Engine
+from ladon.config import AUTO_BUDGET, TREES, DecoderOptions
+from ladon.engine import Engine, Row
 from ladon.errors import InputError, TreeError
 from ladon.fixed_tree import FixedTree
 from ladon.heads import Heads
 from ladon.proposers import HeadsProposer, Proposer, RootProposer, candidates_needed, tree_builder
-from ladon.requests import end_ids, make_rows, pack_output, refuse_unsupported, stop_string_rule
+from ladon.requests import make_rows, pack_output, refuse_unsupported, stop_string_rule
 from ladon.stats import DecodeStats, StageClock
 from ladon.target import Target
-from ladon.trace import TraceStep, record
+from ladon.trace import Trace
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
@@ -100,10 +100,9 @@ class Decoder:
         """
         inputs = kwargs.pop("inputs", None)
         input_ids = inputs if input_ids is None else input_ids
-        if input_ids is None or input_ids.numel() == 0:
-            raise InputError("the prompt is empty; give at least one token")
-        if kwargs.get("max_new_tokens") is not None and kwargs["max_new_tokens"] < 1:
-            raise InputError(f"max_new_tokens is {kwargs['max_new_tokens']}; ask for 1 or more")
+        if input_ids is None:
+            raise InputError("there is no prompt; give input_ids")
+        _check_request(input_ids, kwargs.get("max_new_tokens"))
         copies = kwargs.pop("num_return_sequences", None) or 1
         if copies > 1:  # greedy generate refuses this; rows are then equal, as they must be
             input_ids = input_ids.repeat_interleave(copies, 0)
@@ -140,16 +139,9 @@ class Decoder:
         if model is not self.model:
             raise InputError("this decoder was made for another model; make one with ladon.Decoder(model, heads)")
         assert generation_config is not None
-        refuse_unsupported(generation_config, logits_processor, model_kwargs)
+        rows = self._rows(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs)
         if ladon_streamer is not None and len(input_ids) > 1:
             raise InputError(f"a streamer shows one sequence, but there are {len(input_ids)}; give one prompt")
-        rows = make_rows(
-            input_ids,
-            model_kwargs.get("attention_mask"),
-            stopping_criteria,
-            generation_config,
-            self._target.context_limit,
-        )
         if ladon_streamer is not None:
             ladon_streamer.put(input_ids.cpu())
         for step in self._engine().run(rows):
@@ -161,26 +153,46 @@ class Decoder:
 
     def trace(
         self, input_ids: Tensor, *, max_new_tokens: int, eos_token_id: int | Sequence[int] | None = None
-    ) -> Iterator[TraceStep]:
-        """Decode one sequence and record every step's tree. Reads whole trees from the device, so it is slower.
+    ) -> Trace:
+        """Decode one sequence greedily and record every step's tree. Reads whole trees from the device: slower.
 
         Args:
             input_ids: one prompt, [T] or [1, T].
             max_new_tokens: how many tokens to emit at most, the prefill's token (the first root) included.
             eos_token_id: tokens that end the sequence; the model's own if None.
+
+        Returns:
+            The prefill's token, and an iterator over the decode steps, each made when it is asked for.
+
+        Raises:
+            InputError: what `generate` refuses, the options in the model's generation config included.
         """
-        prompt = input_ids.reshape(-1)
-        config = self.model.generation_config
-        rows = make_rows(
-            prompt[None],
-            None,
-            None,
-            config,
-            self._target.context_limit,
+        prompt = input_ids.reshape(1, -1)
+        _check_request(prompt, max_new_tokens)
+        options = {} if eos_token_id is None else {"eos_token_id": eos_token_id}
+        rows = _own_generate(self.model)(
+            prompt,
+            custom_generate=self._rows,
+            attention_mask=torch.ones_like(prompt),
             max_new_tokens=max_new_tokens,
-            eos_token_ids=end_ids(config.eos_token_id if eos_token_id is None else eos_token_id),
+            do_sample=False,
+            **options,
         )
-        yield from record(self._engine().run(rows), len(prompt))
+        return Trace(self._engine().run(rows), prompt.shape[1])
+
+    def _rows(
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList | None,
+        stopping_criteria: StoppingCriteriaList | None,
+        generation_config: GenerationConfig,
+        **model_kwargs: Any,
+    ) -> list[Row]:
+        """The rows of a call that transformers has prepared; what is not supported is refused."""
+        refuse_unsupported(generation_config, logits_processor, model_kwargs)
+        mask, limit = model_kwargs.get("attention_mask"), self._target.context_limit
+        return make_rows(input_ids, mask, stopping_criteria, generation_config, limit)
 
     def _engine(self) -> Engine:
         """An engine for one call, with statistics of its own."""
@@ -226,6 +238,14 @@ def _own_generate(model: PreTrainedModel) -> Callable[..., Any]:
     """The class's `generate`, whatever `attach` has put on the instance."""
     own: Callable[..., Any] = type(model).generate
     return partial(own, model)
+
+
+def _check_request(input_ids: Tensor, max_new_tokens: int | None) -> None:
+    """Raise `InputError` for what transformers would report in its own way."""
+    if input_ids.numel() == 0:
+        raise InputError("the prompt is empty; give at least one token")
+    if max_new_tokens is not None and max_new_tokens < 1:
+        raise InputError(f"max_new_tokens is {max_new_tokens}; ask for 1 or more")
 
 
 def _check_tree_option(tree: str | FixedTree, heads: Heads | None, num_candidates: int) -> str | FixedTree:

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
     from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+_UNSET = (
+    "unset the options that ask for it, in the call or in model.generation_config (on the command line: "
+    "--ignore-generation-config)"
+)
 _UNSUPPORTED_OUTPUTS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
 
 
@@ -26,10 +30,12 @@ def refuse_unsupported(
         raise InputError("do_sample=True: sampling is not supported yet; pass do_sample=False for greedy decoding")
     mode = str(config.get_generation_mode().value)
     if mode != "greedy_search":
-        raise InputError(f"generation mode {mode} is not supported; Ladon decodes greedily (num_beams=1, no assistant)")
+        raise InputError(
+            f"generation mode {mode} is not supported; Ladon decodes greedily (num_beams=1, no assistant): {_UNSET}"
+        )
     if processors:
         names = ", ".join(type(processor).__name__ for processor in processors)
-        raise InputError(f"logits processors are not supported yet, got {names}; unset the options that ask for them")
+        raise InputError(f"logits processors are not supported yet, got {names}; {_UNSET}")
     for name in _UNSUPPORTED_OUTPUTS:
         if getattr(config, name, False):
             raise InputError(f"{name}=True is not supported yet; leave it off")
@@ -46,9 +52,6 @@ def make_rows(
     criteria: StoppingCriteriaList | None,
     config: GenerationConfig,
     context_limit: int | None,
-    *,
-    max_new_tokens: int | None = None,
-    eos_token_ids: frozenset[int] | None = None,
 ) -> list[Row]:
     """One row per prompt, its padding stripped.
 
@@ -58,23 +61,19 @@ def make_rows(
         criteria: stop rules; EOS and the length limit among them are handled as numbers, the others called.
         config: the prepared generation config: end-of-sequence ids and `max_length`.
         context_limit: the greatest length of a sequence that the model was made for, if any.
-        max_new_tokens: overrides the config's limit.
-        eos_token_ids: overrides the config's.
 
     Raises:
         InputError: a prompt is empty, or leaves no room for a token.
     """
     width = input_ids.shape[1]
-    if max_new_tokens is None:
-        max_new_tokens = config.max_length - width
+    max_new_tokens = config.max_length - width
     if max_new_tokens < 1:
         raise InputError(
             f"no room for a token: {max_new_tokens} may be generated. Ask for max_new_tokens of 1 or more, or a "
             f"max_length above the prompt's {width}"
         )
-    if eos_token_ids is None:
-        eos = getattr(config, "_eos_token_tensor", None)
-        eos_token_ids = frozenset() if eos is None else frozenset(eos.reshape(-1).tolist())
+    eos = getattr(config, "_eos_token_tensor", None)
+    eos_token_ids = frozenset[int]() if eos is None else frozenset(eos.reshape(-1).tolist())
     rows = []
     for index, ids in enumerate(input_ids):
         prompt = ids if attention_mask is None else ids[attention_mask[index].bool()]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 
 from ladon.engine import Step
@@ -36,13 +36,31 @@ class TraceStep:
     bonus: int
 
 
-def record(steps: Iterable[Step], length: int) -> Iterator[TraceStep]:
-    """The decode steps of a batch's first row, whose prompt has `length` tokens; the prefill's step is left out."""
-    index = 0
-    for step in steps:
-        if step.tree is None or step.accepted is None:
-            continue
+class Trace(Iterator[TraceStep]):
+    """The decode steps of a batch's first row, each made when it is asked for; the prefill is done at once.
+
+    Attributes:
+        first: the prefill's token, the root of the first tree.
+    """
+
+    def __init__(self, steps: Iterator[Step], length: int) -> None:
+        """`steps` is a run of the engine, whose first step is the prefill's; `length` is that of the prompt."""
+        self.first = next(steps).emitted[0][0]
+        self._steps = _decode_steps(steps, length)
+
+    def __next__(self) -> TraceStep:
+        """Decode one step."""
+        return next(self._steps)
+
+    def close(self) -> None:
+        """Decode no further."""
+        self._steps.close()
+
+
+def _decode_steps(steps: Iterator[Step], length: int) -> Generator[TraceStep]:
+    for index, step in enumerate(steps):
         tree, accepted = step.tree, step.accepted
+        assert tree is not None and accepted is not None  # only the prefill's step has neither
         count = int(accepted.count[0])
         yield TraceStep(
             index=index,
@@ -55,4 +73,4 @@ def record(steps: Iterable[Step], length: int) -> Iterator[TraceStep]:
             emitted=step.emitted[0],
             bonus=int(accepted.bonus[0]),
         )
-        index, length = index + 1, length + count
+        length += count

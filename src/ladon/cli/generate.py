@@ -31,11 +31,13 @@ def generate(
     device: options.DeviceOption = "auto",
     threads: options.ThreadsOption = None,
     trust_remote_code: options.TrustOption = False,
+    ignore_generation_config: options.IgnoreConfigOption = False,
     as_json: options.JsonOption = False,
 ) -> None:
     """Continue one prompt, from --prompt, --prompt-file or standard input.
 
-    The text comes as it is decoded; it is what greedy decoding with transformers gives.
+    The text comes as it is decoded. In float32 and float64 it is what greedy decoding with transformers gives;
+    in half precision, where two tokens are all but equally likely, the other one may come.
 
     For example:
 
@@ -48,7 +50,15 @@ def generate(
     from ladon.cli.loading import dtype_name, load, require_heads
     from ladon.generation import Decoder
 
-    loaded = load(model, heads, dtype=dtype, device=device, threads=threads, trust_remote_code=trust_remote_code)
+    loaded = load(
+        model,
+        heads,
+        dtype=dtype,
+        device=device,
+        threads=threads,
+        trust_remote_code=trust_remote_code,
+        ignore_generation_config=ignore_generation_config,
+    )
     require_heads(loaded, shape)
     decoder = Decoder(loaded.model, loaded.heads, tree=shape, budget=nodes, profile=stats)
     ids = encode(loaded.tokenizer, text).to(loaded.model.device)
@@ -93,8 +103,10 @@ def stats_json(stats: DecodeStats) -> dict[str, Any]:
 
 def stats_lines(stats: DecodeStats) -> list[str]:
     """The same for people."""
+    from ladon.viz.text import NO_STEP
+
     if not stats.forwards:
-        return ["the answer ended with the prefill's token: no decode step"]
+        return [NO_STEP]
     stages = ", ".join(
         f"{name} {seconds / stats.decode_seconds:.0%}"
         for name, seconds in stats.stage_seconds.items()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +13,7 @@ import torch
 
 from ladon.bench.environment import cpu_flags
 from ladon.bundled import demo_path, load_demo
+from ladon.cli.options import DTYPES, shortened
 from ladon.errors import InputError
 from ladon.heads import load_heads
 
@@ -20,7 +23,7 @@ if TYPE_CHECKING:
     from ladon.heads import Heads
 
 DEMO = "demo"
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPES}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,6 +45,7 @@ def load(
     device: str = "auto",
     threads: int | None = None,
     trust_remote_code: bool = False,
+    ignore_generation_config: bool = False,
 ) -> Loaded:
     """Load a model and its heads.
 
@@ -52,6 +56,7 @@ def load(
         device: "auto" or a torch device.
         threads: CPU threads of torch; None leaves its choice.
         trust_remote_code: run code that comes with the checkpoint.
+        ignore_generation_config: forget how the checkpoint wants its text generated; its special tokens stay.
 
     Raises:
         InputError: the model cannot be loaded, or dtype or device is unknown.
@@ -63,6 +68,8 @@ def load(
     transformers.utils.logging.disable_progress_bar()
     if threads is not None:
         torch.set_num_threads(threads)
+    _check_length("--model", model)
+    _check_length("--heads", heads or "")
     place = _device(device)
     if model == DEMO:
         target, tokenizer, own_heads = load_demo(_dtype(dtype, torch.bfloat16, place))
@@ -71,6 +78,11 @@ def load(
     else:
         target, tokenizer = _from_transformers(model, dtype, place, trust_remote_code)
         found = None if heads is None else load_heads(demo_path() / "heads" if heads == DEMO else heads, target)
+    if ignore_generation_config:
+        own = target.generation_config
+        target.generation_config = transformers.GenerationConfig(
+            bos_token_id=own.bos_token_id, eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id
+        )
     name = model if model == DEMO else Path(model).name
     return Loaded(name=name, model=target, tokenizer=tokenizer, heads=found, is_demo=model == DEMO)
 
@@ -91,7 +103,7 @@ def _from_transformers(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     is_hub_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not name.startswith(".")
     if not path.is_dir() and (path.exists() or not is_hub_id):
         raise InputError(f"there is no model folder {name}; give a folder in transformers' format, or a hub id")
@@ -115,7 +127,7 @@ def _from_transformers(
 
 
 def _dtype(name: str, stored: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype asked for; "auto" is the stored one unless this CPU would be slow in it."""
+    """The dtype asked for; "auto" is the stored one unless it is a half precision that is slow on this CPU."""
     if name != "auto":
         if name not in _DTYPES:
             raise InputError(f"--dtype is {name!r}; give auto, {', '.join(_DTYPES)}")
@@ -124,7 +136,19 @@ def _dtype(name: str, stored: torch.dtype, device: torch.device) -> torch.dtype:
         stored = _DTYPES.get(stored, torch.float32)
     if device.type != "cpu" or stored not in (torch.bfloat16, torch.float16):
         return stored
-    return torch.bfloat16 if cpu_flags() & {"avx512_bf16", "amx_bf16"} else torch.float32
+    has_it = stored == torch.bfloat16 and cpu_flags() & {"avx512_bf16", "amx_bf16"}
+    return stored if has_it else torch.float32
+
+
+def _check_length(option: str, name: str) -> None:
+    """Raise `InputError` for a name that no file system takes."""
+    try:
+        os.stat(os.path.expanduser(name))
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise InputError(
+                f"{option} is {shortened(name)!r}, too long for a name; give a folder or a hub id"
+            ) from error
 
 
 def _device(name: str) -> torch.device:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from typer import Option
 
-from ladon.config import AUTO_BUDGET, BenchOptions, DecoderOptions, help_of
+from ladon.config import AUTO_BUDGET, TREES, BenchOptions, DecoderOptions, help_of
 from ladon.errors import InputError
 
 if TYPE_CHECKING:
@@ -22,10 +23,13 @@ HeadsOption = Annotated[
     str | None,
     Option("--heads", metavar="NAME", help="Folder or hub id of the model's heads; the bundled model brings its own."),
 ]
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 DtypeOption = Annotated[
     str,
     Option(
-        "--dtype", help="auto (the checkpoint's; float32 where the CPU has no bfloat16), float32, bfloat16, float16."
+        "--dtype",
+        help="auto (the checkpoint's; on a CPU float32 for float16, and for bfloat16 if the CPU lacks it), "
+        f"{', '.join(DTYPES)}.",
     ),
 ]
 DeviceOption = Annotated[str, Option("--device", metavar="NAME", help="auto (a GPU if there is one), cpu, cuda, ...")]
@@ -35,6 +39,14 @@ ThreadsOption = Annotated[
 OneThreadOption = Annotated[int, Option("--threads", metavar="N", min=1, help="CPU threads of torch.")]
 TrustOption = Annotated[
     bool, Option("--trust-remote-code", help="Run Python code that comes with the model. Off unless asked for.")
+]
+IgnoreConfigOption = Annotated[
+    bool,
+    Option(
+        "--ignore-generation-config",
+        help="Decode without what the model's generation config asks for, such as repetition_penalty; its special "
+        "tokens stay.",
+    ),
 ]
 PromptOption = Annotated[str | None, Option("--prompt", metavar="TEXT", help="The text to continue.")]
 PromptFileOption = Annotated[
@@ -82,13 +94,18 @@ def parse_modes(text: str) -> tuple[str, ...]:
 
 def parse_tree(text: str) -> str | FixedTree:
     """A tree option's name, or the fixed tree in a file."""
-    if text in ("dynamic", "chain", "off"):
+    if text in TREES:
         return text
-    if not Path(text).is_file():
-        raise InputError(f"--tree is {text!r}; give dynamic, chain, off, or a JSON file of rank paths")
+    if not os.path.isfile(text):  # also false for a name that is too long, such as the paths themselves
+        raise InputError(f"--tree is {shortened(text)!r}; give {', '.join(TREES)}, or a JSON file of rank paths")
     from ladon.fixed_tree import FixedTree
 
     return FixedTree.load(text)
+
+
+def shortened(text: str) -> str:
+    """A value for an error message, which is one line."""
+    return text if len(text) <= 80 else text[:79] + "…"
 
 
 def joined(values: Sequence[object]) -> str:

@@ -11,7 +11,7 @@ from typer import Option
 from ladon.cli import options
 from ladon.cli.output import OutConsole, check_writable, print_json, say, write_whole
 from ladon.cli.prompts import encode, read_prompt
-from ladon.config import DecoderOptions
+from ladon.config import PICTURE_STEPS, DecoderOptions
 
 _DEFAULTS = DecoderOptions()
 
@@ -28,13 +28,22 @@ def trace(
         Path | None, Option("--html", metavar="FILE", help="Write one self-contained web page instead.")
     ] = None,
     png: Annotated[
-        Path | None, Option("--png", metavar="FILE", help="Write a picture of the first steps instead.")
+        Path | None,
+        Option(
+            "--png",
+            metavar="FILE",
+            help=f"Write a picture instead, of {PICTURE_STEPS} steps at most; it says so if there are more.",
+        ),
     ] = None,
-    png_steps: Annotated[int, Option("--png-steps", metavar="N", min=1, help="How many steps the picture shows.")] = 4,
+    png_steps: Annotated[
+        int,
+        Option("--png-steps", metavar="N", min=1, max=PICTURE_STEPS, help="How many steps the picture shows at most."),
+    ] = PICTURE_STEPS,
     dtype: options.DtypeOption = "auto",
     device: options.DeviceOption = "auto",
     threads: options.ThreadsOption = None,
     trust_remote_code: options.TrustOption = False,
+    ignore_generation_config: options.IgnoreConfigOption = False,
     as_json: options.JsonOption = False,
 ) -> None:
     """Show every step's tree with its probabilities, the accepted path, the bonus token and the attention mask.
@@ -57,29 +66,45 @@ def trace(
 
     if png is not None:
         picture.check_available()
-    loaded = load(model, heads, dtype=dtype, device=device, threads=threads, trust_remote_code=trust_remote_code)
+    loaded = load(
+        model,
+        heads,
+        dtype=dtype,
+        device=device,
+        threads=threads,
+        trust_remote_code=trust_remote_code,
+        ignore_generation_config=ignore_generation_config,
+    )
     require_heads(loaded, shape)
     decoder = Decoder(loaded.model, loaded.heads, tree=shape, budget=nodes)
     ids = encode(loaded.tokenizer, text)
-    steps = list(decoder.trace(ids.to(loaded.model.device), max_new_tokens=max_new_tokens))
+    found = decoder.trace(ids.to(loaded.model.device), max_new_tokens=max_new_tokens)
+    steps = list(found)
     title = f"{loaded.name} · tree {tree} · budget {budget} · {dtype_name(loaded.model)}"
-    run = record(loaded.tokenizer, ids.tolist(), steps, title=title)
+    run = record(loaded.tokenizer, ids.tolist(), found.first, steps, title=title)
+    files: list[tuple[Path, bytes, int]] = []  # all are made before one is written
     if html is not None:
-        write_whole(html, web.page(run).encode())
-        say(f"wrote {html}: {len(run.steps)} steps")
+        files.append((html, web.page(run).encode(), len(run.steps)))
     if png is not None:
-        write_whole(png, picture.png(run, run.steps[:png_steps]))
-        say(f"wrote {png}: the first {min(png_steps, len(run.steps))} of {len(run.steps)} steps")
-    if html is None and png is None and not as_json:
+        files.append((png, picture.png(run, png_steps), min(png_steps, len(run.steps))))
+    for path, data, shown in files:
+        write_whole(path, data)
+        say(f"wrote {path}: {shown} of {len(run.steps)} steps")
+    if not files and not as_json:
         from ladon.viz.terminal import run_view
 
         console = OutConsole(highlight=False)
         for part in run_view(run):
             console.print(part)
     if as_json:
-        acceptance = run.acceptance_length if run.steps else None
-        document = {"prompt": run.prompt, "acceptance_length": acceptance, "steps": [_finite(asdict(s)) for s in steps]}
-        print_json(document)
+        print_json(
+            {
+                "prompt": run.prompt,
+                "first_token": found.first,
+                "acceptance_length": run.acceptance_length if run.steps else None,
+                "steps": [_finite(asdict(step)) for step in steps],
+            }
+        )
 
 
 def _finite(step: dict[str, object]) -> dict[str, object]:

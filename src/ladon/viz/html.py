@@ -6,6 +6,7 @@ from html import escape
 
 from ladon.viz.palette import origin_colour, origin_name
 from ladon.viz.record import BONUS, Node, Record, Step, rows_of, with_bonus
+from ladon.viz.text import NO_STEP
 
 _COLUMN, _ROW, _BOX_WIDTH, _BOX_HEIGHT = 178, 25, 148, 20  # pixels of the tree drawing
 _PREFIX = 76  # pixels of the mask drawing's bar that stands for the cached tokens
@@ -44,7 +45,22 @@ figcaption { color: var(--soft); font-size: 12px; margin-top: 6px; } figure { ma
 
 def page(record: Record) -> str:
     """The whole document."""
-    depth = max((node.depth for step in record.steps for node in step.nodes), default=0)
+    steps = "\n".join(_section(record, place) for place in range(len(record.steps)))
+    return (
+        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>Ladon trace</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n"
+        f'<h1>Ladon trace</h1>\n<p class="soft">{escape(record.title)}</p>\n{_overview(record)}\n'
+        f'<section><h2>The text <span class="soft">each coloured token links to the step that gave it</span></h2>'
+        f"<pre>{_text(record)}</pre></section>\n{steps}\n</main>\n</body>\n</html>\n"
+    )
+
+
+def _overview(record: Record) -> str:
+    """The run's numbers, and what the colours mean."""
+    if not record.steps:
+        return f"<p>{escape(NO_STEP)}</p>"
+    depth = max(node.depth for step in record.steps for node in step.nodes)
     swatches = "".join(
         f'<span><i style="background:{origin_colour(origin)}"></i>{origin_name(origin)}</span>'
         for origin in [*range(1, depth + 1), BONUS]
@@ -54,19 +70,10 @@ def page(record: Record) -> str:
         (f"{record.acceptance_length:.2f}", "tokens per step (acceptance length)"),
         (str(record.tokens), "tokens emitted by decode steps"),
         (str(len(record.steps)), "decode steps, one forward each"),
-        (f"{nodes / max(1, len(record.steps)):.1f}", "nodes verified per step"),
+        (f"{nodes / len(record.steps):.1f}", "nodes verified per step"),
     ]
     cells = "".join(f"<div><b>{value}</b><span class='soft'>{escape(name)}</span></div>" for value, name in numbers)
-    steps = "\n".join(_section(record, place) for place in range(len(record.steps)))
-    return (
-        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>Ladon trace</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n"
-        f'<h1>Ladon trace</h1>\n<p class="soft">{escape(record.title)}</p>\n<div class="numbers">{cells}</div>\n'
-        f'<div class="legend">{swatches}</div>\n'
-        f'<section><h2>The text <span class="soft">each token links to the step that gave it</span></h2>'
-        f"<pre>{_text(record)}</pre></section>\n{steps}\n</main>\n</body>\n</html>\n"
-    )
+    return f'<div class="numbers">{cells}</div>\n<div class="legend">{swatches}</div>'
 
 
 def _text(record: Record) -> str:

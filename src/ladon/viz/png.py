@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from ladon.config import PICTURE_STEPS
 from ladon.errors import InputError
 from ladon.viz.palette import origin_colour
 from ladon.viz.record import BONUS, Record, Step, rows_of, with_bonus
+from ladon.viz.text import NO_STEP
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.text import Text
 
 _MAX_LABEL = 12
+_DPI = 150
+_MAX_HEIGHT = 45_000  # pixels of a picture; a higher one is drawn with fewer dots per inch
 
 
 def check_available() -> None:
@@ -23,7 +26,7 @@ def check_available() -> None:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise InputError(
-            "PNG pictures need matplotlib, which is not installed; pip install 'ladon-llm[bench]'"
+            "PNG pictures need matplotlib, which is not installed; in Ladon's checkout: pip install '.[bench]'"
         ) from error
 
 
@@ -79,16 +82,18 @@ def draw_mask(axes: Axes, step: Step) -> None:
     axes.set_title(f"mask: row sees column ({len(step.mask)} nodes)", fontsize=8)
 
 
-def png(record: Record, steps: Sequence[Step]) -> bytes:
-    """A picture of the given steps, one below the other: tree on the left, mask on the right."""
+def png(record: Record, max_steps: int = PICTURE_STEPS) -> bytes:
+    """A picture of the first `max_steps` steps, one below the other: tree on the left, mask on the right."""
     from matplotlib.figure import Figure
 
+    steps = record.steps[:max_steps]
     if not steps:
-        raise InputError("there is no decode step to draw: the run ended with prefill; allow more new tokens")
+        raise InputError(f"there is no tree to draw: {NO_STEP}; allow more new tokens")
     heights = [max(2.2, 0.24 * (max(rows_of(with_bonus(step))) + 1)) for step in steps]
     depth = max(node.depth for step in steps for node in with_bonus(step))
-    figure = Figure(figsize=(1.9 * (depth + 1) + 4.0, sum(heights) + 0.6 * len(steps) + 0.6), layout="constrained")
-    figure.suptitle(f"{record.title} · acceptance length {record.acceptance_length:.2f}", fontsize=10)
+    height = sum(heights) + 0.6 * len(steps) + 0.6
+    figure = Figure(figsize=(1.9 * (depth + 1) + 4.0, height), layout="constrained")
+    figure.suptitle(_heading(record, len(steps)), fontsize=10)
     grid = figure.subplots(
         len(steps), 2, squeeze=False, gridspec_kw={"width_ratios": [1.9 * (depth + 1), 3.4], "height_ratios": heights}
     )
@@ -99,5 +104,10 @@ def png(record: Record, steps: Sequence[Step]) -> bytes:
         left.set_title(f"step {step.index} emits {len(step.emitted)}: {shown}", fontsize=8, loc="left")
         draw_mask(right, step)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150)
+    figure.savefig(buffer, format="png", dpi=min(_DPI, _MAX_HEIGHT / height))
     return buffer.getvalue()
+
+
+def _heading(record: Record, shown: int) -> str:
+    whole = f"{record.title} · acceptance length {record.acceptance_length:.2f}"
+    return whole if shown == len(record.steps) else f"{whole} · the first {shown} of {len(record.steps)} steps"

@@ -103,18 +103,21 @@ def moving_acceptance(counts: Sequence[int], window: int) -> list[float]:
 
 
 def record(
-    tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int], steps: Iterable[TraceStep], *, title: str
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_ids: Sequence[int],
+    first: int,
+    steps: Iterable[TraceStep],
+    *,
+    title: str,
 ) -> Record:
-    """Make the record of a run from its trace (`Decoder.trace`), with [T] `prompt_ids`."""
+    """Make the record of a run from its prompt [T], the prefill's token and the decode steps (`Decoder.trace`)."""
     pieces = TextPieces(tokenizer, prompt_ids)
-    first = ""
-    done: list[Step] = []
-    for step in steps:
-        if not done:
-            first = pieces.push(step.tokens[0])
-        done.append(_step(tokenizer, step, pieces))
-    prompt = str(tokenizer.decode(list(prompt_ids), skip_special_tokens=False))
-    return Record(title=title, prompt=prompt, first=first, steps=done)
+    return Record(
+        title=title,
+        prompt=str(tokenizer.decode(list(prompt_ids), skip_special_tokens=False)),
+        first=pieces.push(first),
+        steps=[_step(tokenizer, step, pieces) for step in steps],
+    )
 
 
 def _step(tokenizer: PreTrainedTokenizerBase, step: TraceStep, pieces: TextPieces) -> Step:

@@ -14,6 +14,7 @@ from rich.tree import Tree
 
 from ladon.viz.palette import ansi_colour, origin_name
 from ladon.viz.record import BONUS, Node, Record, Step, children
+from ladon.viz.text import NO_STEP
 
 _HALF_BLOCKS = {(False, False): " ", (True, False): "▀", (False, True): "▄", (True, True): "█"}
 
@@ -51,21 +52,18 @@ def summary(record: Record) -> Text:
     for step in record.steps:
         for piece, origin in step.emitted:
             text.append_text(token_text(piece, origin))
-    text.append(
-        f"\n\n{record.tokens} tokens in {len(record.steps)} steps: acceptance length {record.acceptance_length:.2f}",
-        "bold",
-    )
-    return text
+    found = f"{record.tokens} tokens in {len(record.steps)} steps: acceptance length {record.acceptance_length:.2f}"
+    return text.append(f"\n\n{found if record.steps else NO_STEP}", "bold")
 
 
 def run_view(record: Record) -> Iterator[RenderableType]:
     """All steps in order, then the summary."""
-    depth = max((node.depth for step in record.steps for node in step.nodes), default=0)
     for step in record.steps:
         yield step_view(step)
     yield Rule("text so far", align="left", style="dim")
     yield summary(record)
-    yield legend(depth)
+    if record.steps:
+        yield legend(max(node.depth for step in record.steps for node in step.nodes))
 
 
 def _tree(step: Step) -> Tree:
