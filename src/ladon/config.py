@@ -6,6 +6,12 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 AUTO_BUDGET = 16  # what budget="auto" means until tree sizes are chosen from measured cost
+PICTURE_STEPS = 64  # steps that one PNG picture of a run shows at most
+TREES = {  # the tree options that have a name, and what each means
+    "dynamic": "grown anew at each step",
+    "chain": "each head's best token",
+    "off": "plain decoding",
+}
 
 
 @dataclass(frozen=True, kw_only=True)

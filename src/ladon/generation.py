@@ -253,8 +253,9 @@ def _check_tree_option(tree: str | FixedTree, heads: Heads | None, num_candidate
         if heads is not None:
             tree.check_fits(heads.num_heads, num_candidates)
         return tree
-    if tree not in ("dynamic", "chain", "off"):
-        raise TreeError(f'tree is {tree!r}; give "dynamic", "chain", "off" or a ladon.FixedTree')
+    if tree not in TREES:
+        names = ", ".join(f'"{name}"' for name in TREES)
+        raise TreeError(f"tree is {tree!r}; give {names} or a ladon.FixedTree")
     return tree
 
 
