@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import ladon
 from ladon.errors import TreeError
 from ladon.fixed_tree import FixedTree, best_fixed_tree
 
@@ -40,6 +41,9 @@ def test_chain():
         (((-1,),), "each 0 or more"),
         (((),), "non-empty"),
         ((("a",),), "list of ranks"),
+        ((([0],),), "list of ranks"),
+        (((True,),), "list of ranks"),
+        ((0, 1), "list of ranks"),
     ],
 )
 def test_broken_paths_are_named(paths, message):
@@ -47,7 +51,7 @@ def test_broken_paths_are_named(paths, message):
         FixedTree(paths)
 
 
-@pytest.mark.parametrize("widths", [[], [2, 3], [1, 0], [1, 2.5]])
+@pytest.mark.parametrize("widths", [[], [2, 3], [1, 0], [1, 2.5], [True, 3], [1, True]])
 def test_broken_dense_forms(widths):
     with pytest.raises(TreeError, match="first entry is the root"):
         FixedTree.from_dense(widths)
@@ -62,6 +66,20 @@ def test_a_tree_must_fit_the_heads():
         tree.check_fits(num_heads=2, num_candidates=10)
 
 
+def test_a_tree_must_fit_the_vocabulary(tiny_llama):
+    """A head has no more candidates than there are tokens, whatever the option says."""
+    heads = ladon.new_heads(tiny_llama, num_heads=1)
+    ladon.Decoder(tiny_llama, heads, tree=FixedTree(((96,),)), num_candidates=1000)
+    with pytest.raises(TreeError, match="rank 97 but only 97 candidates"):
+        ladon.Decoder(tiny_llama, heads, tree=FixedTree(((97,),)), num_candidates=1000)
+
+
+@pytest.mark.parametrize("count", [0, -3, 2.5, True, "many"])
+def test_there_must_be_candidates(tiny_llama, count):
+    with pytest.raises(TreeError, match="1 or more"):
+        ladon.Decoder(tiny_llama, num_candidates=count)
+
+
 def test_files(tmp_path):
     path = tmp_path / "tree.json"
     tree = FixedTree(((0,), (0, 1)))
@@ -70,7 +88,7 @@ def test_files(tmp_path):
     assert FixedTree.load(path) == tree
     path.write_text("[1, 7, 6]")
     assert FixedTree.load(path).num_nodes == 50
-    for text in ("{}", '["a"]', "[[0], 3]", "not json"):
+    for text in ("{}", '["a"]', "[[0], 3]", "[[[0]]]", "[true, 3]", "[[0], [0]]", "not json"):
         path.write_text(text)
         with pytest.raises(TreeError, match=r"tree\.json"):
             FixedTree.load(path)

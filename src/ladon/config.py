@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from ladon.errors import TreeError
+
 AUTO_BUDGET = 16  # what budget="auto" means until tree sizes are chosen from measured cost
 PICTURE_STEPS = 64  # steps that one PNG picture of a run shows at most
 TREES = {  # the tree options that have a name, and what each means
@@ -31,6 +33,12 @@ class DecoderOptions:
     num_candidates: int = field(
         default=32, metadata={"help": "candidates kept per head and step; ranks of a fixed tree must be below it"}
     )
+
+    def __post_init__(self) -> None:
+        """Raise `TreeError` for a number of candidates that is no number of 1 or more."""
+        count = self.num_candidates
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise TreeError(f"num_candidates is {count!r}; give how many candidates to keep per head, 1 or more")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -49,14 +49,15 @@ class FixedTree:
 
     def __post_init__(self) -> None:
         """Check the paths and put parents first."""
+        for path in self.paths:
+            if not isinstance(path, Sequence) or not path or not all(_is_count(rank, 0) for rank in path):
+                raise TreeError(f"fixed tree: path {path!r} must be a non-empty list of ranks, each 0 or more")
         paths = tuple(tuple(path) for path in self.paths)
         known = set(paths)
         if len(known) != len(paths):
             twice = next(path for i, path in enumerate(paths) if path in paths[:i])
             raise TreeError(f"fixed tree: path {list(twice)} is given twice; give each path once")
         for path in paths:
-            if not path or any(not isinstance(rank, int) or isinstance(rank, bool) or rank < 0 for rank in path):
-                raise TreeError(f"fixed tree: path {list(path)} must be a non-empty list of ranks, each 0 or more")
             if len(path) > 1 and path[:-1] not in known:
                 raise TreeError(f"fixed tree: path {list(path)} lacks its parent {list(path[:-1])}; add it")
         ordered, placed = [], set()
@@ -91,7 +92,7 @@ class FixedTree:
     @classmethod
     def from_dense(cls, widths: Sequence[int]) -> FixedTree:
         """The old dense form: `[1, 7, 6]` is the root, 7 candidates of head 1, and 6 of head 2 after each of them."""
-        if len(widths) < 1 or widths[0] != 1 or any(not isinstance(w, int) or w < 1 for w in widths):
+        if len(widths) < 1 or widths[0] != 1 or not all(_is_count(width, 1) for width in widths):
             raise TreeError(
                 f"dense tree {list(widths)}: the first entry is the root and must be 1, the others are widths of 1 or "
                 "more, as in [1, 7, 6]"
@@ -106,11 +107,13 @@ class FixedTree:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise TreeError(f"fixed tree file {path}: {error}; give a JSON list such as [[0], [0, 0], [1]]") from error
-        if isinstance(data, list) and data and all(isinstance(entry, int) for entry in data):
-            return cls.from_dense(data)
-        if not isinstance(data, list) or not all(isinstance(entry, list) for entry in data):
+        if not isinstance(data, list) or not all(isinstance(entry, list | int) for entry in data):
             raise TreeError(f"fixed tree file {path}: holds no list of rank paths; give e.g. [[0], [0, 0], [1]]")
-        return cls(tuple(tuple(entry) for entry in data))
+        try:
+            dense = data and all(isinstance(entry, int) for entry in data)
+            return cls.from_dense(data) if dense else cls(tuple(data))
+        except TreeError as error:
+            raise TreeError(f"fixed tree file {path}: {error}") from None
 
     def save(self, path: str | Path) -> None:
         """Write the rank paths as JSON, the form that MEDUSA and TensorRT-LLM call `medusa_choices`."""
@@ -132,6 +135,10 @@ class FixedTree:
     def plan(self, device: torch.device) -> FixedTreePlan:
         """The tree as index tensors, made once per device."""
         return _plan(self, device)
+
+
+def _is_count(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 @lru_cache(maxsize=64)
