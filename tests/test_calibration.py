@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from ladon.calibration import RANKS, answer_ranks, hit_rates
+from ladon.config import DecoderOptions
 from ladon.heads import new_heads
 
 
@@ -28,6 +30,27 @@ def test_ranks_are_those_of_the_greedy_text(tiny_llama):
                 assert ranks[row, k - 1] == min(rank, RANKS)
     assert 0 < (ranks < RANKS).float().mean() < 1
     assert not tiny_llama.get_output_embeddings()._forward_pre_hooks
+
+
+def test_logits_are_made_for_one_position_of_the_text(tiny_llama):
+    """[T, V] logits of long texts do not fit; only hidden states are needed."""
+    shapes = []
+    hook = tiny_llama.register_forward_hook(lambda module, args, output: shapes.append(tuple(output.logits.shape)))
+    answer_ranks(tiny_llama, new_heads(tiny_llama, 2), torch.arange(3, 9), torch.arange(9, 80))
+    hook.remove()
+    assert shapes == [(1, 1, 97)]
+
+
+def test_a_vocabulary_smaller_than_the_ranks():
+    config = LlamaConfig(vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    model = LlamaForCausalLM(config).eval()
+    ranks = answer_ranks(model, new_heads(model, 2), torch.tensor([5, 6]), torch.arange(12))
+    assert ranks.shape == (10, 2) and ranks.max() < 16, "every token is counted"
+    assert len(hit_rates(ranks)[0]) == RANKS
+
+
+def test_fixed_trees_choose_from_what_dynamic_trees_see():
+    assert DecoderOptions().num_candidates == RANKS == 32
 
 
 def test_an_answer_too_short_for_the_heads_tells_nothing(tiny_llama):

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 import ladon
 from drafts import TREES, decode, make_proposer
+from ladon import engine as engine_module
+from ladon import target as target_module
 from ladon.engine import Row
+from ladon.self_test import Verdict
 from ladon.target import Target
 
 PROMPTS = [torch.arange(3, 9), torch.arange(40, 60), torch.tensor([7])]
@@ -78,14 +83,37 @@ def test_the_context_is_used_to_the_last_token(endless, tree):
 
 def test_a_prompt_of_any_size_needs_logits_of_one_position(endless):
     """Prefill projects one row per sequence, not [T, V] (11.7 GiB in a reference implementation at 8k tokens)."""
+    decoder = ladon.Decoder(endless, None)
+    assert decoder._target.supports_trees, "the self-test's own plain forwards come first"
     shapes = []
     hook = endless.lm_head.register_forward_hook(lambda module, args, output: shapes.append(tuple(output.shape)))
-    decoder = ladon.Decoder(endless, None)
-    decoder._target.self_check() if hasattr(decoder._target, "self_check") else None
-    shapes.clear()
     decoder.generate(torch.randint(3, 90, (2, 150)), max_new_tokens=2)
     hook.remove()
     assert max(shape[1] for shape in shapes) == 1
+
+
+def test_a_run_follows_a_change_of_the_model(endless):
+    """Masks made for another attention implementation give wrong tokens without an error."""
+    target, truth = Target(endless), [generate(endless, prompt, 8) for prompt in PROMPTS]
+    for implementation in ("sdpa", "eager", "sdpa"):
+        endless.set_attn_implementation(implementation)
+        proposer = make_proposer("oracle", TREES["dynamic"], truth, 97, None)
+        assert decode(target, proposer, PROMPTS, 8)[0] == truth
+
+
+def test_the_self_test_is_no_part_of_the_prefill(endless, monkeypatch):
+    """Nor is it a decode step: both clocks stand while a model is tested for the first time."""
+
+    now = [0.0]
+
+    def slow_test(_):
+        now[0] += 100.0
+        return Verdict(trees=True)
+
+    monkeypatch.setattr(target_module, "tested", slow_test)
+    monkeypatch.setattr(engine_module, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    _, stats = decode(Target(endless), make_proposer("root", "off", [], 97, None), PROMPTS, 3)
+    assert (now[0], stats.prefill_seconds, stats.decode_seconds) == (100.0, 0.0, 0.0)
 
 
 def test_two_runs_on_one_model_do_not_disturb_each_other(endless):

@@ -19,6 +19,7 @@ BASE_INSTALL = {"torch", "transformers", "safetensors", "numpy", "typer", "rich"
 CORE = ["errors", "config", "tree", "lattice", "fixed_tree", "growth", "sampling", "accept", "stats"]
 MODEL_SIDE = [
     "heads",
+    "forwards",
     "masks",
     "layer_inputs",
     "spans",
@@ -29,7 +30,9 @@ MODEL_SIDE = [
     "proposers",
     "engine",
     "trace",
+    "stopping",
     "requests",
+    "override",
     "generation",
     "bundled",
     "calibration",

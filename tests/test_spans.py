@@ -39,6 +39,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "phi3",
         {"rope_parameters": LONGROPE, "original_max_position_embeddings": SWITCH, "sliding_window": None},
     ),
+    "longrope in a window": ("mistral", {"rope_parameters": LONGROPE, "sliding_window": 4, "num_hidden_layers": 3}),
     "dynamic": ("llama", {"rope_parameters": DYNAMIC, "max_position_embeddings": SWITCH}),
     "blocks": ("llama4_text", {"attn_temperature_tuning": True, "floor_scale": SWITCH, "attn_scale": 0.5}),
     "indexer": ("deepseek_v32", {"index_topk": SWITCH}),
@@ -47,7 +48,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "hy_v4": ("hy_v4", {"index_topk": SWITCH}),
     "doge": ("doge", {"keep_window_size": SWITCH, "sliding_window": None}),
 }
-FAST = ("longrope", "longrope recomputed", "dynamic", "blocks", "indexer")
+FAST = ("longrope", "longrope recomputed", "longrope in a window", "dynamic", "blocks", "indexer")
 
 
 class Forced(LogitsProcessor):  # type: ignore[misc]  # transformers is not typed strictly
@@ -120,6 +121,18 @@ def test_rows_on_both_sides_equal_generate(make: Callable[[], PreTrainedModel], 
         cache.commit(path, count)
         cache.mirror(count.tolist())
     assert any(length < SWITCH < length + len(more) for length, more in zip(LENGTHS, said, strict=True))
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("case", ["longrope in a window"])
+def test_an_anchor_far_beyond_the_window_spoils_nothing(make: Callable[[], PreTrainedModel], attention: str) -> None:
+    """A chunk's anchor stands after a gap wider than the window: it must still see something, or it is NaN."""
+    model = make()
+    model.set_attn_implementation(attention)
+    target, prompt = Target(model, prefill_chunk=3), torch.randint(3, VOCAB_SIZE, (SWITCH + 6,))
+    _, logits = target.prefill([prompt], target.new_cache(1))
+    with torch.no_grad():
+        torch.testing.assert_close(logits, model(prompt[None]).logits[:, -1], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("case", ["longrope", "blocks"])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import random
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, T5Confi
 
 from families import FAMILIES, FAST, LIMIT, REFUSED, VOCAB_SIZE, WORKABLE, build, skeleton
 from ladon import self_test
+from ladon import target as target_module
 from ladon.errors import UnsupportedModelError
+from ladon.heads.ends import output_projection
 from ladon.target import Target
 from random_trees import draw, pad_paths, plain_logits
 
@@ -29,13 +33,13 @@ def slow(name: str) -> Any:
 SLOW = [slow(name) for name in WORKABLE if name not in FAST]
 
 
-def run_trees(model: PreTrainedModel, lengths: list[int], *, steps: int, prefill_chunk: int) -> tuple[float, float]:
+def run_trees(target: Target, lengths: list[int], *, steps: int = 2) -> tuple[float, float]:
     """Worst difference of tree logits to plain forwards over several steps, and the least that a chain mask gives.
 
     The control takes all nodes before a node as its context, as if the tree were a chain.
     """
-    rng = random.Random(1)
-    target = Target(model, prefill_chunk=prefill_chunk)
+    rng, model = random.Random(1), target.model
+    width = output_projection(model).hidden_size
     tokens = [[rng.randrange(3, VOCAB_SIZE) for _ in range(length)] for length in lengths]
     cache = target.new_cache(len(tokens))
     _, logits = target.prefill([torch.tensor(row) for row in tokens], cache)
@@ -45,7 +49,7 @@ def run_trees(model: PreTrainedModel, lengths: list[int], *, steps: int, prefill
         drawn = draw(rng, [target.depth_cap(length) for length in cache.host_lengths], 9, VOCAB_SIZE)
         out = target.verify(drawn.tree, cache)
         assert out.logits.shape == (len(tokens), 9, VOCAB_SIZE)
-        assert out.hidden.shape == (len(tokens), 9, target.hidden_size)
+        assert out.hidden.shape == (len(tokens), 9, width)
         paths = []
         for row, prefix in enumerate(tokens):
             real = [node for node in range(9) if drawn.real[row][node]]
@@ -67,8 +71,7 @@ def run_trees(model: PreTrainedModel, lengths: list[int], *, steps: int, prefill
 def test_trees_equal_plain_forwards(name: str, dtype: torch.dtype) -> None:
     if dtype == torch.float64 and not FAMILIES[name].float64:
         pytest.skip(f"{name} cannot run in float64")
-    model = build(name, dtype)
-    worst, control = run_trees(model, [5, 19, 2], steps=2, prefill_chunk=7)
+    worst, control = run_trees(Target(build(name, dtype), prefill_chunk=7), [5, 19, 2])
     assert worst < TOLERANCE[dtype] < control / 100, f"trees {worst:.1e}, control {control:.1e}"
 
 
@@ -77,7 +80,7 @@ def test_eager_attention(name: str) -> None:
     """Additive masks where the default is bool; the hidden state is what the output projection reads."""
     model = build(name, torch.float32)
     model.set_attn_implementation("eager")
-    worst, control = run_trees(model, [5, 19, 2], steps=2, prefill_chunk=512)
+    worst, control = run_trees(Target(model), [5, 19, 2])
     assert worst < TOLERANCE[torch.float32] < control / 100
 
 
@@ -87,7 +90,7 @@ def test_prefill_in_chunks(name: str) -> None:
     rows = [torch.randint(3, VOCAB_SIZE, (length,)) for length in (1, 30, 17, 30)]
     whole = Target(model, prefill_chunk=512)
     hidden, logits = whole.prefill(rows, whole.new_cache(len(rows)))
-    assert hidden.shape == (len(rows), whole.hidden_size)
+    assert hidden.shape == (len(rows), 32)
     torch.testing.assert_close(logits, plain_logits(model, [row.tolist() for row in rows]), rtol=0, atol=1e-5)
     for chunk in (1, 3, 17):
         target = Target(model, prefill_chunk=chunk)
@@ -216,9 +219,74 @@ def test_training_mode_is_refused(tiny_llama: PreTrainedModel) -> None:
         Target(tiny_llama.train())
 
 
+def test_a_model_on_several_devices_is_refused(tiny_llama: PreTrainedModel) -> None:
+    tiny_llama.hf_device_map = {"model": 0, "lm_head": "cpu"}  # offloaded: everything runs on one device
+    Target(tiny_llama)
+    tiny_llama.hf_device_map = {"model.layers.0": 0, "model.layers.1": 1, "lm_head": 1}
+    with pytest.raises(UnsupportedModelError, match=r"several devices.*device_map"):
+        Target(tiny_llama)
+
+
+class Packed(nn.Module):
+    """An output projection whose weight is packed, as quantised ones are."""
+
+    def __init__(self, plain: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self._plain = plain.in_features, plain.out_features, [plain]
+        self.weight = nn.Parameter(torch.zeros(plain.weight.numel() // 2, 1, dtype=torch.uint8), requires_grad=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """The logits of the projection that was packed."""
+        return self._plain[0](hidden)
+
+
+def test_a_packed_projection(verdicts: Path) -> None:
+    model = build("llama")
+    model.lm_head = Packed(model.lm_head)
+    target = Target(model)
+    assert target.vocab_size == VOCAB_SIZE
+    assert target.supports_trees
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [("mistral", "attention"), *product(("mistral", "bloom", "gpt_neo"), ("dtype", "projection"))],
+)
+def test_a_change_of_the_model_is_followed(verdicts: Path, name: str, change: str) -> None:
+    """Between runs: masks, tables and hooks made for what the model was would be wrong without an error."""
+    model = build(name)
+    target = Target(model)
+    run_trees(target, [5, 19], steps=1)
+    if change == "attention":
+        model.set_attn_implementation("eager")
+    elif change == "dtype":
+        model.float()
+    else:
+        model.set_output_embeddings(nn.Linear(32, VOCAB_SIZE, bias=False).double())
+    worst, control = run_trees(target, [5, 19], steps=1)
+    assert worst < TOLERANCE[model.dtype] < control / 100
+    assert target.dtype == model.dtype
+    if change != "projection":
+        assert len(json.loads(verdicts.read_text(encoding="utf-8"))) == 2, "tested again"
+
+
+def test_a_change_that_cannot_be_followed_is_refused(tiny_llama: PreTrainedModel) -> None:
+    target = Target(tiny_llama)
+    target.new_cache(1)
+    tiny_llama.train()
+    for _ in range(2):
+        with pytest.raises(UnsupportedModelError, match="training mode"):
+            target.new_cache(1)
+    tiny_llama.eval()
+    target.new_cache(1)
+    tiny_llama.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(UnsupportedModelError, match="flash_attention_2"):
+        target.new_cache(1)
+
+
 def test_facts(tiny_llama: PreTrainedModel) -> None:
     target = Target(tiny_llama)
-    assert (target.hidden_size, target.vocab_size, target.context_limit) == (32, 97, 256)
+    assert (target.vocab_size, target.context_limit) == (97, 256)
     assert (target.device, target.dtype) == (torch.device("cpu"), torch.float64)
     assert target.depth_cap(10_000) is None
     assert Target(build("bloom"), self_test=False).context_limit is None
@@ -286,8 +354,8 @@ def test_a_model_that_mixes_siblings_is_refused(verdicts: Path, dtype: torch.dty
     model = llama().to(dtype)
     model.model.layers[0].register_forward_pre_hook(lambda _, inputs: (inputs[0] + inputs[0].cumsum(1), *inputs[1:]))
     target = Target(model)
-    with pytest.raises(UnsupportedModelError, match=r"differ by [\d.e-]+ \(a wrong mask differs by"):
-        target.prefill([torch.tensor([3, 4])], target.new_cache(1))
+    with pytest.raises(UnsupportedModelError, match=r"tree differs by [\d.e-]+ \(a wrong mask .* a chain differs by"):
+        target.new_cache(1)
     assert not verdicts.exists()
 
 
@@ -306,3 +374,68 @@ def test_a_model_that_masks_by_slot_gets_chains(verdicts: Path) -> None:
         layer.register_forward_pre_hook(by_slot, with_kwargs=True)
     assert Target(model).supports_trees is False
     assert json.loads(verdicts.read_text(encoding="utf-8"))
+
+
+def raises_on_masks(model: PreTrainedModel, *, of_chains: bool) -> PreTrainedModel:
+    """The model with a forward that takes no 4-D mask, or none but those of chains."""
+
+    def check(_: nn.Module, __: Any, kwargs: dict[str, Any]) -> None:
+        mask = kwargs.get("attention_mask")
+        if mask is not None and (of_chains or not bool((mask[:, 0].sum(-1).diff(dim=1) == 1).all())):
+            raise ValueError("the mask should be 2-D\nand this is a second line")
+
+    model.register_forward_pre_hook(check, with_kwargs=True)
+    return model
+
+
+def test_a_forward_that_raises_on_trees_gets_chains(verdicts: Path) -> None:
+    assert Target(raises_on_masks(llama(), of_chains=False)).supports_trees is False
+
+
+def test_a_forward_that_raises_on_chains_too_is_refused(verdicts: Path) -> None:
+    target = Target(raises_on_masks(llama(), of_chains=True))
+    with pytest.raises(UnsupportedModelError, match=r"a chain fails with ValueError: the mask should be 2-D\. Use"):
+        target.new_cache(1)
+    assert not verdicts.exists()
+
+
+def test_out_of_memory_says_nothing_about_trees(verdicts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> Any:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(self_test, "measure", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        Target(llama()).new_cache(1)
+    assert not verdicts.exists()
+
+
+def test_a_projection_that_is_no_module_call_is_refused(verdicts: Path) -> None:
+    """Nothing tells what such a projection receives."""
+    model = llama()
+    weight, bare = model.lm_head.weight, nn.Module()
+    bare.weight, model.lm_head = weight, bare  # so that only its weight can be used
+    forward = model.forward
+
+    def functional(*, input_ids: Tensor, attention_mask: Any = None, position_ids: Any = None, **kwargs: Any) -> Any:
+        kwargs.pop("return_dict")
+        out = model.model(input_ids, attention_mask, position_ids, **kwargs)
+        out["logits"] = nn.functional.linear(out.last_hidden_state, weight)
+        return out
+
+    functional.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
+    model.forward = functional
+    with pytest.raises(UnsupportedModelError, match="its output projection is not called as a module"):
+        Target(model).new_cache(1)
+
+
+def test_an_interrupted_self_test_is_no_verdict(
+    tiny_llama: PreTrainedModel, verdicts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    target = Target(tiny_llama)
+    monkeypatch.setattr(target_module, "tested", interrupt)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            target.new_cache(1)

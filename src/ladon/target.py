@@ -8,8 +8,8 @@ during the call reads it there, and lets prefill project one position per row in
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,9 @@ from torch import Tensor, nn
 
 from ladon.cache import TreeCache
 from ladon.capability import check_model, context_limit
+from ladon.errors import UnsupportedModelError
+from ladon.forwards import at, lock_of, projection_inputs
+from ladon.heads.ends import output_projection
 from ladon.layer_inputs import layer_inputs_of
 from ladon.masks import Sight, causal_mask, localities, model_masks, tree_mask
 from ladon.self_test import Verdict, tested
@@ -48,12 +51,13 @@ class VerifyOutput:
 class Target:
     """A model made ready for tree verification.
 
+    Runs on one model may be interleaved, in threads too: its forwards take turns.
+
     Attributes:
         model: the transformers model, never changed.
         device: where its inputs live.
         dtype: of its parameters.
-        hidden_size: H, the width the output projection receives.
-        vocab_size: V, the width it returns.
+        vocab_size: V, the width its output projection returns.
         context_limit: the most positions the model has, or None without a bound.
         prefill_chunk: tokens of each row per prefill forward.
     """
@@ -69,38 +73,53 @@ class Target:
         Raises:
             UnsupportedModelError: if the model cannot verify token trees; the message has the reason.
         """
+        self.model, self.prefill_chunk = model, prefill_chunk
+        self._self_test, self._lock = self_test, lock_of(model)
+        self._made_for: tuple[object, ...] = ()
+        self._follow_model()
+
+    def _follow_model(self) -> None:
+        """Derive everything from the model, unless it is as it was when this was done last."""
+        model = self.model
+        config = model.config.get_text_config(decoder=True)
+        state = (config._attn_implementation, model.dtype, model.device, model.training, model.get_output_embeddings())
+        if state == self._made_for:
+            return
         arguments = set(inspect.signature(model.forward).parameters)
         check_model(model, arguments)
-        self.model, self.device, self.dtype = model, model.device, model.dtype
-        self.prefill_chunk = prefill_chunk
-        self._config = model.config.get_text_config(decoder=True)
-        self._projection: nn.Module = model.get_output_embeddings()
-        self.vocab_size, self.hidden_size = self._projection.weight.shape
-        self.context_limit = context_limit(self._config)
-        self._localities = localities(self._config)
-        self._mask_dtype = None if self._config._attn_implementation == "sdpa" else self.dtype
+        projection = output_projection(model)
+        self._projection, self.vocab_size = projection.module, projection.vocab_size
+        self.device, self.dtype, self._config = model.device, model.dtype, config
+        self.context_limit = context_limit(config)
+        self._localities = localities(config)
+        self._mask_dtype = None if config._attn_implementation == "sdpa" else self.dtype
         self._takes_positions = "position_ids" in arguments
         self._spans, self._layer_inputs = Spans(model), layer_inputs_of(model)
-        self._verdict = None if self_test else Verdict(trees=True)
+        self._verdict = None if self._self_test else Verdict(trees=True)
+        self._made_for = state
+
+    def check(self) -> Verdict:
+        """Make ready for a run: follow a change of the model, and run the self-test if it has not run since.
+
+        What may change between runs: attention implementation, dtype, device, training mode, output projection.
+
+        Raises:
+            UnsupportedModelError: if not even a chain gives what plain decoding gives, or the model now is one that
+                cannot be verified.
+        """
+        self._follow_model()
+        if self._verdict is None:
+            self._verdict = tested(Target(self.model, self_test=False))
+        return self._verdict
 
     @property
     def supports_trees(self) -> bool:
-        """Whether any tree can be verified; False when only chains can. Runs the self-test if it has not run.
-
-        Raises:
-            UnsupportedModelError: if not even a chain gives what plain decoding gives.
-        """
-        if self._verdict is None:
-            self._verdict = Verdict(trees=True)  # what the test itself runs on
-            try:
-                self._verdict = tested(self)
-            except Exception:
-                self._verdict = None
-                raise
-        return self._verdict.trees
+        """Whether any tree can be verified; False when only chains can. Checks the model first, as `check` does."""
+        return self.check().trees
 
     def new_cache(self, batch_size: int) -> TreeCache:
-        """An empty cache for this many rows."""
+        """An empty cache for this many rows: the start of a run, so the model is checked first, as `check` does."""
+        self.check()
         keep_tokens = bool(self._spans.recomputed_at)
         return TreeCache(self._config.num_hidden_layers, batch_size, self.device, keep_tokens=keep_tokens)
 
@@ -133,15 +152,16 @@ class Target:
         self, tokens: Tensor, ancestors: Tensor, depths: Tensor, cache: TreeCache, parts: list[Part]
     ) -> tuple[Tensor, Tensor]:
         """Verify rows that must not share a forward; in plain spans the root stands for all of a row's slots."""
+        # Before the first forward: an upload waits until the device has done all that it was given.
+        indices = [torch.tensor(part.rows, device=self.device) for part in parts]
+        order = torch.cat(indices).argsort()
         found = []
-        for part in parts:
-            rows = torch.tensor(part.rows, device=self.device)
+        for part, rows in zip(parts, indices, strict=True):
             nodes = 1 if part.span.plain else tokens.shape[1]
             outputs = self._verify_rows(
                 tokens[rows, :nodes], ancestors[rows, :nodes, :nodes], depths[rows, :nodes], cache, part, rows
             )
             found.append([output.expand(-1, tokens.shape[1], -1) for output in outputs])
-        order = torch.tensor([row for part in parts for row in part.rows], device=self.device).argsort()
         logits, hidden = (torch.cat(outputs)[order] for outputs in zip(*found, strict=True))
         return logits, hidden
 
@@ -161,7 +181,8 @@ class Target:
         if stop is not None and cache.route.reach > stop:
             positions.clamp_(max=stop - 1)  # padding nodes may lie deeper than the row's cap
         visible = tree_mask(ancestors, lengths, None if ragged else start, cache.route.reach)
-        return self._forward(tokens, Sight(visible=visible, queries=positions, tree=(depths, lengths)), cache)
+        sight = Sight(visible=visible, queries=positions, tree=(depths, lengths))
+        return self._forward(tokens, positions, sight, cache)
 
     @torch.no_grad()
     def prefill(self, rows: Sequence[Tensor], cache: TreeCache) -> tuple[Tensor, Tensor]:
@@ -174,8 +195,6 @@ class Target:
         Returns:
             Hidden state after the final norm [B, H] and logits [B, V] of each row's last token.
         """
-        if self._verdict is None:
-            _ = self.supports_trees
         lengths = [len(row) for row in rows]
         tokens = nn.utils.rnn.pad_sequence([row.to(self.device) for row in rows], batch_first=True)
         ends: dict[int, tuple[Tensor, Tensor]] = {}
@@ -213,8 +232,9 @@ class Target:
     ) -> tuple[Tensor, Tensor]:
         """Run positions `bounds` of some rows; logits and hidden state of index `last` of each.
 
-        With an `anchor` beyond the chunk, one more token stands at that position, so that the rotary embedding sees
-        it; its slot is the next one, which is stale.
+        With an `anchor` beyond the chunk, one more token claims that position, so that the rotary embedding sees it.
+        Its slot is the next one, which is stale, and what it may see goes by that slot: a window before the anchor
+        itself could hold no token at all.
         """
         start, stop = bounds
         chosen = torch.tensor(rows, device=self.device) if len(rows) < cache.num_rows else None
@@ -224,8 +244,10 @@ class Target:
             chunk = nn.functional.pad(chunk, (0, 1))
             positions = nn.functional.pad(positions, (0, 1), value=anchor)
         cache.route.aim(start, chunk.shape[1], rows=chosen)
-        visible = causal_mask(positions, cache.route.reach).expand(len(rows), -1, -1)
-        return self._forward(chunk, Sight(visible=visible, queries=positions), cache, last)
+        slots = torch.arange(start, cache.route.reach, device=self.device)[None]
+        visible = causal_mask(slots, cache.route.reach).expand(len(rows), -1, -1)
+        only = torch.tensor(last, device=self.device)
+        return self._forward(chunk, positions, Sight(visible=visible, queries=slots), cache, only)
 
     def _recompute(self, cache: TreeCache) -> None:
         """Fill rows that have just reached a switch again, with the frequencies of the other side, as generate does."""
@@ -237,40 +259,26 @@ class Target:
                 self._prefill_group(tokens, [switch] * cache.num_rows, group, cache)
 
     def _forward(
-        self, tokens: Tensor, sight: Sight, cache: TreeCache, only: list[int] | None = None
+        self, tokens: Tensor, positions: Tensor, sight: Sight, cache: TreeCache, only: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """The model's own forward; with `only` [b], just that index of each row is projected to logits."""
         given: dict[str, Any] = {}
         if self._takes_positions:
             # a copy where rows share memory: xglm of transformers 5.0 adds to its position ids in place
-            given["position_ids"] = sight.queries.expand(tokens.shape[0], -1).contiguous()
+            given["position_ids"] = positions.expand(tokens.shape[0], -1).contiguous()
         with ExitStack() as stack:
+            stack.enter_context(self._lock)
             if self._layer_inputs is None:
                 given["attention_mask"] = model_masks(sight, self._localities, self._mask_dtype)
             else:
                 stack.enter_context(self._layer_inputs.given(sight))
             stack.enter_context(self._spans.fresh())
-            seen = stack.enter_context(_projected_hidden(self._projection, only))
+            seen = stack.enter_context(projection_inputs(self._projection, only))
             cache.record(tokens)
             output = self.model(input_ids=tokens, past_key_values=cache, use_cache=True, return_dict=True, **given)
-        return output.logits, seen[0]
-
-
-@contextmanager
-def _projected_hidden(projection: nn.Module, only: list[int] | None) -> Iterator[list[Tensor]]:
-    """While this lasts, note what the output projection receives, and with `only` let it see one position per row."""
-    seen: list[Tensor] = []
-
-    def note(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        hidden = inputs[0]
-        if only is not None:
-            rows = torch.arange(len(only), device=hidden.device)
-            hidden = hidden[rows, torch.tensor(only, device=hidden.device)][:, None]
-        seen.append(hidden)
-        return (hidden, *inputs[1:])
-
-    handle = projection.register_forward_pre_hook(note)
-    try:
-        yield seen
-    finally:
-        handle.remove()
+        if not seen:
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__} cannot verify token trees: its output projection is not called as a "
+                "module, so what it receives cannot be seen. Use plain decoding of transformers for it"
+            )
+        return output.logits, seen[0] if only is None else at(seen[0], only)
