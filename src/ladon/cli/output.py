@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from ladon.cli.options import shortened
 from ladon.errors import InputError
 
 
@@ -24,31 +29,39 @@ class OutConsole(Console):
 
 
 def check_writable(path: Path | None) -> None:
-    """Raise `InputError` if `path` cannot become a file; called before a long run, not after it."""
+    """Raise `InputError` if `path` cannot be written; called before a long run, not after it."""
     if path is None:
         return
-    if path.is_dir():
+    if os.path.isdir(path):
         raise InputError(f"cannot write {path}: it is a folder; give a file name")
-    if not path.parent.is_dir():
-        raise InputError(f"cannot write {path}: there is no folder {path.parent}; make it first")
-    partial = _partial(path)
-    try:
-        partial.write_bytes(b"")
-        partial.unlink()
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}; give another place") from error
+    with _explained(path):
+        if _is_special(path):
+            if not os.access(path, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            return
+        target = Path(os.path.realpath(path))
+        if not os.path.isdir(target.parent):
+            missing = shortened(str(target.parent))
+            raise InputError(f"cannot write {shortened(str(path))}: there is no folder {missing}; make it first")
+        with _beside(target) as partial:
+            partial.touch()
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write a file beside its place, then rename it: whoever looks sees all of it or nothing."""
-    partial = _partial(path)
-    try:
-        partial.write_bytes(data)
-        partial.replace(path)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}; give another place") from error
-    finally:
-        partial.unlink(missing_ok=True)
+    """Write a file beside its place, then rename it: whoever looks sees all of it or nothing.
+
+    A link stays and the file it leads to is written; a pipe or a device is written to as it is.
+    """
+    with _explained(path):
+        if _is_special(path):
+            path.write_bytes(data)
+            return
+        target = Path(os.path.realpath(path))
+        with _beside(target) as partial:
+            partial.write_bytes(data)
+            if target.exists():
+                shutil.copymode(target, partial)
+            os.replace(partial, target)
 
 
 def print_json(document: dict[str, Any]) -> None:
@@ -84,5 +97,22 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
         yield show
 
 
-def _partial(path: Path) -> Path:
-    return path.with_name(path.name + ".partial")
+def _is_special(path: Path) -> bool:
+    """Whether something is there that is no ordinary file, such as a pipe or a device."""
+    return os.path.exists(path) and not os.path.isfile(path)
+
+
+@contextmanager
+def _beside(target: Path) -> Iterator[Path]:
+    """A name for the unfinished `target`, in a new folder beside it that goes away with all it holds."""
+    with tempfile.TemporaryDirectory(prefix=".ladon-", dir=target.parent) as folder:
+        yield Path(folder, target.name)
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Say in one line why `path` cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"cannot write {shortened(str(path))}: {error.strerror}; give another place") from error
