@@ -3,15 +3,20 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers import TextStreamer
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from ladon.bench.systems import LadonSystem
+from ladon.cli import loading
 from ladon.cli.main import app, run
 from ladon.generation import Decoder
 from ladon.viz import png
@@ -44,15 +49,14 @@ def test_help_is_quick_and_complete(capsys: pytest.CaptureFixture[str]) -> None:
     assert run([]) == 0 and run(["--help"]) == 0 and run(["--version"]) == 0
     out = capsys.readouterr().out
     assert all(f" {command} " in out for command in COMMANDS) and "ladon 0." in out
-    code = "import sys; from ladon.cli import main; main()"
-    check = "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
-    script = (
-        f"import atexit, sys; atexit.register(lambda: print('heavy' if {check[len('assert not ') :]} else 'light'))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", f"{script}; {code}", "bench", "--help"], capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0 and done.stdout.rstrip().endswith("light"), done.stderr
+    script = """
+import sys
+from ladon.cli.main import run
+run(["bench", "--help"])
+print({"torch", "transformers", "numpy", "matplotlib"} & set(sys.modules))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "set()", done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -130,11 +134,79 @@ def test_trace_in_the_terminal_and_as_files(tiny: Tiny, tmp_path: Path, capsys: 
     captured = capsys.readouterr()
     assert page.read_text(encoding="utf-8").startswith("<!doctype html>")
     assert picture.read_bytes().startswith(b"\x89PNG")
-    steps = last_json(captured.out)["steps"]
+    document = last_json(captured.out)
+    steps = document["steps"]
     assert [step["index"] for step in steps] == list(range(len(steps)))  # type: ignore[index,arg-type]
     emitted = [token for step in steps for token in step["emitted"]]  # type: ignore[attr-defined]
-    assert [steps[0]["tokens"][0], *emitted] == expected(tiny, "def", 8)  # type: ignore[index]
+    assert [document["first_token"], *emitted] == expected(tiny, "def", 8)
+    assert f"t.html: {len(steps)} of {len(steps)} steps" in captured.err  # type: ignore[arg-type]
+    assert f"t.png: {len(steps)} of {len(steps)} steps" in captured.err  # type: ignore[arg-type]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["t.html", "t.png"]
+
+
+def test_trace_of_one_token_shows_it(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["trace", *tiny.arguments, "--prompt", "def", "--max-new-tokens", "1"]
+    (token,) = expected(tiny, "def", 1)
+    assert run([*options, "--html", str(tmp_path / "t.html"), "--json"]) == 0
+    document = last_json(capsys.readouterr().out)
+    assert document == {"prompt": "def", "first_token": token, "acceptance_length": None, "steps": []}
+    assert "no decode step" in (tmp_path / "t.html").read_text(encoding="utf-8")
+    assert run(options) == 0
+    assert "no decode step" in capsys.readouterr().out
+    assert run([*options, "--html", str(tmp_path / "u.html"), "--png", str(tmp_path / "u.png")]) == 2
+    assert "no tree to draw" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["t.html"], "the page is not written if the picture fails"
+
+
+@pytest.mark.parametrize("command", ["generate", "trace"])
+def test_models_that_ship_a_generation_config(
+    tiny: Tiny, command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As Qwen2.5 does: what only sampling reads is no hindrance; a penalty changes greedy text and is refused."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny.folder / "model", model)
+    sampling = {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 20}
+    tokens = {"eos_token_id": [tiny.tokenizer.eos_token_id, 299], "pad_token_id": tiny.tokenizer.eos_token_id}
+    options = [command, "--model", str(model), "--heads", str(tiny.folder / "heads"), "--prompt", "def read"]
+    options += ["--max-new-tokens", "20", "--json"]
+    answer = expected(tiny, "def read", 20)
+    assert 299 not in answer
+
+    def shipped(config: dict[str, object], *more: str) -> int:
+        (model / "generation_config.json").write_text(json.dumps(config), encoding="utf-8")
+        return run([*options, *more])
+
+    assert shipped(sampling | tokens) == 0
+    assert answer_of(last_json(capsys.readouterr().out)) == answer
+    assert shipped(sampling | tokens | {"repetition_penalty": 1.3}) == 2
+    error = capsys.readouterr().err
+    assert "RepetitionPenalty" in error and "--ignore-generation-config" in error and len(error.splitlines()) == 1
+    assert shipped(sampling | tokens | {"repetition_penalty": 1.3}, "--ignore-generation-config") == 0
+    assert answer_of(last_json(capsys.readouterr().out)) == answer
+    stop = next(token for token in answer if token != answer[0])
+    assert shipped({"eos_token_id": [stop, 299], "num_beams": 3}, "--ignore-generation-config") == 0
+    captured = capsys.readouterr()
+    assert answer_of(last_json(captured.out)) == answer[: answer.index(stop) + 1], "special tokens stay"
+    assert captured.err == ""
+
+
+def answer_of(document: dict[str, Any]) -> list[int]:
+    """The new tokens in the document of `generate` or of `trace`."""
+    if "token_ids" in document:
+        return list(document["token_ids"])
+    return [document["first_token"], *(token for step in document["steps"] for token in step["emitted"])]
+
+
+@pytest.mark.parametrize("flags", [set(), {"avx512_bf16"}, {"amx_bf16"}])
+def test_the_dtype_that_auto_means(flags: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "cpu_flags", lambda: flags)
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    half = torch.bfloat16 if flags else torch.float32
+    stored = {torch.float64: torch.float64, torch.float32: torch.float32, torch.bfloat16: half}
+    for dtype, found in (stored | {torch.float16: torch.float32}).items():
+        assert loading._dtype("auto", dtype, cpu) == found
+        assert loading._dtype("auto", dtype, gpu) == dtype
+        assert loading._dtype(str(dtype).removeprefix("torch."), torch.float32, cpu) == dtype
 
 
 def test_bench_prints_a_table_and_one_document(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -162,8 +234,9 @@ def test_bench_prints_a_table_and_one_document(tiny: Tiny, tmp_path: Path, capsy
     assert all(row["identical"] and set(row["categories"]) == {"code", "chat"} for row in results)  # type: ignore[attr-defined]
     table = captured.out.splitlines()[:-1]
     assert max(map(len, table)) <= 120 and any(line.startswith("dynamic") and "yes" in line for line in table)
-    assert len(answers.read_text(encoding="utf-8").splitlines()) == 2 * (len(results) + 1)  # type: ignore[arg-type]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["answers.jsonl", "p.jsonl", "result.json"]
+    files = sorted(tmp_path.glob("answers-*.jsonl"))  # one per system, transformers among them
+    assert [len(file.read_text(encoding="utf-8").splitlines()) for file in files] == [2] * (len(results) + 1)  # type: ignore[arg-type]
+    assert sorted(tmp_path.iterdir()) == sorted([*files, prompts, output])
 
 
 def test_demo_shows_and_measures(capsys: pytest.CaptureFixture[str]) -> None:
@@ -221,6 +294,13 @@ MISTAKES = {
         "hidden size",
     ),
     "tree too deep": (bad("generate", "{tiny}", "--tree", "{deep}", "--prompt", "a"), "4 deep but there are 3 heads"),
+    "tree pasted": (bad("generate", "{tiny}", "--tree", "[[0],[0,0]]", "--prompt", "a"), "a JSON file of rank paths"),
+    "large tree pasted": (bad("trace", "{tiny}", "--tree", str([[0, 0]] * 999), "--prompt", "a"), "a JSON file of"),
+    "long model": (bad("generate", "--model", "m" * 5000, "--prompt", "a"), "too long for a name"),
+    "long model folder": (bad("generate", "--model", "./" + "m" * 300, "--prompt", "a"), "too long for a name"),
+    "long heads": (bad("generate", "--model", "{model}", "--heads", "h" * 5000, "--prompt", "a"), "too long"),
+    "long page": (bad("trace", "{tiny}", "--prompt", "a", "--html", "p" * 300), "File name too long"),
+    "picture of too many": (bad("trace", "{tiny}", "--prompt", "a", "--png-steps", "65"), "png-steps"),
     "tree unknown": (bad("generate", "{tiny}", "--tree", "bushy", "--prompt", "a"), "--tree is 'bushy'"),
     "tree no JSON": (bad("generate", "{tiny}", "--tree", "{file}", "--prompt", "a"), "fixed tree file"),
     "budget 0": (bad("generate", "{tiny}", "--budget", "0", "--prompt", "a"), "--budget is '0'"),
@@ -236,7 +316,7 @@ MISTAKES = {
     "tokens no number": (bad("trace", "{tiny}", "--max-new-tokens", "x", "--prompt", "a"), "max-new-tokens"),
     "dtype unknown": (bad("generate", "{tiny}", "--dtype", "int3", "--prompt", "a"), "--dtype is 'int3'"),
     "device unknown": (bad("generate", "{tiny}", "--device", "abacus", "--prompt", "a"), "--device abacus"),
-    "page nowhere": (bad("trace", "{tiny}", "--prompt", "a", "--html", "none/t.html"), "there is no folder none"),
+    "page nowhere": (bad("trace", "{tiny}", "--prompt", "a", "--html", "none/t.html"), "there is no folder"),
     "picture onto a folder": (bad("trace", "{tiny}", "--prompt", "a", "--png", "{folder}"), "it is a folder"),
     "bench without prompts": (bad("bench", "{tiny}"), "give --prompts"),
     "bench no such prompts": (bad("bench", "{tiny}", "--prompts", "none.jsonl"), "cannot read none.jsonl"),
@@ -304,7 +384,7 @@ def test_mistakes_give_one_line_and_2(
     assert run([argument.format(**places) for argument in filled]) == 2
     captured = capsys.readouterr()
     lines = [line for line in captured.err.splitlines() if not line.startswith("ladon: warning: ")]
-    assert len(lines) == 1 and lines[0].startswith("ladon: "), captured.err
+    assert len(lines) == 1 and lines[0].startswith("ladon: ") and len(lines[0]) < 600, captured.err
     assert message in lines[0] and captured.out == ""
     assert list(tmp_path.iterdir()) == []
 
@@ -333,6 +413,52 @@ def test_interrupted_runs_end_with_130_and_leave_nothing(
     lines = [line for line in capsys.readouterr().err.splitlines() if "warning" not in line]
     assert lines == ["ladon: interrupted"] * 2
     assert list(tmp_path.iterdir()) == [prompts]
+
+
+def state_of(model: torch.nn.Module) -> dict[str, object]:
+    """Everything that hangs on a model's modules by name: hooks, parameters, and any attribute of its own."""
+    return {
+        f"{name}.{attribute}": dict(value) if isinstance(value, dict) else value
+        for name, module in model.named_modules()
+        for attribute, value in vars(module).items()
+    }
+
+
+@pytest.mark.parametrize("place", ["streamer", "layer", "stopping criterion"])
+def test_ctrl_c_in_the_middle_of_decoding_leaves_the_model_as_it_was(
+    place: str, tiny: Tiny, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls = 0
+
+    def interrupt_later(*_: object, **__: object) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 8:
+            raise KeyboardInterrupt
+
+    model, ids = tiny.model, tiny.tokenizer(PROMPT, return_tensors="pt")
+    loaded = loading.Loaded(name="tiny", model=model, tokenizer=tiny.tokenizer, heads=tiny.heads, is_demo=False)
+    monkeypatch.setattr(loading, "load", lambda *_, **__: loaded)
+    before, config = state_of(model), (model.config.to_dict(), model.generation_config.to_dict())
+    answer = expected(tiny, PROMPT, 24)
+    with monkeypatch.context() as patch:
+        if place == "streamer":
+            patch.setattr(TextStreamer, "put", interrupt_later)
+        if place == "layer":  # in the middle of a forward, where hooks sit on the model
+            forward = LlamaMLP.forward
+            patch.setattr(LlamaMLP, "forward", lambda self, x: (interrupt_later(), forward(self, x))[1])
+        if place == "stopping criterion":
+            with pytest.raises(KeyboardInterrupt):
+                Decoder(model, tiny.heads, profile=True).generate(
+                    **ids, max_new_tokens=24, stopping_criteria=[lambda *_, **__: bool(interrupt_later())]
+                )
+        else:
+            assert run(["generate", "--prompt", PROMPT, "--max-new-tokens", "24", "--stats"]) == 130
+            assert capsys.readouterr().err == "ladon: interrupted\n"
+    assert calls == 8 and state_of(model) == before
+    assert config == (model.config.to_dict(), model.generation_config.to_dict())
+    assert run(["generate", "--prompt", PROMPT, "--max-new-tokens", "24", "--json"]) == 0
+    assert last_json(capsys.readouterr().out)["token_ids"] == answer
 
 
 WAITING = """
