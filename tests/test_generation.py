@@ -8,11 +8,8 @@ from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor, 
 from transformers.generation.streamers import BaseStreamer
 
 import ladon
+from greedy import BATCH, MASK, PROMPT, plain
 from ladon.errors import HeadsError, InputError, TreeError
-
-PROMPT = torch.arange(3, 15)[None]
-BATCH = torch.tensor([[0, 0, 0, 5, 6, 7, 8, 9], [11, 12, 13, 14, 15, 16, 17, 18], [0, 21, 22, 23, 24, 25, 26, 27]])
-MASK = (BATCH != 0).long()
 
 
 @pytest.fixture
@@ -27,11 +24,6 @@ def decoder(model):
     for parameter in heads.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return ladon.Decoder(model, heads)
-
-
-def plain(model, ids=PROMPT, **kwargs):
-    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 16, "do_sample": False, **kwargs}
-    return type(model).generate(model, ids, **options)
 
 
 class Collector(BaseStreamer):

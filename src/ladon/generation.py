@@ -1,27 +1,37 @@
 """The front door: `Decoder`, and `attach` for code that only knows `model.generate`.
 
 Preparing inputs, limits and stop rules is left to transformers' own `generate`, which then calls the decoder through
-`custom_generate`. Two things it drops on the way are carried around it here: the streamer, and the tokenizer that stop
-strings need.
+`custom_generate`. What it drops on the way is handled here: the streamer, the tokenizer that stop strings need, an
+assistant model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ladon.config import AUTO_BUDGET, TREES, DecoderOptions
-from ladon.engine import Engine, Row
-from ladon.errors import InputError, TreeError
+from ladon.engine import Engine
+from ladon.errors import InputError, LadonError, TreeError
 from ladon.fixed_tree import FixedTree
 from ladon.heads import Heads
+from ladon.override import override_generate, own_generate, restore_generate
 from ladon.proposers import HeadsProposer, Proposer, RootProposer, candidates_needed, tree_builder
-from ladon.requests import make_rows, pack_output, refuse_unsupported, stop_string_rule
+from ladon.requests import (
+    Request,
+    check_prompt,
+    expand_copies,
+    make_rows,
+    merged_option,
+    pack_output,
+    refuse_cache,
+    refuse_unsupported,
+)
 from ladon.stats import DecodeStats, StageClock
+from ladon.stopping import stop_string_rule
 from ladon.target import Target
 from ladon.trace import Trace
 
@@ -35,8 +45,9 @@ _DEFAULTS = DecoderOptions()
 class Decoder:
     """Decodes with a target model and, if given, heads that draft token trees for it.
 
-    Greedy output equals `transformers` greedy `generate`. One call at a time per model: while a call runs, hooks sit on
-    the model's output projection; between calls the model is as it was.
+    Greedy output equals `transformers` greedy `generate`. While a forward runs, a hook sits on the model's output
+    projection; on alibi models, ctrl, xglm and gpt_neo hooks sit on every layer too, and gpt_neo's layers hold another
+    `bias` buffer. Between forwards the model is as it was.
 
     Attributes:
         stats: counts and times of the last call.
@@ -56,12 +67,13 @@ class Decoder:
 
         Args:
             model: any causal language model of transformers whose cache can roll back.
-            heads: decoding heads for it; None decodes plainly.
+            heads: decoding heads for it; None decodes plainly. Decoders of several models may share heads if they run
+                one after the other.
             tree: "dynamic" (grown anew at each step from the heads' joint probabilities), "chain" (each head's best
                 token), "off" (plain decoding) or a `FixedTree`. A model that verifies chains but no trees (its
                 self-test says so) gets the chain instead of the dynamic tree.
-            budget: nodes verified per step and row, root included; "auto" is 16 until sizes are chosen from measured
-                cost. A fixed tree has its own size, and a smaller budget cuts it.
+            budget: nodes verified per step and row, root included; "auto" is the size of a fixed tree, and 16 for
+                others until sizes are chosen from measured cost. A smaller budget cuts a fixed tree.
             num_candidates: candidates kept per head.
             profile: measure time by stage (waits for the device at each stage).
 
@@ -71,6 +83,7 @@ class Decoder:
             TreeError: an unknown tree option, a budget below 1, or a fixed tree that the heads cannot fill or that
                 branches where the model verifies chains only.
         """
+        num_candidates = DecoderOptions(num_candidates=num_candidates).num_candidates  # checked there
         self._tree = _check_tree_option(tree, heads, num_candidates)
         self._budget = _check_budget(budget, self._tree)
         self._num_candidates = num_candidates
@@ -82,74 +95,67 @@ class Decoder:
             self._tree = _as_chain(self._tree)
         self.stats = DecodeStats()
 
-    def generate(self, input_ids: Tensor | None = None, **kwargs: Any) -> Tensor | GenerateDecoderOnlyOutput:
+    def generate(
+        self,
+        input_ids: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        logits_processor: LogitsProcessorList | None = None,
+        stopping_criteria: StoppingCriteriaList | None = None,
+        prefix_allowed_tokens_fn: Any = None,
+        synced_gpus: Any = None,
+        assistant_model: PreTrainedModel | None = None,
+        streamer: Any = None,
+        **kwargs: Any,
+    ) -> Tensor | GenerateDecoderOnlyOutput:
         """What `model.generate` returns, with fewer forwards.
 
         Args:
-            input_ids: prompts, [B, T] int64, padded on the left or right as `attention_mask` says.
+            input_ids: prompts, [B, T] int64, padded on the left or right as `attention_mask` says; or `inputs`.
+            generation_config: options, which the model's own fill up and `**kwargs` override.
+            logits_processor: refused, as are all options that ask for one.
+            stopping_criteria: called as if tokens came one at a time, each row alone; as in `generate`, they replace
+                the default of the same class.
+            prefix_allowed_tokens_fn: refused.
+            synced_gpus: of no effect.
+            assistant_model: refused; the heads do its work.
+            streamer: gets the prompt, then new tokens, 1-D, as they come; for one prompt.
             **kwargs: `generate`'s options: `attention_mask`, `max_new_tokens`, `max_length`, `eos_token_id`,
-                `stopping_criteria` (called as if tokens came one at a time, each row alone), `stop_strings` with
-                `tokenizer`, `streamer`, `return_dict_in_generate`, `num_return_sequences`, `generation_config`.
+                `stop_strings` with `tokenizer`, `return_dict_in_generate`, `num_return_sequences`. Model inputs other
+                than the mask (and position ids that follow from it) are refused, a cache too.
 
         Returns:
             Sequences [B, T + new], padded on the right after a row's end; or transformers' output object.
 
         Raises:
-            InputError: an empty prompt, one at or past the context limit, no room for a token, or an option that is
-                not supported.
+            InputError: a prompt that is empty, not [B, T], not in the vocabulary, or at or past the context limit; no
+                room for a token; an option that is not supported, or that transformers does not accept.
         """
-        inputs = kwargs.pop("inputs", None)
-        input_ids = inputs if input_ids is None else input_ids
-        if input_ids is None:
-            raise InputError("there is no prompt; give input_ids")
-        _check_request(input_ids, kwargs.get("max_new_tokens"))
-        copies = kwargs.pop("num_return_sequences", None) or 1
-        if copies > 1:  # greedy generate refuses this; rows are then equal, as they must be
-            input_ids = input_ids.repeat_interleave(copies, 0)
-            if kwargs.get("attention_mask") is not None:
-                kwargs["attention_mask"] = kwargs["attention_mask"].repeat_interleave(copies, 0)
-        criteria = list(kwargs.pop("stopping_criteria", None) or [])
-        tokenizer, stop_strings = kwargs.pop("tokenizer", None), kwargs.pop("stop_strings", None)
+        options = {**kwargs, "generation_config": generation_config, "logits_processor": logits_processor}
+        options |= {"prefix_allowed_tokens_fn": prefix_allowed_tokens_fn, "synced_gpus": synced_gpus}
+        input_ids = options.pop("inputs", None) if input_ids is None else input_ids
+        check_prompt(input_ids, kwargs.get("attention_mask"), merged_option(self.model, options, "max_new_tokens"))
+        refuse_cache(kwargs.get("past_key_values"))
+        if assistant_model is not None:
+            raise InputError("assistant_model is not supported: Ladon's heads do its work; leave it out")
+        criteria, tokenizer = list(stopping_criteria or []), options.pop("tokenizer", None)
+        stop_strings = merged_option(self.model, options, "stop_strings")
         if stop_strings is not None:
             criteria.append(stop_string_rule(stop_strings, tokenizer))
-        streamer = kwargs.pop("streamer", None)
-        return _own_generate(self.model)(
-            input_ids,
-            custom_generate=self,
-            ladon_streamer=streamer,
-            stopping_criteria=criteria,
-            **kwargs,
-        )
+            options["stop_strings"] = None  # the criterion stands for them
+        input_ids = expand_copies(self.model, input_ids, options)
+        return self._run(self._prepare(input_ids, stopping_criteria=criteria, **options), streamer)
 
     def __call__(
-        self,
-        model: PreTrainedModel,
-        input_ids: Tensor,
-        logits_processor: LogitsProcessorList | None = None,
-        stopping_criteria: StoppingCriteriaList | None = None,
-        generation_config: GenerationConfig | None = None,
-        ladon_streamer: Any = None,
-        **model_kwargs: Any,
+        self, model: PreTrainedModel, input_ids: Tensor, **prepared: Any
     ) -> Tensor | GenerateDecoderOnlyOutput:
         """What `model.generate(..., custom_generate=decoder)` calls, with inputs prepared.
 
-        transformers drops `streamer` and `tokenizer` before a `custom_generate` callable is called: an iterator
-        streamer given there waits for ever, and stop strings raise. Use `Decoder.generate` or `attach` for those.
+        Before it calls a `custom_generate` callable, transformers drops `streamer` (an iterator streamer given there
+        waits for ever), `tokenizer` (stop strings raise) and `assistant_model` (it has no effect), and refuses
+        `num_return_sequences` above 1 in greedy decoding. `Decoder.generate` and `attach` handle them. An empty cache
+        given as `past_key_values` stays empty where transformers does not mark it as the user's.
         """
-        if model is not self.model:
-            raise InputError("this decoder was made for another model; make one with ladon.Decoder(model, heads)")
-        assert generation_config is not None
-        rows = self._rows(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs)
-        if ladon_streamer is not None and len(input_ids) > 1:
-            raise InputError(f"a streamer shows one sequence, but there are {len(input_ids)}; give one prompt")
-        if ladon_streamer is not None:
-            ladon_streamer.put(input_ids.cpu())
-        for step in self._engine().run(rows):
-            if ladon_streamer is not None:
-                ladon_streamer.put(torch.tensor(step.emitted[0]))
-        if ladon_streamer is not None:
-            ladon_streamer.end()
-        return pack_output(input_ids, rows, generation_config)
+        return self._run(self._request(model, input_ids, **prepared), None)
 
     def trace(
         self, input_ids: Tensor, *, max_new_tokens: int, eos_token_id: int | Sequence[int] | None = None
@@ -157,7 +163,7 @@ class Decoder:
         """Decode one sequence greedily and record every step's tree. Reads whole trees from the device: slower.
 
         Args:
-            input_ids: one prompt, [T] or [1, T].
+            input_ids: one prompt, [T] or [1, T] int64.
             max_new_tokens: how many tokens to emit at most, the prefill's token (the first root) included.
             eos_token_id: tokens that end the sequence; the model's own if None.
 
@@ -165,34 +171,63 @@ class Decoder:
             The prefill's token, and an iterator over the decode steps, each made when it is asked for.
 
         Raises:
-            InputError: what `generate` refuses, the options in the model's generation config included.
+            InputError: what `generate` refuses, the options in the model's generation config included; or several
+                prompts.
         """
-        prompt = input_ids.reshape(1, -1)
-        _check_request(prompt, max_new_tokens)
+        prompt = input_ids[None] if input_ids.ndim == 1 else input_ids
+        check_prompt(prompt, None, max_new_tokens)
+        if len(prompt) > 1:
+            raise InputError(f"a trace shows one sequence, but there are {len(prompt)}; give one prompt")
         options = {} if eos_token_id is None else {"eos_token_id": eos_token_id}
-        rows = _own_generate(self.model)(
-            prompt,
-            custom_generate=self._rows,
-            attention_mask=torch.ones_like(prompt),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            **options,
-        )
-        return Trace(self._engine().run(rows), prompt.shape[1])
+        mask = torch.ones_like(prompt)
+        request = self._prepare(prompt, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, **options)
+        return Trace(self._engine().run(request.rows), prompt.shape[1])
 
-    def _rows(
+    def _prepare(self, input_ids: Tensor, **options: Any) -> Request:
+        """What transformers makes of a call's options; its complaints about them become an `InputError`."""
+        try:
+            request: Request = own_generate(self.model)(input_ids, custom_generate=self._request, **options)
+        except LadonError:
+            raise
+        except ValueError as error:
+            raise InputError(" ".join(str(error).split())) from error
+        return request
+
+    def _request(
         self,
         model: PreTrainedModel,
         input_ids: Tensor,
-        logits_processor: LogitsProcessorList | None,
-        stopping_criteria: StoppingCriteriaList | None,
-        generation_config: GenerationConfig,
+        logits_processor: Any = None,
+        stopping_criteria: Any = None,
+        generation_config: Any = None,
         **model_kwargs: Any,
-    ) -> list[Row]:
-        """The rows of a call that transformers has prepared; what is not supported is refused."""
-        refuse_unsupported(generation_config, logits_processor, model_kwargs)
-        mask, limit = model_kwargs.get("attention_mask"), self._target.context_limit
-        return make_rows(input_ids, mask, stopping_criteria, generation_config, limit)
+    ) -> Request:
+        """A call that transformers has prepared, as rows; what is not supported is refused."""
+        if model is not self.model:
+            raise InputError("this decoder was made for another model; make one with ladon.Decoder(model, heads)")
+        refuse_unsupported(input_ids, generation_config, logits_processor, model_kwargs)
+        rows = make_rows(
+            input_ids,
+            model_kwargs.get("attention_mask"),
+            stopping_criteria,
+            generation_config,
+            self._target.context_limit,
+            getattr(model.get_input_embeddings(), "num_embeddings", None),
+        )
+        return Request(input_ids=input_ids, rows=rows, config=generation_config)
+
+    def _run(self, request: Request, streamer: Any) -> Tensor | GenerateDecoderOnlyOutput:
+        """Decode a request to its end, with each step's tokens put to the streamer if there is one."""
+        if streamer is not None and len(request.rows) > 1:
+            raise InputError(f"a streamer shows one sequence, but there are {len(request.rows)}; give one prompt")
+        if streamer is not None:
+            streamer.put(request.input_ids.cpu())
+        for step in self._engine().run(request.rows):
+            if streamer is not None:
+                streamer.put(torch.tensor(step.emitted[0]))
+        if streamer is not None:
+            streamer.end()
+        return pack_output(request.input_ids, request.rows, request.config)
 
     def _engine(self) -> Engine:
         """An engine for one call, with statistics of its own."""
@@ -203,6 +238,7 @@ class Decoder:
     def _proposer(self, clock: StageClock) -> Proposer:
         if self.heads is None or self._tree == "off":
             return RootProposer()
+        self.heads.bind(self.model, force=True)  # since then another decoder may have bound them to its own model
         num_candidates = candidates_needed(self._tree, self._num_candidates, self._budget)
         return HeadsProposer(self.heads, tree_builder(self._tree), num_candidates, clock)
 
@@ -211,7 +247,7 @@ def attach(model: PreTrainedModel, heads: Heads | None = None, **options: Any) -
     """Make `model.generate` decode with trees, for pipelines and any code that calls it; `detach` undoes it.
 
     Args:
-        model: the model; only this instance changes.
+        model: the model; only this object changes. Copies of it, and what is saved of it, decode as without Ladon.
         heads: its decoding heads.
         **options: as `Decoder` takes them.
 
@@ -219,39 +255,19 @@ def attach(model: PreTrainedModel, heads: Heads | None = None, **options: Any) -
         The decoder, whose `stats` tell about the last call.
     """
     decoder = Decoder(model, heads, **options)
-
-    def generate(*args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("custom_generate") is not None:
-            return _own_generate(model)(*args, **kwargs)
-        return decoder.generate(*args, **kwargs)
-
-    vars(model)["generate"] = generate
+    override_generate(model, decoder.generate)
     return decoder
 
 
 def detach(model: PreTrainedModel) -> None:
-    """Give `model` its own `generate` back; nothing happens if `attach` was not called."""
-    vars(model).pop("generate", None)
-
-
-def _own_generate(model: PreTrainedModel) -> Callable[..., Any]:
-    """The class's `generate`, whatever `attach` has put on the instance."""
-    own: Callable[..., Any] = type(model).generate
-    return partial(own, model)
-
-
-def _check_request(input_ids: Tensor, max_new_tokens: int | None) -> None:
-    """Raise `InputError` for what transformers would report in its own way."""
-    if input_ids.numel() == 0:
-        raise InputError("the prompt is empty; give at least one token")
-    if max_new_tokens is not None and max_new_tokens < 1:
-        raise InputError(f"max_new_tokens is {max_new_tokens}; ask for 1 or more")
+    """Give `model` back the `generate` it had before `attach`; nothing happens if `attach` was not called."""
+    restore_generate(model)
 
 
 def _check_tree_option(tree: str | FixedTree, heads: Heads | None, num_candidates: int) -> str | FixedTree:
     if isinstance(tree, FixedTree):
         if heads is not None:
-            tree.check_fits(heads.num_heads, num_candidates)
+            tree.check_fits(heads.num_heads, min(num_candidates, heads.vocab_size))
         return tree
     if tree not in TREES:
         names = ", ".join(f'"{name}"' for name in TREES)

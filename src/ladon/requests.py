@@ -1,8 +1,11 @@
-"""From `generate`'s prepared arguments to rows, and from rows to what `generate` returns."""
+"""From `generate`'s arguments to rows, and from rows to what `generate` returns."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,9 +13,10 @@ from torch import Tensor
 
 from ladon.engine import Row
 from ladon.errors import InputError
+from ladon.stopping import StopRules
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+    from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
     from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 _UNSET = (
@@ -20,12 +24,96 @@ _UNSET = (
     "--ignore-generation-config)"
 )
 _UNSUPPORTED_OUTPUTS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
+# Model inputs that say how `generate` computes, not what; the mask and the position ids are read.
+_NEUTRAL_INPUTS = {
+    "attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position",
+}  # fmt: skip
+_OWN_CACHE = "past_key_values is not supported: Ladon keeps a cache of its own; pass the whole prompt as input_ids"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """A call of `generate`, prepared.
+
+    Attributes:
+        input_ids: the prompts as they are returned, [B, T], padding included.
+        rows: one for each prompt.
+        config: the merged generation config.
+    """
+
+    input_ids: Tensor
+    rows: list[Row]
+    config: GenerationConfig
+
+
+def merged_option(model: PreTrainedModel, options: dict[str, Any], name: str) -> Any:
+    """An option as `generate` merges it: the call's own, else that of its `generation_config`, else the model's."""
+    if name in options:
+        return options[name]
+    configs = (options.get("generation_config"), model.generation_config)
+    values = (getattr(config, name, None) for config in configs)
+    return next((value for value in values if value is not None), None)
+
+
+def expand_copies(model: PreTrainedModel, input_ids: Tensor, options: dict[str, Any]) -> Tensor:
+    """Prompts [B, T] repeated as often as `num_return_sequences` asks, [B * copies, T].
+
+    `options` changes with them, and no longer asks for copies: greedy `generate` refuses those, wherever it finds them.
+    Greedy rows of one prompt are equal, as they must be.
+    """
+    from transformers import GenerationConfig
+
+    name, config = "num_return_sequences", options.get("generation_config")
+    copies = merged_option(model, options, name) or 1
+    if merged_option(model, {"generation_config": config}, name) not in (None, 1):
+        options["generation_config"] = GenerationConfig() if config is None else deepcopy(config)
+        options["generation_config"].num_return_sequences = 1
+    if copies == 1:
+        return input_ids
+    options[name] = 1
+    for per_row in ("attention_mask", "position_ids"):
+        if options.get(per_row) is not None:
+            options[per_row] = options[per_row].repeat_interleave(copies, 0)
+    return input_ids.repeat_interleave(copies, 0)
+
+
+def check_prompt(input_ids: Any, attention_mask: Tensor | None, max_new_tokens: Any) -> None:
+    """Raise `InputError` for what transformers would report in its own way, or not at all.
+
+    Args:
+        input_ids: must be [B, T] integers, T at least 1.
+        attention_mask: must be [B, T] too, if given.
+        max_new_tokens: must be at least 1, if given.
+    """
+    if input_ids is None:
+        raise InputError("there is no prompt; give input_ids (inputs_embeds is not supported)")
+    if not isinstance(input_ids, Tensor) or input_ids.dtype not in (torch.int64, torch.int32):
+        kind = input_ids.dtype if isinstance(input_ids, Tensor) else type(input_ids).__name__
+        raise InputError(f"the prompt is {kind}; give token ids as an int64 tensor [B, T]")
+    if input_ids.numel() == 0:
+        raise InputError("the prompt is empty; give at least one token")
+    if input_ids.ndim != 2:
+        raise InputError(f"the prompt has shape {list(input_ids.shape)}, not [B, T]; for one prompt, input_ids[None]")
+    if attention_mask is not None and attention_mask.shape != input_ids.shape:
+        raise InputError(
+            f"the attention mask has shape {list(attention_mask.shape)}, the prompt {list(input_ids.shape)}; give one "
+            "number for each token"
+        )
+    if max_new_tokens is not None and not (isinstance(max_new_tokens, Integral) and int(max_new_tokens) >= 1):
+        raise InputError(f"max_new_tokens is {max_new_tokens!r}; ask for 1 or more")
 
 
 def refuse_unsupported(
-    config: GenerationConfig, processors: LogitsProcessorList | None, model_kwargs: dict[str, Any]
+    input_ids: Tensor, config: GenerationConfig, processors: LogitsProcessorList | None, model_kwargs: dict[str, Any]
 ) -> None:
-    """Raise `InputError` for anything that would change the output and is not supported."""
+    """Raise `InputError` for anything that would change the output and is not supported.
+
+    Args:
+        input_ids: the prompts, [B, T].
+        config: the merged generation config.
+        processors: the logits processors that it and the user ask for.
+        model_kwargs: model inputs, the user's and those that `generate` has prepared.
+    """
     if config.do_sample:
         raise InputError("do_sample=True: sampling is not supported yet; pass do_sample=False for greedy decoding")
     mode = str(config.get_generation_mode().value)
@@ -39,11 +127,39 @@ def refuse_unsupported(
     for name in _UNSUPPORTED_OUTPUTS:
         if getattr(config, name, False):
             raise InputError(f"{name}=True is not supported yet; leave it off")
-    if model_kwargs.get("inputs_embeds") is not None:
-        raise InputError("inputs_embeds is not supported; pass input_ids")
-    cache = model_kwargs.get("past_key_values")
-    if cache is not None and cache.get_seq_length() > 0:
-        raise InputError("past_key_values with content is not supported yet; pass the whole prompt as input_ids")
+    _refuse_inputs(input_ids, model_kwargs)
+
+
+def refuse_cache(cache: Any) -> None:
+    """Raise `InputError` for a cache given by the user: it would stay as it is."""
+    if cache is not None:
+        raise InputError(_OWN_CACHE)
+
+
+def _refuse_inputs(input_ids: Tensor, model_kwargs: dict[str, Any]) -> None:
+    """Raise `InputError` for model inputs that the target would not get. May read the device once."""
+    cache = model_kwargs.get("past_key_values")  # an empty one of generate's own making is what is always there
+    if cache is not None and (cache.get_seq_length() > 0 or getattr(cache, "_is_user_defined", False)):
+        refuse_cache(cache)
+    # (text-only calls of models that could also take images come with an empty dict)
+    given = [k for k, v in model_kwargs.items() if k not in _NEUTRAL_INPUTS and not (v is None or v == {})]
+    if given:
+        raise InputError(
+            f"{', '.join(given)}: Ladon gives the model token ids and positions, nothing else. Leave them out, or use "
+            "the model's own generate"
+        )
+    positions = model_kwargs.get("position_ids")
+    if positions is not None and not _count_tokens(positions, input_ids, model_kwargs.get("attention_mask")):
+        raise InputError("position_ids that do not count a row's tokens from 0 are not supported; leave them out")
+
+
+def _count_tokens(position_ids: Tensor, input_ids: Tensor, attention_mask: Tensor | None) -> bool:
+    """Whether positions [.., 1 | B, T] count the real tokens of each row from 0; in the padding anything goes."""
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    if position_ids.shape[-1] != mask.shape[1] or position_ids.shape[-2:-1] not in ((), (1,), mask.shape[:1]):
+        return False
+    expected = mask.long().cumsum(-1) - 1
+    return bool(((position_ids.to(mask.device) == expected) | (mask == 0)).all())
 
 
 def make_rows(
@@ -52,28 +168,24 @@ def make_rows(
     criteria: StoppingCriteriaList | None,
     config: GenerationConfig,
     context_limit: int | None,
+    vocab_size: int | None,
 ) -> list[Row]:
     """One row per prompt, its padding stripped.
 
     Args:
         input_ids: [B, T], padded wherever `attention_mask` [B, T] is 0.
         attention_mask: None when nothing is padded.
-        criteria: stop rules; EOS and the length limit among them are handled as numbers, the others called.
-        config: the prepared generation config: end-of-sequence ids and `max_length`.
+        criteria: the prepared stop rules, end-of-sequence tokens and length limit among them.
+        config: the prepared generation config, whose `max_length` holds where no criterion limits the length.
         context_limit: the greatest length of a sequence that the model was made for, if any.
+        vocab_size: how many tokens the model can read; None if that is not known.
 
     Raises:
-        InputError: a prompt is empty, or leaves no room for a token.
+        InputError: a prompt is empty, leaves no room for a token, or has a token that is not in the vocabulary.
     """
-    width = input_ids.shape[1]
-    max_new_tokens = config.max_length - width
-    if max_new_tokens < 1:
-        raise InputError(
-            f"no room for a token: {max_new_tokens} may be generated. Ask for max_new_tokens of 1 or more, or a "
-            f"max_length above the prompt's {width}"
-        )
-    eos = getattr(config, "_eos_token_tensor", None)
-    eos_token_ids = frozenset[int]() if eos is None else frozenset(eos.reshape(-1).tolist())
+    rules = StopRules.of(criteria)
+    max_length = config.max_length if rules.max_length is None else rules.max_length
+    max_new_tokens = max(max_length - input_ids.shape[1], 1)  # criteria are asked after a token: there is always one
     rows = []
     for index, ids in enumerate(input_ids):
         prompt = ids if attention_mask is None else ids[attention_mask[index].bool()]
@@ -87,42 +199,24 @@ def make_rows(
                     f"prompt {index} has {len(prompt)} tokens, the model's context limit is {context_limit}; shorten "
                     f"the prompt to {context_limit - 1} tokens or fewer"
                 )
-        rows.append(Row(prompt=prompt, max_new_tokens=limit, is_stop=_stop_rule(ids, eos_token_ids, criteria)))
+        rows.append(Row(prompt=prompt, max_new_tokens=limit, is_stop=rules.for_row(ids)))
+    _check_ids(rows, vocab_size)
     return rows
 
 
-def _stop_rule(
-    padded_prompt: Tensor, eos_token_ids: frozenset[int], criteria: StoppingCriteriaList | None
-) -> Callable[[int], bool]:
-    """Ends a row at an end-of-sequence token, or when one of the user's criteria says so of the row so far."""
-    from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
-
-    others = [c for c in criteria or [] if not isinstance(c, EosTokenCriteria | MaxLengthCriteria)]
-    if not others:
-        return eos_token_ids.__contains__
-    so_far = padded_prompt.tolist()
-
-    def is_stop(token: int) -> bool:
-        so_far.append(token)
-        sequence = torch.tensor([so_far])
-        return token in eos_token_ids or any(bool(torch.as_tensor(c(sequence, None)).any()) for c in others)
-
-    return is_stop
+def _check_ids(rows: list[Row], vocab_size: int | None) -> None:
+    """Raise `InputError` for tokens that the model cannot read. Reads the device once."""
+    least, greatest = torch.stack(torch.cat([row.prompt for row in rows]).aminmax()).tolist()
+    if least < 0 or (vocab_size is not None and greatest >= vocab_size):
+        raise InputError(
+            f"the prompt holds token {least if least < 0 else greatest}, which is not among the model's "
+            f"{vocab_size or ''} tokens, counted from 0. Encode the prompt with this model's tokenizer"
+        )
 
 
 def end_ids(token_ids: int | Sequence[int] | None) -> frozenset[int]:
     """End-of-sequence ids, in any of the forms that generation configs hold them."""
     return frozenset([token_ids] if isinstance(token_ids, int) else token_ids or ())
-
-
-def stop_string_rule(stop_strings: str | list[str], tokenizer: Any) -> Callable[..., Any]:
-    """The criterion of transformers for stop strings; raises `InputError` without a tokenizer."""
-    from transformers.generation.stopping_criteria import StopStringCriteria
-
-    if tokenizer is None:
-        raise InputError("stop_strings needs the tokenizer; pass tokenizer=... as well")
-    criterion: Callable[..., Any] = StopStringCriteria(tokenizer, stop_strings)
-    return criterion
 
 
 def pack_output(input_ids: Tensor, rows: list[Row], config: GenerationConfig) -> Tensor | GenerateDecoderOnlyOutput:

@@ -1,0 +1,19 @@
+"""Small prompts, and what transformers' own greedy generate says after them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+PROMPT = torch.arange(3, 15)[None]
+BATCH = torch.tensor([[0, 0, 0, 5, 6, 7, 8, 9], [11, 12, 13, 14, 15, 16, 17, 18], [0, 21, 22, 23, 24, 25, 26, 27]])
+MASK = (BATCH != 0).long()
+
+
+def plain(model: PreTrainedModel, ids: Tensor = PROMPT, **kwargs: Any) -> Any:
+    """The class's own `generate`, whatever is attached to the model; 16 greedy tokens unless told otherwise."""
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 16, "do_sample": False, **kwargs}
+    return type(model).generate(model, ids, **options)
