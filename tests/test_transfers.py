@@ -1,22 +1,29 @@
 """The host reads the device once a step, in `to_host`, and nowhere else in Ladon's own code.
 
-Two nets: the Python methods that read a tensor are patched, and a dispatch mode sees the operators whose result's value
-or shape needs a read. Both look for the innermost frame that is Ladon's or the model's: reads by the model are its own.
+Three nets: the Python methods that read a tensor are patched, a dispatch mode sees the operators whose result's value
+or shape needs a read, and a function mode sees copies to the host (to "cpu", or into a tensor that was made there) and
+copies from the host that would wait behind the target's forward. All look for the innermost frame that is Ladon's or
+the model's: what the model does is its own.
 """
 
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ladon
 from drafts import FIXED
+from families import FAMILIES, build
 from ladon import engine as engine_module
 from ladon.engine import Row
+from ladon.target import Target
+from test_spans import CASES, SWITCH
 
 LADON = str(Path(ladon.__file__).parent)
 READERS = ("item", "tolist", "numpy", "cpu", "nonzero", "__bool__", "__int__", "__float__", "__index__", "__array__")
@@ -26,25 +33,34 @@ READING_OPERATORS = (
 
 
 class Reads:
-    """Counts allowed reads and remembers forbidden ones."""
+    """Counts allowed reads and remembers forbidden ones.
+
+    `in_flight`: whether the target's forward of this step has begun and its outcome has not been read.
+    """
 
     def __init__(self) -> None:
         self.allowed = 0
+        self.in_flight = False
         self.forbidden: list[str] = []
 
-    def note(self, what: str) -> bool:
-        """Judge a read by the innermost frame of Ladon or transformers; whether it was Ladon's."""
-        frame = sys._getframe(2)
-        while frame is not None:
-            name = frame.f_code.co_filename
-            if name.startswith(LADON):
-                if frame.f_code is not engine_module.to_host.__code__:
-                    self.forbidden.append(f"{what} at {name}:{frame.f_lineno}")
-                return True
-            if "/transformers/" in name:
-                return False
-            frame = frame.f_back
-        return False
+    def note(self, what: str) -> None:
+        """Remember what was done, unless the innermost frame of Ladon or transformers is the model's or `to_host`."""
+        frame = ladon_frame()
+        if frame is not None and frame.f_code is not engine_module.to_host.__code__:
+            self.forbidden.append(f"{what} at {frame.f_code.co_filename}:{frame.f_lineno}")
+
+
+def ladon_frame():
+    """The innermost frame of Ladon or transformers if it is Ladon's, else None."""
+    frame = sys._getframe(2)
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if name.startswith(LADON):
+            return frame
+        if "/transformers/" in name:
+            return None
+        frame = frame.f_back
+    return None
 
 
 class Net(TorchDispatchMode):
@@ -62,6 +78,36 @@ class Net(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class Copies(TorchFunctionMode):
+    """On a machine without an accelerator: a tensor that Ladon makes without naming a device is one of the host's."""
+
+    FACTORIES = ("tensor", "as_tensor", "arange", "empty", "zeros", "ones", "full", "rand", "randn")
+
+    def __init__(self, reads: Reads) -> None:
+        super().__init__()
+        self._reads = reads
+        self._hosts: list[torch.Tensor] = []  # kept, so that no other tensor gets their memory
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name == "to" and "cpu" in [arg for arg in (*args[1:], *kwargs.values()) if isinstance(arg, str)]:
+            self._reads.note("to cpu")
+        elif name in ("copy_", "__setitem__") and self._is_host(args[0]):
+            self._reads.note("copy to the host")
+        elif self._reads.in_flight and (
+            (name == "to" and self._is_host(args[0])) or (name in ("tensor", "as_tensor") and "device" in kwargs)
+        ):
+            self._reads.note("late upload")
+        result = func(*args, **kwargs)
+        if name in self.FACTORIES and kwargs.get("device") is None and ladon_frame() is not None:
+            self._hosts.append(result)
+        return result
+
+    def _is_host(self, tensor: torch.Tensor) -> bool:
+        return any(tensor.untyped_storage().data_ptr() == host.untyped_storage().data_ptr() for host in self._hosts)
+
+
 @pytest.fixture
 def reads(monkeypatch):
     found = Reads()
@@ -71,34 +117,104 @@ def reads(monkeypatch):
         def reader(tensor, *args, _original=original, _name=name, **kwargs):
             if _name == "tolist" and sys._getframe(1).f_code is engine_module.to_host.__code__:
                 found.allowed += 1
+                found.in_flight = False
             else:
                 found.note(_name)
             return _original(tensor, *args, **kwargs)
 
         monkeypatch.setattr(torch.Tensor, name, reader)
+    verify_rows = Target._verify_rows
+
+    def verify_and_note(*args):
+        outputs = verify_rows(*args)
+        found.in_flight = True
+        return outputs
+
+    monkeypatch.setattr(Target, "_verify_rows", verify_and_note)
     return found
+
+
+def make(name, monkeypatch):
+    """A model by its family's name, one of the cases of test_spans, or a family with eager attention."""
+    family, _, attention = name.partition(" with ")
+    if family in CASES:
+        family, options = CASES[family]
+        options = {**FAMILIES[family].options, **options}
+        monkeypatch.setitem(FAMILIES, family, replace(FAMILIES[family], options=options))
+    model = build(family)
+    if attention:
+        model.set_attn_implementation(attention)
+    return model
+
+
+MODELS = ("llama", "bloom", "gpt_neo", "mistral with eager", "longrope recomputed", "longrope in a window", "indexer")
+
+
+def check_one_read_per_step(model, tree, reads):
+    decoder = ladon.Decoder(model, ladon.new_heads(model, num_heads=3), tree=tree)
+    prompts = [torch.arange(3, 9), torch.arange(5, 25), torch.arange(7, 8)]
+    rows = [
+        Row(prompt=p, max_new_tokens=n, is_stop=lambda _: False) for p, n in zip(prompts, (13, 20, 18), strict=True)
+    ]
+    assert decoder._target.supports_trees
+    run = decoder._engine().run(rows)
+    reads.forbidden.clear()  # what comes before the run is no part of it
+    reads.allowed, reads.in_flight = 0, False
+    with Net(reads), Copies(reads):
+        num_steps = sum(1 for _ in run)
+    assert reads.forbidden == []
+    assert reads.allowed == num_steps > 5
+    return rows
 
 
 @pytest.mark.parametrize("tree", ["dynamic", "chain", "off", FIXED], ids=["dynamic", "chain", "off", "fixed"])
 def test_one_read_per_step(tiny_llama, reads, tree):
-    heads = ladon.new_heads(tiny_llama, num_heads=3)
-    decoder = ladon.Decoder(tiny_llama, heads, tree=tree)
-    prompts = [torch.arange(3, 9), torch.arange(5, 25), torch.arange(7, 8)]
-    rows = [Row(prompt=p, max_new_tokens=n, is_stop=lambda _: False) for p, n in zip(prompts, (9, 20, 14), strict=True)]
-    run = decoder._engine().run(rows)
-    reads.forbidden.clear()  # what comes before the run is no part of it
-    with Net(reads):
-        num_steps = sum(1 for _ in run)
-    assert reads.forbidden == []
-    assert reads.allowed == num_steps > 10
+    check_one_read_per_step(tiny_llama, tree, reads)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_one_read_per_step_of_every_kind_of_model(name, reads, monkeypatch):
+    """Masks of every kind, rows that must not share a forward, and rows whose cache is computed again."""
+    parts, refilled = [], []
+    verify_parts, prefill_group = Target._verify_parts, Target._prefill_group
+
+    def note_parts(*args):
+        parts.append(len(args[-1]))
+        return verify_parts(*args)
+
+    def note_lengths(target, tokens, lengths, *args):
+        refilled.append(set(lengths) == {SWITCH})
+        return prefill_group(target, tokens, lengths, *args)
+
+    monkeypatch.setattr(Target, "_verify_parts", note_parts)
+    monkeypatch.setattr(Target, "_prefill_group", note_lengths)
+    rows = check_one_read_per_step(make(name, monkeypatch), "dynamic", reads)
+    assert any(len(row.prompt) < SWITCH < len(row.prompt) + len(row.tokens) for row in rows)
+    assert (max(parts, default=1) > 1) == (name in CASES)
+    assert any(refilled) == (name == "longrope recomputed")
 
 
 def test_the_nets_catch_reads(reads):
     """A read from Ladon's code is seen by each net; otherwise the test above proves nothing."""
-    code = compile("def peek(t): return t.item(), bool(t.sum()), t[t > 0], t.nonzero()", LADON + "/peek.py", "exec")
-    scope: dict = {}
-    exec(code, scope)
-    with Net(reads):
+    source = """
+def peek(t):
+    t.item(), bool(t.sum()), t[t > 0], t.nonzero(), t.to("cpu"), t.to(device="cpu", dtype=torch.int64)
+    host = torch.empty(4)
+    host[:1].copy_(t)
+    host[:1] = t
+
+def upload(t):
+    torch.tensor([1], device=t.device)
+    torch.arange(3).to(t.device)
+"""
+    scope: dict = {"torch": torch}
+    exec(compile(source, LADON + "/peek.py", "exec"), scope)
+    with Net(reads), Copies(reads):
         scope["peek"](torch.ones(1))
-    seen = {line.split(" at ")[0] for line in reads.forbidden}
-    assert {"item", "__bool__", "index", "nonzero", "_local_scalar_dense"} <= seen
+        scope["upload"](torch.ones(1))
+        assert "late upload" not in "".join(reads.forbidden)
+        reads.in_flight = True
+        scope["upload"](torch.ones(1))
+    seen = [line.split(" at ")[0] for line in reads.forbidden]
+    assert {"item", "__bool__", "index", "nonzero", "_local_scalar_dense"} <= set(seen)
+    assert (seen.count("to cpu"), seen.count("copy to the host"), seen.count("late upload")) == (2, 2, 2)

@@ -71,8 +71,8 @@ class _Route:
         """Where the new entries go in a buffer seen as [B * heads * capacity, D]; made once per forward."""
         key = (heads, capacity, device)
         if key not in self._flat:
-            rows = torch.arange(self.batch_size) if self.rows is None else self.rows
-            slots = self.slots if self.slots is not None else torch.arange(self.start, self.reach)[None]
+            rows = torch.arange(self.batch_size, device=device) if self.rows is None else self.rows
+            slots = torch.arange(self.start, self.reach, device=device)[None] if self.slots is None else self.slots
             self._flat[key] = _flat_index(rows.to(device), slots.to(device), heads, capacity)
         return self._flat[key]
 
