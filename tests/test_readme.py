@@ -148,9 +148,9 @@ def test_file_map_names_what_is_there() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     start = readme.index("src/ladon/\n")
     file_map = readme[start : readme.index("```", start)].splitlines()
-    listed = {line.split()[0].rstrip("/") for line in file_map if line.startswith("  ")}
+    listed = [line.split()[0].rstrip("/") for line in file_map if line.startswith("  ")]
     hidden = {"__init__.py", "__main__.py", "__pycache__", "py.typed"}
-    assert listed == {path.name for path in (ROOT / "src" / "ladon").iterdir()} - hidden
+    assert sorted(listed) == sorted({path.name for path in (ROOT / "src" / "ladon").iterdir()} - hidden)
     for line in file_map:
         if not line.startswith("  "):
             assert (ROOT / line.split()[0]).is_dir(), f"the file map names {line.split()[0]}, which is not there"
