@@ -11,7 +11,8 @@ import torch
 
 from ladon import bundled
 from ladon.bundled import demo_fixed_tree, demo_path, demo_prompts, fallback_prompts, load_demo
-from ladon.errors import InputError
+from ladon.config import DecoderOptions
+from ladon.errors import InputError, TreeError
 
 SIZES = (8, 16, 32, 64)
 SPLITS = ("prompts", "calibration")
@@ -57,12 +58,16 @@ def test_model_and_heads_have_learnt_what_the_card_says() -> None:
 
 
 def test_fixed_trees() -> None:
-    for size in SIZES:
+    num_heads = load_demo()[2].num_heads
+    shipped = json.loads((demo_path() / "fixed_trees.json").read_text(encoding="utf-8"))["trees"]
+    assert shipped.keys() == {str(size) for size in SIZES}
+    for size in (1, 9, *SIZES):
         tree = demo_fixed_tree(size)
         assert tree.num_nodes == size
-        tree.check_fits(num_heads=load_demo()[2].num_heads, num_candidates=16)
-    with pytest.raises(InputError, match="no fixed tree of 9 nodes; sizes: 8, 16, 32, 64"):
-        demo_fixed_tree(9)
+        tree.check_fits(num_heads=num_heads, num_candidates=DecoderOptions().num_candidates)
+        assert [list(path) for path in tree.paths] == shipped.get(str(size), [list(path) for path in tree.paths])
+    with pytest.raises(TreeError, match="num_nodes is 0"):
+        demo_fixed_tree(0)
 
 
 def test_prompts_come_from_held_out_modules() -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ladon.errors import InputError
-from ladon.fixed_tree import FixedTree
+from ladon.fixed_tree import FixedTree, best_fixed_tree
 from ladon.heads import Heads, load_heads
 
 if TYPE_CHECKING:
@@ -51,15 +51,12 @@ def load_demo(dtype: torch.dtype | None = None) -> tuple[PreTrainedModel, PreTra
 def demo_fixed_tree(num_nodes: int) -> FixedTree:
     """The best fixed tree of `num_nodes` nodes (root included) for the bundled heads.
 
-    Calibrated on greedy continuations of the calibration split, which shares no module with the prompts.
+    From their hit rates on greedy continuations of the calibration split, which shares no module with the prompts.
 
     Raises:
-        InputError: no tree of this size was made.
+        TreeError: `num_nodes` < 1.
     """
-    trees = _read_json("fixed_trees.json")["trees"]
-    if str(num_nodes) not in trees:
-        raise InputError(f"the bundled model has no fixed tree of {num_nodes} nodes; sizes: {', '.join(trees)}")
-    return FixedTree(tuple(tuple(path) for path in trees[str(num_nodes)]))
+    return best_fixed_tree(_read_json("fixed_trees.json")["hit_rates"], num_nodes)
 
 
 def demo_prompts(count: int, split: str = "prompts") -> list[str]:
