@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,7 +24,8 @@ def environment(device: torch.device) -> dict[str, Any]:
         "cpu_bf16": sorted(cpu_flags() & {"avx512_bf16", "amx_bf16"}),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
-        "system": platform.platform(),
+        "memory_gib": memory_gib(),
+        "system": system_name(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -46,6 +48,20 @@ def is_busy(state: dict[str, Any]) -> bool:
     """Whether other work on the machine would blur timings."""
     averages = state["load_average"]
     return averages is not None and averages[0] > BUSY_LOAD * (os.cpu_count() or 1)
+
+
+def memory_gib() -> float | None:
+    """The machine's memory in GiB; None where the system does not tell."""
+    try:
+        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def system_name() -> str:
+    """The operating system and its release, without what a build adds to that."""
+    leading = re.match(r"[\d.]*\d", platform.release())
+    return " ".join([platform.system(), *([leading[0]] if leading else [])])
 
 
 def cpu_name() -> str:

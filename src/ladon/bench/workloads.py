@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ladon.bundled import demo_prompts
 from ladon.errors import InputError
 
 if TYPE_CHECKING:
@@ -51,6 +52,10 @@ class Workload:
     sha256: str
     questions: tuple[Question, ...]
 
+    def summary(self) -> dict[str, Any]:
+        """What results say of it: name, hash and number of questions."""
+        return {"name": self.name, "sha256": self.sha256, "questions": len(self.questions)}
+
 
 def make_workload(name: str, questions: Sequence[Question]) -> Workload:
     """A workload of these questions."""
@@ -58,10 +63,16 @@ def make_workload(name: str, questions: Sequence[Question]) -> Workload:
     return Workload(name=name, sha256=hashlib.sha256(text.encode()).hexdigest(), questions=tuple(questions))
 
 
+def demo_workload(count: int) -> Workload:
+    """Held-out code to complete, for the bundled model; `count` prompts at most."""
+    questions = [Question.to_continue(text, number) for number, text in enumerate(demo_prompts(count), start=1)]
+    return make_workload("held-out standard library modules", questions)
+
+
 def read_text(path: Path) -> str:
-    """A UTF-8 text file; `InputError` if it cannot be read or is not UTF-8."""
+    """A UTF-8 text file without a byte order mark; `InputError` if it cannot be read or is not UTF-8."""
     try:
-        return path.read_bytes().decode("utf-8")
+        return path.read_bytes().decode("utf-8").removeprefix("\ufeff")
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}; give a readable text file") from error
     except UnicodeDecodeError as error:
@@ -76,13 +87,23 @@ def read_workload(path: Path, limit: int | None = None) -> Workload:
         limit: keep only the first questions.
 
     Raises:
-        InputError: the file cannot be read, a line is no such object, a prompt is empty, or there is none.
+        InputError: the file cannot be read, a line is no such object, a prompt is empty, two questions have one id, or
+            there is none.
     """
-    lines = [(number, line) for number, line in enumerate(read_text(path).splitlines(), start=1) if line.strip()]
-    questions = [_question(path, number, line) for number, line in lines[:limit]]
+    # Not `splitlines`: JSON texts may hold U+2028 and other characters that it takes for line ends.
+    lines = [(number, line) for number, line in enumerate(read_text(path).split("\n"), start=1) if line.strip()]
+    questions: dict[int | str, Question] = {}
+    for number, line in lines[:limit]:
+        question = _question(path, number, line)
+        if question.question_id in questions:
+            raise InputError(
+                f"{path} line {number}: an earlier question has the id {question.question_id!r} too; give each its own "
+                "`question_id` (a line without one goes by its number)"
+            )
+        questions[question.question_id] = question
     if not questions:
         raise InputError(f"{path} holds no prompts; give a JSON object with `prompt` or `turns` on each line")
-    return make_workload(path.name, questions)
+    return make_workload(path.name, list(questions.values()))
 
 
 def _question(path: Path, number: int, line: str) -> Question:
