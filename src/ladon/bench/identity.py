@@ -1,13 +1,19 @@
-"""Is the text the same? Every output against a reference, and what a difference is worth.
+"""Is the text the same? Where an output leaves a reference, and what that is worth.
 
-Float32 logits of one prefix differ by 1e-6 to 1e-4 with the shape of the call. So in float32 a difference is a near-tie
-only if the reference's two best logits there lie within 1e-4 of each other and all of the mode's logits there lie
-within 1e-4 of the reference's; any other difference is an error. In half precision differences are counted and shown
-with the reference's margin, and nothing is concluded from them.
+Logits of one prefix differ with the shape of the call. How far the worse of the two tokens, the one expected and the
+one written, lies below the best logit says whether that explains a difference: below the bound of the dtype it is a
+near-tie, else the output is wrong.
+
+- float64: no bound, there are no near-ties.
+- float32: 1e-4. Logits of one prefix differ by 1e-6 to 1e-4.
+- bfloat16, float16: `UNITS` rounding units of the largest logit, a unit being the dtype's epsilon (2^-7, 2^-10) times
+  that logit's size. In the bundled model logits near the top differ by at most 0.94 units between two calls; two of
+  them make 2, and deeper models round more often.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -17,12 +23,14 @@ from torch import Tensor
 
 from ladon.bench.systems import LadonSystem
 from ladon.target import Target
+from ladon.trace import TraceStep
 from ladon.tree import TokenTree
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-NEAR_TIE = 1e-4  # of logits, float32
+FLOAT32_BOUND = 1e-4
+UNITS = 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,23 +38,33 @@ class Difference:
     """The first place where an output leaves the reference.
 
     Attributes:
-        mode: whose output.
         prompt: number of the prompt, from 0.
         position: index into the new tokens.
-        margin: the reference's best logit there minus its second best.
-        deviation: greatest distance between the mode's logits there and the reference's; None if not measured.
+        margin: the best logit there minus the lower of the two tokens'; infinite if the output is cut short.
+        bound: margin below which rounding explains the difference (`near_tie_bound`).
+        deviation: greatest distance between the mode's logits there and the reference's, infinite if the mode did not
+            come to that place again; None if not measured.
     """
 
-    mode: str
     prompt: int
     position: int
     margin: float
+    bound: float
     deviation: float | None = None
 
     @property
     def is_near_tie(self) -> bool:
-        """Whether float32 rounding explains it."""
-        return self.margin < NEAR_TIE and self.deviation is not None and self.deviation < NEAR_TIE
+        """Whether rounding explains it: a small margin, and equal logits where they were measured."""
+        return self.margin < self.bound and (self.deviation is None or self.deviation < self.bound)
+
+
+def near_tie_bound(dtype: torch.dtype, logits: Tensor) -> float:
+    """Margin below which rounding in `dtype` explains another token; `logits` [V] are those of the place."""
+    if dtype == torch.float64:
+        return 0.0
+    if dtype == torch.float32:
+        return FLOAT32_BOUND
+    return UNITS * torch.finfo(dtype).eps * float(logits.abs().max())
 
 
 def first_difference(output: Sequence[int], reference: Sequence[int]) -> int | None:
@@ -57,35 +75,88 @@ def first_difference(output: Sequence[int], reference: Sequence[int]) -> int | N
     return None if len(output) == len(reference) else min(len(output), len(reference))
 
 
-def margin(model: PreTrainedModel, prompt: Sequence[int], reference: Sequence[int], position: int) -> float:
-    """Best logit minus second best where `reference[position]` was picked, from one forward over the whole prefix."""
-    prefix = torch.tensor([[*prompt, *reference[:position]]], device=model.device)
-    with torch.no_grad():
-        logits = model(input_ids=prefix, use_cache=False).logits[0, -1].float()
-    return _margin(logits)
+def compare(
+    model: PreTrainedModel, number: int, prompt: Sequence[int], output: Sequence[int], reference: Sequence[int]
+) -> Difference | None:
+    """Where the output to prompt `number` leaves plain decoding; None if nowhere.
 
-
-def examine(
-    model: PreTrainedModel, system: LadonSystem, prompt: Sequence[int], position: int, number: int, max_new_tokens: int
-) -> Difference:
-    """A float32 difference in full: the logits of `generate` itself against those of the mode's own tree.
-
-    The mode is replayed alone up to the step that gave the token, and that step's tree is verified again.
+    The margin is taken from one forward over the whole prefix, which rounds a third way: either token may win there.
     """
-    reference = _generate_logits(model, prompt, position)
-    ours = _mode_logits(model, system, prompt, position, max_new_tokens)
+    position = first_difference(output, reference)
+    if position is None:
+        return None
+    logits = _generate_logits(model, [*prompt, *reference[:position]], 0)
     return Difference(
-        mode=system.name,
         prompt=number,
         position=position,
-        margin=_margin(reference),
-        deviation=float((ours - reference).abs().max()),
+        margin=_margin(logits, output, reference, position),
+        bound=near_tie_bound(model.dtype, logits),
     )
 
 
-def _margin(logits: Tensor) -> float:
-    best = logits.topk(2).values
-    return float(best[0] - best[1])
+def examine(
+    model: PreTrainedModel,
+    system: LadonSystem,
+    number: int,
+    prompt: Sequence[int],
+    output: Sequence[int],
+    reference: Sequence[int],
+) -> Difference | None:
+    """Where the output of `system` leaves `generate`, in full; None if nowhere.
+
+    The logits are those of `generate` itself, against those of the mode's own tree: the mode is replayed alone up to
+    the step that gave the token, and that step's tree is verified again.
+    """
+    position = first_difference(output, reference)
+    if position is None:
+        return None
+    theirs = _generate_logits(model, prompt, position)
+    ours = replayed_logits(model, system, prompt, position, max_new_tokens=len(reference))
+    return Difference(
+        prompt=number,
+        position=position,
+        margin=_margin(theirs, output, reference, position),
+        bound=near_tie_bound(model.dtype, theirs),
+        deviation=math.inf if ours is None else float((ours - theirs).abs().max()),
+    )
+
+
+@torch.no_grad()
+def replayed_logits(
+    model: PreTrainedModel, system: LadonSystem, prompt: Sequence[int], position: int, max_new_tokens: int
+) -> Tensor | None:
+    """Logits [V] from which the mode picked new token `position`; None if it ends before, decoding alone."""
+    target = Target(model)
+    ids = torch.tensor(list(prompt), device=model.device)
+    if position == 0:
+        logits: Tensor = target.prefill([ids], target.new_cache(1))[1][0].float()
+        return logits
+    emitted: list[int] = []
+    for step in system.decoder.trace(ids, max_new_tokens=max_new_tokens):
+        emitted = emitted or [step.tokens[0]]
+        if position < len(emitted) + len(step.emitted):
+            return _verified_again(target, [*prompt, *emitted[:-1]], step)[step.path[position - len(emitted)]]
+        emitted += step.emitted
+    return None
+
+
+def _verified_again(target: Target, prefix: Sequence[int], step: TraceStep) -> Tensor:
+    """Logits [N, V] of a recorded step's tree after `prefix`, everything before its root."""
+    cache = target.new_cache(1)
+    target.prefill([torch.tensor(prefix, device=target.device)], cache)
+    tree = TokenTree(
+        tokens=torch.tensor([step.tokens], device=target.device),
+        parents=torch.tensor([step.parents], device=target.device),
+        log_probs=torch.tensor([step.log_probs], device=target.device),
+        max_depth=max(step.depths),
+    )
+    return target.verify(tree, cache).logits[0].float()
+
+
+def _margin(logits: Tensor, output: Sequence[int], reference: Sequence[int], position: int) -> float:
+    if position >= min(len(output), len(reference)):
+        return math.inf
+    return float(logits.max() - min(logits[output[position]], logits[reference[position]]))
 
 
 def _generate_logits(model: PreTrainedModel, prompt: Sequence[int], position: int) -> Tensor:
@@ -101,33 +172,4 @@ def _generate_logits(model: PreTrainedModel, prompt: Sequence[int], position: in
         output_logits=True,
     )
     logits: Tensor = done.logits[position][0].float()
-    return logits
-
-
-@torch.no_grad()
-def _mode_logits(
-    model: PreTrainedModel, system: LadonSystem, prompt: Sequence[int], position: int, max_new_tokens: int
-) -> Tensor:
-    """Logits [V] from which the mode picked new token `position`."""
-    target = Target(model)
-    cache = target.new_cache(1)
-    ids = torch.tensor(list(prompt), device=model.device)
-    if position == 0:
-        logits: Tensor = target.prefill([ids], cache)[1][0].float()
-        return logits
-    emitted: list[int] = []
-    for step in system.decoder.trace(ids, max_new_tokens=max_new_tokens):
-        emitted = emitted or [step.tokens[0]]
-        if position < len(emitted) + len(step.emitted):
-            break
-        emitted += step.emitted
-    target.prefill([torch.tensor([*prompt, *emitted[:-1]], device=model.device)], cache)
-    tree = TokenTree(
-        tokens=torch.tensor([step.tokens], device=model.device),
-        parents=torch.tensor([step.parents], device=model.device),
-        log_probs=torch.tensor([step.log_probs], device=model.device),
-        max_depth=max(step.depths),
-    )
-    node = step.path[position - len(emitted)]
-    logits = target.verify(tree, cache).logits[0, node].float()
     return logits

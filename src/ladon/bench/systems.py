@@ -2,7 +2,9 @@
 
 Both give decode time with prefill left out. Ladon counts it itself (`DecodeStats`). For `generate`, a stopping
 criterion, which is called once after each new token, takes the time of the first call (prefill and first token done)
-and of the last; the tokens between, all but the first of each row, are the decode tokens.
+and of the last; the tokens between, all but the first of each row, are the decode tokens. The time to the first token
+runs from the call of `generate` in both; for Ladon it is the whole call but for the decode steps, so that it includes
+packing the output.
 """
 
 from __future__ import annotations
@@ -27,8 +29,6 @@ if TYPE_CHECKING:
 
     from ladon.heads import Heads
 
-MODES = ("plain", "chain", "fixed", "dynamic")
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
@@ -38,12 +38,14 @@ class Run:
         outputs: new token ids of each row, cut after its first end-of-sequence token.
         stats: counts and times.
         seconds: wall time of the whole call, prefill included.
+        first_token_seconds: from the call to the first tokens, one of each row.
         step_counts: tokens emitted by each decode step, if they were recorded (one row only).
     """
 
     outputs: list[list[int]]
     stats: DecodeStats
     seconds: float
+    first_token_seconds: float
     step_counts: list[int] = field(default_factory=list)
 
 
@@ -61,7 +63,7 @@ class LadonSystem:
 
     Attributes:
         name: the mode.
-        budget: nodes verified per step and row, root included.
+        budget: nodes verified per step and row, root included: what was asked for, or all that the mode can use.
     """
 
     def __init__(
@@ -76,13 +78,14 @@ class LadonSystem:
     ) -> None:
         """`fixed_tree` is the tree of mode "fixed"; `profile` measures stages and records the steps of single rows."""
         self.name = mode
-        tree: str | FixedTree = {"plain": "off", "chain": "chain", "dynamic": "dynamic"}.get(mode, "")
+        tree: str | FixedTree = "off" if mode == "plain" else mode
+        most = {"plain": 1, "chain": heads.num_heads + 1 if heads else 1}.get(mode, budget)
         if mode == "fixed":
             if fixed_tree is None:
                 raise InputError("mode fixed needs a tree; give one with --fixed-tree, or leave the mode out")
-            tree = fixed_tree
-        self._decoder = Decoder(model, heads if mode != "plain" else None, tree=tree, budget=budget, profile=profile)
-        self.budget = {"plain": 1, "chain": min(budget, heads.num_heads + 1 if heads else 1)}.get(mode, budget)
+            tree, most = fixed_tree, fixed_tree.num_nodes
+        self._decoder = Decoder(model, None if mode == "plain" else heads, tree=tree, budget=budget, profile=profile)
+        self.budget = min(budget, most)
         self._profile = profile
 
     @property
@@ -105,6 +108,7 @@ class LadonSystem:
             outputs=_outputs(self._decoder.model, sequences, prompts),
             stats=self._decoder.stats,
             seconds=seconds,
+            first_token_seconds=seconds - self._decoder.stats.decode_seconds,
             step_counts=recorder.counts if recorder else [],
         )
 
@@ -141,7 +145,7 @@ class TransformersSystem:
             tokens=decoded,
             decode_seconds=clock.last - clock.first,
         )
-        return Run(outputs=outputs, stats=stats, seconds=seconds)
+        return Run(outputs=outputs, stats=stats, seconds=seconds, first_token_seconds=clock.first - started)
 
 
 def merged(stats: Sequence[DecodeStats]) -> DecodeStats:

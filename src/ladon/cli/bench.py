@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from typer import Option
+from typer import Exit, Option
 
 from ladon.cli import options
 from ladon.cli.output import OutConsole, check_writable, print_json, progress_bar, say, write_whole
@@ -17,14 +16,14 @@ from ladon.config import BenchOptions, help_of
 from ladon.errors import InputError
 
 if TYPE_CHECKING:
-    from ladon.bench.runner import Findings, Progress, Subject
+    from ladon.bench.findings import Findings, Progress, Subject
     from ladon.bench.workloads import Workload
     from ladon.cli.loading import Loaded
     from ladon.fixed_tree import FixedTree
 
 _DEFAULTS = BenchOptions()
 _DEMO_PROMPTS = 16
-_CALIBRATION_PROMPTS = 24
+_NOT_IDENTICAL = 1  # exit code
 
 
 def bench(
@@ -62,10 +61,22 @@ def bench(
     ] = None,
     calibration: Annotated[
         Path | None,
-        Option("--calibration", metavar="FILE", help="JSONL of other prompts, on which the fixed tree is calibrated."),
+        Option(
+            "--calibration",
+            metavar="FILE",
+            help="JSONL of prompts, all of which the model answers (first turns, --max-new-tokens each) to find the "
+            "best fixed tree of each size for its heads. If left out: known for the bundled heads, else the measured "
+            "prompts, which flatters the fixed tree.",
+        ),
     ] = None,
     answers: Annotated[
-        Path | None, Option("--answers", metavar="FILE", help="Write answers as FastChat's MT-Bench rows.")
+        Path | None,
+        Option(
+            "--answers",
+            metavar="FILE",
+            help="Write answers as FastChat's MT-Bench rows: to FILE itself if there is one mode at one budget, else "
+            "each system's to a file beside it, such as OUT-dynamic-16.jsonl for OUT.jsonl.",
+        ),
     ] = None,
     output: Annotated[
         Path | None, Option("--output", metavar="FILE", help="Write the JSON document to this file too.")
@@ -74,12 +85,14 @@ def bench(
     device: options.DeviceOption = "auto",
     threads: options.OneThreadOption = 1,
     trust_remote_code: options.TrustOption = False,
+    ignore_generation_config: options.IgnoreConfigOption = False,
     as_json: options.JsonOption = False,
 ) -> None:
     """Measure plain, chain, fixed-tree and dynamic-tree decoding against each other and against transformers.
 
     Modes take turns, prompt by prompt; medians are reported, and prefill is not counted.
     Every output is compared with plain decoding and, in float32, with transformers' generate.
+    The exit code is 1 if one differs there.
 
     For example:
 
@@ -88,38 +101,63 @@ def bench(
     """
     plan = BenchOptions(
         modes=options.parse_modes(modes),
-        budgets=options.parse_budgets(budget),
-        batches=options.parse_counts("--batch", batch),
+        budgets=tuple(dict.fromkeys(options.parse_budgets(budget))),
+        batches=tuple(dict.fromkeys(options.parse_counts("--batch", batch))),
         max_new_tokens=max_new_tokens,
         repeats=repeats,
     )
     check_writable(answers)
     check_writable(output)
-    from ladon.cli.loading import load
+    from ladon.cli.loading import DEMO, load
 
-    loaded = load(model, heads, dtype=dtype, device=device, threads=threads, trust_remote_code=trust_remote_code)
+    loaded = load(
+        model,
+        heads,
+        dtype=dtype,
+        device=device,
+        threads=threads,
+        trust_remote_code=trust_remote_code,
+        ignore_generation_config=ignore_generation_config,
+    )
     workload = _workload(loaded, prompts, limit)
+    bundled_heads = loaded.is_demo and heads in (None, DEMO)
     with progress_bar() as progress:
-        trees = tree_source(loaded, workload, fixed_tree, calibration, plan.max_new_tokens, progress)
+        trees = tree_source(loaded, workload, fixed_tree, calibration, bundled_heads, plan.max_new_tokens, progress)
         subject = make_subject(loaded, trees)
         document, findings, title = measure(subject, workload, plan, progress)
     show(document, findings, title)
     if answers is not None:
-        from ladon.bench.answers import answer_rows
-
-        first = [entry for entry in findings.measured if entry.batch == plan.batches[0]]
-        write_whole(answers, "".join(f"{row}\n" for row in answer_rows(subject, first, time.time())).encode())
+        _write_answers(answers, subject, findings, plan)
     if output is not None:
         import json
 
         write_whole(output, (json.dumps(document, indent=2, allow_nan=False) + "\n").encode())
     if as_json:
         print_json(document)
+    fail_unless_identical(document)
+
+
+def _write_answers(path: Path, subject: Subject, findings: Findings, plan: BenchOptions) -> None:
+    """One mode's answers to `path`, or those of all systems to files beside it; of the first batch size."""
+    from ladon.bench.answers import answer_files
+
+    everyone = [entry for entry in findings.measured if entry.batch == plan.batches[0]]
+    asked = [entry for entry in everyone if entry.system in plan.modes]
+    files = answer_files(path, subject, asked if len(asked) == 1 else everyone, time.time())
+    for file, text in files.items():
+        write_whole(file, text.encode())
+    say(f"ladon: answers are in {', '.join(map(str, files))}")
+
+
+def fail_unless_identical(document: dict[str, Any]) -> None:
+    """End with exit code 1 if a mode wrote something else than transformers in float32."""
+    if any(result["identical"] is False for result in document["results"]):
+        raise Exit(_NOT_IDENTICAL)
 
 
 def make_subject(loaded: Loaded, fixed_tree: Callable[[int], FixedTree]) -> Subject:
     """What the runner measures."""
-    from ladon.bench.runner import Subject
+    from ladon.bench.findings import Subject
 
     return Subject(
         name=loaded.name, model=loaded.model, tokenizer=loaded.tokenizer, heads=loaded.heads, fixed_tree=fixed_tree
@@ -130,8 +168,10 @@ def measure(
     subject: Subject, workload: Workload, plan: BenchOptions, progress: Progress
 ) -> tuple[dict[str, Any], Findings, str]:
     """Run a benchmark; the JSON document, the findings, and a line that says what was measured where."""
+    from dataclasses import asdict
+
     from ladon.bench.environment import environment, is_busy, load
-    from ladon.bench.report import baselines, result_json, results
+    from ladon.bench.report import baselines, results
     from ladon.bench.runner import run_bench
     from ladon.cli.loading import dtype_name
 
@@ -146,11 +186,12 @@ def measure(
         "model": subject.name,
         "dtype": dtype,
         "heads": None if subject.heads is None else {"family": subject.heads.family, "num": subject.heads.num_heads},
-        "workload": {"name": workload.name, "sha256": workload.sha256, "questions": len(workload.questions)},
+        "workload": workload.summary(),
         "max_new_tokens": plan.max_new_tokens,
         "repeats": plan.repeats,
         "transformers": baselines(findings),
-        "results": [result_json(result) for result in results(findings)],
+        "identity_unchecked": findings.unchecked,
+        "results": [asdict(result) for result in results(findings)],
     }
     prompts, repeats = _several(len(findings.requests), "prompt"), _several(plan.repeats, "repeat")
     title = (
@@ -166,15 +207,16 @@ def _several(count: int, noun: str) -> str:
 
 def show(document: dict[str, Any], findings: Findings, title: str) -> None:
     """The table and what has to be said about it, on standard output."""
-    from ladon.bench.report import float32_lines, identity_line, near_tie_lines, repetition_line, results, table
+    from ladon.bench.report import results
+    from ladon.bench.table import difference_lines, identity_line, profile_line, repetition_line, table
 
     found = results(findings)
     console = OutConsole(highlight=False)
     console.print(title, style="bold")
     for batch in dict.fromkeys(result.batch for result in found):
         console.print(table(found, document["transformers"], batch))
-    console.print(identity_line(found), style="bold", markup=False)
-    for line in [repetition_line(found), *near_tie_lines(found, document["dtype"]), *float32_lines(findings)]:
+    console.print(identity_line(found, findings.unchecked), style="bold", markup=False)
+    for line in [repetition_line(found), profile_line(found), *difference_lines(findings, document["dtype"])]:
         console.print(line, style="dim", markup=False)
 
 
@@ -183,61 +225,43 @@ def tree_source(
     workload: Workload,
     fixed_tree: Path | None,
     calibration: Path | None,
+    bundled_heads: bool,
     max_new_tokens: int,
     progress: Progress,
 ) -> Callable[[int], FixedTree]:
-    """Where mode fixed gets its tree of a size from: a file, the bundled model's own trees, or calibration.
+    """Where mode fixed gets its tree of a size from: a file, or the best of the size by the heads' hit rates.
 
-    Calibration measures hit rates on the model's answers to the prompts of `calibration`. Without such a file those
-    are the bundled model's calibration split or, for other models, the measured prompts themselves; that flatters the
-    fixed tree, and is said.
+    Hit rates are measured on the model's answers to the prompts of `calibration`. Without such a file, those of the
+    bundled heads are known; for others they are measured on the prompts of the benchmark itself, and that is said.
     """
     from ladon.bench.calibration import calibrate
-    from ladon.bench.workloads import Question, make_workload, read_workload
-    from ladon.bundled import demo_fixed_tree, demo_prompts
+    from ladon.bench.workloads import read_workload
+    from ladon.bundled import demo_fixed_tree
     from ladon.fixed_tree import FixedTree, best_fixed_tree
 
-    given = None if fixed_tree is None else FixedTree.load(fixed_tree)
-    other = None if calibration is None else read_workload(calibration, _CALIBRATION_PROMPTS)
+    if fixed_tree is not None:
+        given = FixedTree.load(fixed_tree)
+        return lambda size: given
+    if calibration is None and bundled_heads:
+        return demo_fixed_tree
+    other = None if calibration is None else read_workload(calibration)
 
     @cache
     def rates() -> list[list[float]]:
         assert loaded.heads is not None  # modes that need a tree need heads, which is checked first
-        chosen = other
-        if chosen is None and loaded.is_demo:
-            texts = demo_prompts(_CALIBRATION_PROMPTS, "calibration")
-            chosen = make_workload("calibration split", [Question.to_continue(text, n) for n, text in enumerate(texts)])
-        if chosen is None:
+        if other is None:
             say("ladon: warning: the fixed tree is calibrated on the measured prompts; --calibration takes others")
-            chosen = workload
-        questions = chosen.questions[:_CALIBRATION_PROMPTS]
+        questions = (other or workload).questions
         return calibrate(loaded.model, loaded.heads, loaded.tokenizer, questions, max_new_tokens, progress)
 
-    def tree_of(size: int) -> FixedTree:
-        if given is not None:
-            return given
-        if loaded.is_demo and other is None:
-            with suppress(InputError):  # a size that does not come with the model
-                return demo_fixed_tree(size)
-        return best_fixed_tree(rates(), size)
-
-    return tree_of
+    return lambda size: best_fixed_tree(rates(), size)
 
 
 def _workload(loaded: Loaded, prompts: Path | None, limit: int | None) -> Workload:
-    from ladon.bench.workloads import read_workload
+    from ladon.bench.workloads import demo_workload, read_workload
 
     if prompts is not None:
         return read_workload(prompts, limit)
     if not loaded.is_demo:
         raise InputError("no prompts; give --prompts FILE with a JSON object with `prompt` or `turns` on each line")
     return demo_workload(limit or _DEMO_PROMPTS)
-
-
-def demo_workload(count: int) -> Workload:
-    """Held-out code to complete, for the bundled model."""
-    from ladon.bench.workloads import Question, make_workload
-    from ladon.bundled import demo_prompts
-
-    questions = [Question.to_continue(text, number) for number, text in enumerate(demo_prompts(count), start=1)]
-    return make_workload("held-out standard library modules", questions)

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Option
 
 from ladon.cli import options
-from ladon.cli.bench import demo_workload, make_subject, measure, show, tree_source
+from ladon.cli.bench import fail_unless_identical, make_subject, measure, show
 from ladon.cli.output import OutConsole, print_json, progress_bar
-from ladon.config import BenchOptions, DecoderOptions
+from ladon.config import AUTO_BUDGET, BenchOptions, DecoderOptions
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -41,14 +41,19 @@ def demo(
 
     The prompts come from modules of the running Python that the model was never trained on.
     Each token has the colour of its origin: drafted at some depth, or the bonus token.
-    Nothing is downloaded.
+    Nothing is downloaded. The exit code is 1 if a mode wrote something else than transformers in float32.
 
     For example:
 
         ladon demo
         ladon demo --prompts 4 --budget 32 --json
     """
-    plan = BenchOptions(budgets=options.parse_budgets(budget)[:1], max_new_tokens=max_new_tokens, repeats=repeats)
+    nodes = options.parse_budget(budget)
+    plan = BenchOptions(
+        budgets=(nodes if isinstance(nodes, int) else AUTO_BUDGET,), max_new_tokens=max_new_tokens, repeats=repeats
+    )
+    from ladon.bench.workloads import demo_workload
+    from ladon.bundled import demo_fixed_tree
     from ladon.cli.loading import DEMO, load
 
     loaded = load(DEMO, None, dtype=dtype, device="cpu", threads=threads)
@@ -57,17 +62,18 @@ def demo(
     for question in workload.questions[:live]:
         _complete(console, loaded, question.turns[0], plan)
     with progress_bar() as progress:
-        trees = tree_source(loaded, workload, None, None, max_new_tokens, progress)
-        document, findings, title = measure(make_subject(loaded, trees), workload, plan, progress)
+        document, findings, title = measure(make_subject(loaded, demo_fixed_tree), workload, plan, progress)
     show(document, findings, title)
     if as_json:
         print_json(demo_json(document))
+    fail_unless_identical(document)
 
 
 def demo_json(document: dict[str, Any]) -> dict[str, Any]:
     """The benchmark's document by mode: the demo has one budget and batch size."""
     results = {result["mode"]: result for result in document["results"]}
-    rest = {name: document[name] for name in ("dtype", "environment", "max_new_tokens", "repeats", "workload")}
+    kept = ("dtype", "environment", "identity_unchecked", "max_new_tokens", "repeats", "workload")
+    rest = {name: document[name] for name in kept}
     return {"modes": results, "transformers": document["transformers"][0], **rest}
 
 

@@ -1,0 +1,101 @@
+"""What a benchmark works on and what it finds: the data between runner, checks and report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from ladon.bench.identity import Difference
+from ladon.bench.systems import Run
+from ladon.bench.workloads import Question
+from ladon.fixed_tree import FixedTree
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ladon.heads import Heads
+
+Progress = Callable[[str, int, int], None]  # what is being done, how many of how many calls are finished
+Key = tuple[str, int, int]  # mode, budget, batch
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Subject:
+    """What is measured.
+
+    Attributes:
+        name: the model's name in results.
+        model: the target, in the dtype that is timed.
+        tokenizer: its tokenizer.
+        heads: its heads; None measures plain decoding only.
+        fixed_tree: gives the fixed tree of a size (nodes, root included) for mode "fixed".
+    """
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    heads: Heads | None
+    fixed_tree: Callable[[int], FixedTree]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """One answer to give: a turn of a question, with its reference answer.
+
+    Attributes:
+        number: which of all requests, from 0.
+        question: the question.
+        ids: the prompt, earlier turns and answers included.
+        reference: plain decoding's answer in the timed dtype, alone.
+    """
+
+    number: int
+    question: Question
+    ids: list[int]
+    reference: list[int]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Measured:
+    """One system's runs at one batch size.
+
+    Attributes:
+        system: its name: a mode, or "transformers".
+        budget: nodes per step and row; None for transformers.
+        batch: rows decoded together.
+        groups: the requests of each group.
+        timed: runs by repeat, then by group.
+        profiled: likewise, with stage times and, at batch 1, step counts; empty for transformers.
+    """
+
+    system: str
+    budget: int | None
+    batch: int
+    groups: list[list[Request]]
+    timed: list[list[Run]]
+    profiled: list[list[Run]]
+
+    @property
+    def label(self) -> str:
+        """Mode and budget in one word, as in "dynamic-16"."""
+        return self.system if self.budget is None else f"{self.system}-{self.budget}"
+
+
+@dataclass(kw_only=True)
+class Findings:
+    """Everything a report is made from.
+
+    Attributes:
+        requests: all requests.
+        measured: one entry per batch size and system, plain decoding among them.
+        differences: by mode, budget and batch: outputs that left plain decoding of the timed dtype.
+        float32_differences: likewise, float32 outputs that left transformers' `generate`.
+        unchecked: why not every output could be compared in float32; None if every one was.
+    """
+
+    requests: list[Request] = field(default_factory=list)
+    measured: list[Measured] = field(default_factory=list)
+    differences: dict[Key, list[Difference]] = field(default_factory=dict)
+    float32_differences: dict[Key, list[Difference]] = field(default_factory=dict)
+    unchecked: str | None = None

@@ -1,0 +1,127 @@
+"""What people see of the results: the table, and the lines that belong to it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.table import Table
+
+from ladon.bench.findings import Findings, Key
+from ladon.bench.identity import Difference
+from ladon.bench.report import Result
+
+_COLUMNS = (
+    "nodes",
+    "tokens\n/step",
+    "not re-\npeated",
+    "tokens\n/s",
+    "vs\nplain",
+    "trans-\nformers",
+    "step\nms",
+    "model\nms",
+    "over-\nhead",
+)
+_IDENTICAL = {True: "yes", False: "[bold red]NO[/]", None: "?"}
+
+
+def table(results: Sequence[Result], baselines: Sequence[dict[str, Any]], batch: int) -> Table:
+    """The comparison at one batch size, for people: 78 columns wide, transformers first, the fastest in bold."""
+    view = Table(header_style="dim", pad_edge=False, box=None, padding=(0, 1, 0, 0))
+    view.add_column("mode" if batch == 1 else f"mode\n(batch {batch})", no_wrap=True)
+    for name in _COLUMNS:
+        view.add_column(name, justify="right", no_wrap=True)
+    view.add_column("iden-\ntical", no_wrap=True)
+    chosen = [result for result in results if result.batch == batch]
+    base = next(base for base in baselines if base["batch"] == batch)
+    plain = next(result for result in chosen if result.mode == "plain")
+    ratio = None if plain.speedup_vs_transformers is None else 1 / plain.speedup_vs_transformers
+    cells = [
+        "1",
+        "1.00",
+        "",
+        _number(base["tokens_per_second"], 1),
+        _times(ratio),
+        "1.00x",
+        _number(base["step_ms"], 2),
+    ]
+    view.add_row("transformers", *cells, style="dim")
+    best = max(chosen, key=lambda result: result.tokens_per_second or 0.0)
+    for result in chosen:
+        view.add_row(
+            result.mode,
+            str(result.budget),
+            _number(result.acceptance_length, 2),
+            _number(result.acceptance_length_non_repeated, 2),
+            _number(result.tokens_per_second, 1),
+            _times(result.speedup_vs_plain),
+            _times(result.speedup_vs_transformers),
+            _number(result.step_ms, 2),
+            _number(result.forward_ms, 2),
+            "" if result.overhead is None else f"{result.overhead:.1%}",
+            _IDENTICAL[result.identical],
+            style="bold" if result is best else "",
+        )
+    return view
+
+
+def identity_line(results: Sequence[Result], unchecked: str | None) -> str:
+    """Whether every mode wrote what transformers writes; `unchecked` is why that may be unknown."""
+    wrong = ", ".join(f"{result.mode} {result.budget}" for result in results if result.identical is False)
+    if wrong:
+        return f"identical: NO ({wrong} left transformers' generate in float32)"
+    if unchecked is not None:
+        return f"identical: not known, the check in float32 could not be made ({unchecked})"
+    ties = sum(result.float32_near_ties or 0 for result in results)
+    aside = f", {ties} near-ties aside" if ties else ""
+    return f"identical: yes (each mode against transformers' generate, float32, {results[0].prompts} prompts{aside})"
+
+
+def difference_lines(findings: Findings, dtype: str) -> list[str]:
+    """One line per output that left its reference: plain decoding in the timed dtype, `generate` in float32."""
+    return [
+        *_difference_lines(findings.differences, dtype, "plain decoding"),
+        *_difference_lines(findings.float32_differences, "float32", "transformers"),
+    ]
+
+
+def _difference_lines(differences: Mapping[Key, Sequence[Difference]], dtype: str, reference: str) -> list[str]:
+    return [
+        f"{dtype}, {mode} {budget}, batch {batch}: output {found.prompt} leaves {reference} at token {found.position}: "
+        f"margin {found.margin:.1e}, {_explained(found)}"
+        for (mode, budget, batch), several in differences.items()
+        for found in several
+    ]
+
+
+def _explained(found: Difference) -> str:
+    logits = "" if found.deviation is None else f"logits differ by {found.deviation:.1e}, "
+    return f"{logits}{'near-tie' if found.is_near_tie else 'NOT a near-tie'} (bound {found.bound:.1e})"
+
+
+def profile_line(results: Sequence[Result]) -> str:
+    """Which of the columns are of other runs than the rest, and how far those runs are from the timed ones."""
+    ratios = [
+        result.profiled_step_ms / result.step_ms for result in results if result.profiled_step_ms and result.step_ms
+    ]
+    text = "`model ms` and `overhead` are of profiled runs, in turns with the timed ones"
+    return f"{text}; their steps took {min(ratios):.2f} to {max(ratios):.2f} times as long" if ratios else text
+
+
+def repetition_line(results: Sequence[Result]) -> str:
+    """What share of the text repeats itself, and what the middle column of the table is."""
+    plain = next(result for result in results if result.mode == "plain")
+    if plain.repeated_share is None:
+        return "not repeated: needs batch 1 and outputs of 8 tokens or more"
+    return (
+        f"{plain.repeated_share:.0%} of the 8-grams written occurred before in the same answer; the column `not "
+        "repeated` counts only steps without such"
+    )
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def _times(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}x"
