@@ -3,78 +3,91 @@
     python benchmarks/acceptance.py --prompts 100 --output benchmarks/results/NAME.json
 
 Every output is compared with plain decoding of the same engine. Fixed trees are the best of their size, calibrated on
-other modules than the prompts come from. The last line is one JSON document.
+other modules than the prompts come from. The last line is one JSON document; docs/metrics.md defines its keys.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ladon.bench.environment import environment
+from ladon.bench.environment import environment, load
+from ladon.bench.identity import compare
 from ladon.bench.repetition import Repetition
+from ladon.bench.report import finite
 from ladon.bench.systems import LadonSystem, merged
-from ladon.bundled import demo_fixed_tree, demo_prompts, load_demo
+from ladon.bench.workloads import demo_workload, prompt_ids
+from ladon.bundled import demo_fixed_tree, load_demo
 
 BUDGETS = (8, 16, 32, 64)
 
 
-def measure(system: LadonSystem, prompts: list[list[int]], new_tokens: int, plain: list[list[int]]) -> dict[str, Any]:
-    """One mode over all prompts: acceptance length, the same without loops, tree efficiency, differences from plain."""
-    repetition, parts, different = Repetition(), [], 0
-    for ids, expected in zip(prompts, plain, strict=True):
-        run = system.run([ids], new_tokens)
-        different += run.outputs[0] != expected
+def measure(
+    system: LadonSystem, prompts: Sequence[list[int]], max_new_tokens: int, plain: Sequence[list[int]]
+) -> dict[str, Any]:
+    """One mode over all prompts, row by row; `plain` are the answers of plain decoding."""
+    repetition, parts, differences = Repetition(), [], []
+    for number, (ids, expected) in enumerate(zip(prompts, plain, strict=True)):
+        run = system.run([ids], max_new_tokens)
         repetition.add(run.outputs[0], run.step_counts)
         parts.append(run.stats)
+        differences.append(compare(system.decoder.model, number, ids, run.outputs[0], expected))
     total = merged(parts)
+    near_ties = [difference.is_near_tie for difference in differences if difference is not None]
     return {
         "mode": system.name,
+        "batch": 1,
         "budget": system.budget,
-        "acceptance_length": round(total.acceptance_length, 4),
-        "acceptance_length_not_repeated": round(repetition.acceptance_length, 4),
-        "repeated_8grams": round(repetition.share, 4),
-        "tree_efficiency": round(total.tree_efficiency, 4),
-        "different_outputs": different,
+        "prompts": len(prompts),
+        "acceptance_length": finite(total.acceptance_length),
+        "acceptance_length_non_repeated": finite(repetition.acceptance_length),
+        "repeated_share": finite(repetition.share),
+        "tree_efficiency": finite(total.tree_efficiency),
+        "near_ties": sum(near_ties),
+        "different": len(near_ties) - sum(near_ties),
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=100)
-    parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--output", type=Path, help="also write the JSON document here")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    load_before = load()
     model, tokenizer, heads = load_demo(getattr(torch, arguments.dtype))
-    prompts = [tokenizer(text)["input_ids"] for text in demo_prompts(arguments.prompts)]
+    workload = demo_workload(arguments.prompts)
+    prompts = [prompt_ids(tokenizer, question, []) for question in workload.questions]
     plain_system = LadonSystem(model, heads, mode="plain", budget=1, profile=True)
-    plain = [plain_system.run([ids], arguments.new_tokens).outputs[0] for ids in prompts]
-    systems = [plain_system, LadonSystem(model, heads, mode="chain", budget=64, profile=True)]
+    plain = [plain_system.run([ids], arguments.max_new_tokens).outputs[0] for ids in prompts]
+    systems = [plain_system, LadonSystem(model, heads, mode="chain", budget=max(BUDGETS), profile=True)]
     for size in BUDGETS:
         tree = demo_fixed_tree(size)
         systems.append(LadonSystem(model, heads, mode="fixed", budget=size, fixed_tree=tree, profile=True))
         systems.append(LadonSystem(model, heads, mode="dynamic", budget=size, profile=True))
     rows = []
     for system in systems:
-        rows.append(measure(system, prompts, arguments.new_tokens, plain))
+        rows.append(measure(system, prompts, arguments.max_new_tokens, plain))
         print(rows[-1], flush=True)
     document = {
-        "environment": environment(model.device),
+        "environment": environment(model.device) | {"load_before": load_before, "load_after": load()},
         "model": "demo",
         "dtype": arguments.dtype,
-        "prompts": len(prompts),
-        "new_tokens": arguments.new_tokens,
+        "heads": {"family": heads.family, "num": heads.num_heads},
+        "workload": workload.summary(),
+        "max_new_tokens": arguments.max_new_tokens,
         "results": rows,
     }
     if arguments.output:
-        arguments.output.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(document))
+        arguments.output.write_text(json.dumps(document, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    print(json.dumps(document, allow_nan=False))
 
 
 if __name__ == "__main__":
