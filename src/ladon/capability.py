@@ -13,6 +13,7 @@ from transformers import DynamicCache, cache_utils
 
 from ladon.errors import UnsupportedModelError
 from ladon.masks import LAYER_TYPES
+from ladon.spans import _rope_parameters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -62,6 +63,8 @@ def _refusal(model: PreTrainedModel, arguments: set[str]) -> str | None:
         )
     if not isinstance(model.get_output_embeddings(), nn.Module):
         return "it has no output projection (get_output_embeddings() is empty). Load it with a language-model head"
+    if len({str(device) for device in getattr(model, "hf_device_map", {}).values()} - {"cpu", "disk"}) > 1:
+        return "it is spread over several devices. Load it on one, e.g. with device_map={'': 0}"
     if "past_key_values" not in arguments:
         return "its forward takes no past_key_values, so nothing could be kept from step to step"
     if "position_ids" not in arguments and config.model_type not in ("bloom", "mpt"):
@@ -82,9 +85,23 @@ def _has_recurrent_cache(config: Any) -> bool:
 
 
 def context_limit(config: Any) -> int | None:
-    """The most positions a model has, from its text config; None where there is no bound."""
+    """The most positions a model has, from its text config; None where there is no bound.
+
+    That is `max_position_embeddings`, except where the factor of a rotary scaling comes on top: `linear`,
+    `proportional` and `dynamic` scale this number; `yarn` scales the length of the first training, which some configs
+    give here and others beside it. Where layer types differ, the widest counts.
+    """
     limit: int | None = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
-    rope = getattr(config, "rope_parameters", None) or {}
-    if limit is not None and "dynamic" in str(rope.get("rope_type")):
-        return int(limit * rope.get("factor", 1.0))  # the limit is where its frequencies begin to stretch
+    if limit is None:
+        return None
+    return max([limit, *(_scaled(limit, rope) for rope in _rope_parameters(config))])
+
+
+def _scaled(limit: int, rope: dict[str, Any]) -> int:
+    """The length that one rotary scaling makes of `limit`."""
+    kind, factor = str(rope["rope_type"]), rope.get("factor") or 1.0
+    if kind in ("linear", "proportional") or "dynamic" in kind:
+        return int(limit * factor)
+    if kind == "yarn":
+        return int((rope.get("original_max_position_embeddings") or limit) * factor)
     return limit
