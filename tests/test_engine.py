@@ -101,6 +101,20 @@ def test_a_run_follows_a_change_of_the_model(endless):
         assert decode(target, proposer, PROMPTS, 8)[0] == truth
 
 
+def test_a_model_that_has_lost_its_trees_gets_chains(endless, monkeypatch):
+    """Another attention implementation may verify chains only; the next call must not branch then."""
+    decoder = ladon.Decoder(endless, ladon.new_heads(endless, num_heads=3))
+    endless.set_attn_implementation("eager")
+    monkeypatch.setattr(target_module, "tested", lambda _: Verdict(trees=False))
+    rows = [Row(prompt=PROMPTS[0], max_new_tokens=9, is_stop=lambda _: False)]
+    trees = [step.tree for step in decoder._engine().run(rows) if step.tree is not None]
+    assert trees
+    for tree in trees:
+        drafted = tree.log_probs[0].isfinite()  # the others are padding
+        assert torch.equal(tree.parents[0, drafted], torch.arange(-1, int(drafted.sum()) - 1))
+    assert decoder.stats.nodes_verified > decoder.stats.row_steps
+
+
 def test_the_self_test_is_no_part_of_the_prefill(endless, monkeypatch):
     """Nor is it a decode step: both clocks stand while a model is tested for the first time."""
 

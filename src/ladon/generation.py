@@ -231,6 +231,7 @@ class Decoder:
 
     def _engine(self) -> Engine:
         """An engine for one call, with statistics of its own."""
+        self._target.check()  # first of all: the model may have changed since the last call
         self.stats = DecodeStats()
         clock = StageClock(self.stats.stage_seconds, enabled=self._profile, device=self._target.device)
         return Engine(self._target, self._proposer(clock), budget=self._budget, stats=self.stats, clock=clock)
@@ -239,8 +240,9 @@ class Decoder:
         if self.heads is None or self._tree == "off":
             return RootProposer()
         self.heads.bind(self.model, force=True)  # since then another decoder may have bound them to its own model
-        num_candidates = candidates_needed(self._tree, self._num_candidates, self._budget)
-        return HeadsProposer(self.heads, tree_builder(self._tree), num_candidates, clock)
+        tree = self._tree if self._target.supports_trees else _as_chain(self._tree)
+        num_candidates = candidates_needed(tree, self._num_candidates, self._budget)
+        return HeadsProposer(self.heads, tree_builder(tree), num_candidates, clock)
 
 
 def attach(model: PreTrainedModel, heads: Heads | None = None, **options: Any) -> Decoder:
