@@ -1,4 +1,5 @@
-"""Write anew what the pages take from the program: the command line reference and the output of worked examples.
+"""Write anew what the pages take from the program: the command line reference, the output of worked examples, and the
+tables of kept results in README.md.
 
 python docs/refresh.py           write the pages
 python docs/refresh.py --check   change nothing; exit with 1 if a page differs from what the program says
@@ -17,6 +18,7 @@ from pathlib import Path
 import click
 import torch
 import typer
+from tables import with_tables
 
 DOCS = Path(__file__).resolve().parent
 EXAMPLES = re.compile(r"^```pycon\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -91,6 +93,8 @@ def main() -> int:
         text = path.read_text(encoding="utf-8")
         if EXAMPLES.search(text):
             pages[path] = worked_examples(text)
+    readme = DOCS.parent / "README.md"
+    pages[readme] = with_tables(readme.read_text(encoding="utf-8"))
     stale = 0
     for path, new in pages.items():
         old = path.read_text(encoding="utf-8") if path.exists() else ""
@@ -98,9 +102,9 @@ def main() -> int:
             path.write_text(new, encoding="utf-8")
         elif old != new:
             stale += 1
-            difference = difflib.unified_diff(old.splitlines(), new.splitlines(), f"docs/{path.name}", "program", n=1)
+            difference = difflib.unified_diff(old.splitlines(), new.splitlines(), path.name, "program", n=1)
             print("\n".join(difference))
-            print(f"docs/{path.name} differs from the program; run `make docs` and read the change")
+            print(f"{path.name} differs from the program; run `make docs` and read the change")
     return int(stale > 0)
 
 

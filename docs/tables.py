@@ -1,0 +1,70 @@
+"""The tables of numbers in README.md, made from the kept results: between `<!-- timing FILE -->` or
+`<!-- acceptance FILE -->` and `<!-- end -->` stands what FILE (below benchmarks/results) says.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
+MARKED = re.compile(r"<!-- (timing|acceptance) (\S+) -->\n.*?<!-- end -->", re.DOTALL)
+NAMES = {
+    "plain": "plain",
+    "chain": "chain",
+    "fixed": "fixed tree (MEDUSA)",
+    "dynamic": "dynamic tree (MEDUSA+)",
+}
+
+
+def with_tables(page: str) -> str:
+    """The page with every marked table made anew."""
+
+    def table(match: re.Match[str]) -> str:
+        document = json.loads((RESULTS / match[2]).read_text(encoding="utf-8"))
+        rows = {"timing": timing_rows, "acceptance": acceptance_rows}[match[1]](document)
+        lines = ["| " + " | ".join(row) + " |" for row in rows]
+        lines.insert(1, "|" + "---|" * len(rows[0]))
+        return "\n".join([f"<!-- {match[1]} {match[2]} -->", *lines, "<!-- end -->"])
+
+    return MARKED.sub(table, page)
+
+
+def timing_rows(document: dict[str, Any]) -> list[list[str]]:
+    """Head and rows of a `ladon bench` document, batch 1."""
+    results = [result for result in document["results"] if result["batch"] == 1]
+    reference = next(entry for entry in document["transformers"] if entry["batch"] == 1)["tokens_per_second"]
+    plain = next(result for result in results if result["mode"] == "plain")["tokens_per_second"]
+    rows = [["mode", "nodes", "tokens per step", "tokens per second", "vs plain", "vs `transformers`", "overhead"]]
+    rows.append(["`transformers` generate", "1", "1.00", f"{reference:.0f}", f"{reference / plain:.2f}x", "1.00x", ""])
+    for result in results:
+        speed = result["tokens_per_second"]
+        rows.append(
+            [
+                NAMES[result["mode"]],
+                str(result["budget"]),
+                f"{result['acceptance_length']:.2f}",
+                f"{speed:.0f}",
+                f"{speed / plain:.2f}x",
+                f"{speed / reference:.2f}x",
+                f"{result['overhead']:.0%}".replace("%", " %"),
+            ]
+        )
+    return rows
+
+
+def acceptance_rows(document: dict[str, Any]) -> list[list[str]]:
+    """Head and rows of a `benchmarks/acceptance.py` document: fixed beside dynamic at every size."""
+    by_key = {(result["mode"], result["budget"]): result for result in document["results"]}
+    rows = [["nodes", "fixed tree", "dynamic tree", "gain", "fixed, not repeated", "dynamic, not repeated"]]
+    for mode, size in by_key:
+        if mode == "dynamic":
+            fixed, dynamic = by_key["fixed", size], by_key["dynamic", size]
+            kept, gain = "acceptance_length", dynamic["acceptance_length"] / fixed["acceptance_length"] - 1
+            rows.append(
+                [str(size), f"{fixed[kept]:.2f}", f"{dynamic[kept]:.2f}", f"{gain:+.1%}".replace("%", " %")]
+                + [f"{result[f'{kept}_non_repeated']:.2f}" for result in (fixed, dynamic)]
+            )
+    return rows
