@@ -131,9 +131,9 @@ def replayed_logits(
     if position == 0:
         logits: Tensor = target.prefill([ids], target.new_cache(1))[1][0].float()
         return logits
-    emitted: list[int] = []
-    for step in system.decoder.trace(ids, max_new_tokens=max_new_tokens):
-        emitted = emitted or [step.tokens[0]]
+    trace = system.decoder.trace(ids, max_new_tokens=max_new_tokens)
+    emitted = [trace.first]
+    for step in trace:
         if position < len(emitted) + len(step.emitted):
             return _verified_again(target, [*prompt, *emitted[:-1]], step)[step.path[position - len(emitted)]]
         emitted += step.emitted

@@ -94,9 +94,9 @@ def _complete(console: Console, loaded: Loaded, prompt: str, plan: BenchOptions)
     console.print(Rule("dynamic tree, live", align="left", style="dim"))
     console.print(Text("\n".join(prompt.splitlines()[-_SHOWN_LINES:]), "dim"), end="", soft_wrap=True)
     steps = 0
-    for step in decoder.trace(ids, max_new_tokens=plan.max_new_tokens):
-        if steps == 0:
-            console.print(Text(pieces.push(step.tokens[0])), end="", soft_wrap=True)
+    trace = decoder.trace(ids, max_new_tokens=plan.max_new_tokens)
+    console.print(Text(pieces.push(trace.first)), end="", soft_wrap=True)
+    for step in trace:
         for token, origin in origins(step):
             console.print(token_text(pieces.push(token), origin), end="", soft_wrap=True)
         steps += 1

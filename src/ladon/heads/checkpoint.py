@@ -7,6 +7,7 @@ of the config that is absent or out of range.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -81,7 +82,7 @@ def write_heads(folder: Path, config: HeadsConfig, tensors: Mapping[str, Tensor]
 
 def find_folder(path: str | Path, revision: str | None = None) -> Path:
     """The folder itself, or the local copy of the hub repository of that name."""
-    local = Path(path).expanduser()
+    local = Path(os.path.expanduser(path))  # Path.expanduser raises for an unknown user
     if local.is_dir():
         return local
     name = str(path)
