@@ -6,7 +6,16 @@ import copy
 
 import pytest
 import torch
-from transformers import DynamicCache, GenerationConfig, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    CLIPVisionConfig,
+    DynamicCache,
+    GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
 
 import ladon
 from greedy import BATCH, MASK, PROMPT, plain
@@ -129,6 +138,34 @@ def test_model_inputs_that_change_the_answer_are_refused():
         gpt2.generate(PROMPT, token_type_ids=torch.zeros_like(PROMPT), custom_generate=decoder, max_new_tokens=4)
     output = decoder.generate(PROMPT, token_type_ids=None, use_cache=False, logits_to_keep=1, max_new_tokens=4)
     assert torch.equal(output, plain(gpt2, max_new_tokens=4, pad_token_id=0))
+
+
+def test_a_model_that_reads_images_decodes_text():
+    text = LlamaConfig(
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        bos_token_id=1,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    vision = CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=16,
+        patch_size=8,
+        projection_dim=32,
+    )
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=96)
+    llava = LlavaForConditionalGeneration(config).double().eval()
+    decoder = ladon.Decoder(llava)
+    assert torch.equal(decoder.generate(PROMPT, max_new_tokens=8), plain(llava, max_new_tokens=8))
+    with pytest.raises(InputError, match="no images or other inputs"):
+        decoder.generate(PROMPT, max_new_tokens=8, pixel_values=torch.zeros(1, 3, 16, 16, dtype=torch.float64))
 
 
 def test_decoders_of_two_models_may_share_heads(model):

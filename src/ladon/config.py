@@ -28,7 +28,10 @@ class DecoderOptions:
     )
     budget: int | str = field(
         default="auto",
-        metadata={"help": f"nodes verified per step and sequence, root included; auto is {AUTO_BUDGET} for now"},
+        metadata={
+            "help": f"nodes verified per step and sequence, root included; auto is the size of a fixed tree, "
+            f"{AUTO_BUDGET} for other trees for now"
+        },
     )
     num_candidates: int = field(
         default=32, metadata={"help": "candidates kept per head and step; ranks of a fixed tree must be below it"}

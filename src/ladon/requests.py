@@ -145,8 +145,8 @@ def _refuse_inputs(input_ids: Tensor, model_kwargs: dict[str, Any]) -> None:
     given = [k for k, v in model_kwargs.items() if k not in _NEUTRAL_INPUTS and not (v is None or v == {})]
     if given:
         raise InputError(
-            f"{', '.join(given)}: Ladon gives the model token ids and positions, nothing else. Leave them out, or use "
-            "the model's own generate"
+            f"{', '.join(given)}: Ladon gives the model token ids and positions, no images or other inputs. Leave them "
+            "out, or use transformers' own generate"
         )
     positions = model_kwargs.get("position_ids")
     if positions is not None and not _count_tokens(positions, input_ids, model_kwargs.get("attention_mask")):
