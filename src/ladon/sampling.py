@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 _BLOCK = 64  # entries per block; V is a multiple of it in nearly every model
-_MANY = 1 << 15  # logits from which two small searches cost less than one large one
+_MANY = 1 << 17  # logits from which two small searches cost less than one large one
 
 
 def pick(logits: Tensor) -> Tensor:
