@@ -1,4 +1,4 @@
-"""The bundled model: a small Llama trained on the standard library's sources, its heads, fixed trees and prompts.
+"""The bundled model: a small Llama trained on Python's own sources, its heads, fixed trees and prompts.
 
 Made by `recipes/tiny`; the model card is `demo_model/README.md`. Everything here works offline.
 """
