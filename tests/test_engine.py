@@ -64,6 +64,15 @@ def test_acceptance_length_counts_the_bonus_token(endless):
     assert stats.tree_efficiency == 1.0
 
 
+def test_stages_are_parts_of_the_decode_time(endless):
+    """The first tree is grown before the first decode step: its time is in neither."""
+    decoder = ladon.Decoder(endless, ladon.new_heads(endless), profile=True)
+    decoder.generate(PROMPTS[0][None], max_new_tokens=2)
+    parts = {name: seconds for name, seconds in decoder.stats.stage_seconds.items() if name != "forward"}
+    assert decoder.stats.forwards == 1 and "commit" in parts
+    assert sum(parts.values()) <= decoder.stats.decode_seconds
+
+
 @pytest.mark.parametrize("tree", TREES)
 def test_the_context_is_used_to_the_last_token(endless, tree):
     """A reference implementation fails within 64 tokens of the limit; no node may stand past the last position."""

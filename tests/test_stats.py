@@ -44,6 +44,17 @@ def test_clock_adds_up_only_when_enabled():
     assert seconds["a"] > 0
 
 
+def test_a_paused_clock_adds_nothing():
+    seconds: dict[str, float] = {}
+    clock = StageClock(seconds, enabled=True, device=torch.device("cpu"))
+    with clock.paused(), clock.stage("a"):
+        pass
+    assert seconds == {}
+    with clock.stage("a"):
+        pass
+    assert seconds["a"] > 0
+
+
 def test_forwards_are_timed_only_while_asked():
     seconds: dict[str, float] = {}
     module = torch.nn.Linear(2, 2)

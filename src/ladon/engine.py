@@ -110,7 +110,8 @@ class Engine:
         hidden, logits = self._target.prefill(prompts, self._cache)
         root = sampling.pick(logits)
         self._proposer.join(prompts, hidden)
-        tree = self._proposer.propose(hidden, root, self._budget)
+        with self._clock.paused():
+            tree = self._proposer.propose(hidden, root, self._budget)
         step = self._deliver(to_host(root[:, None]))
         self._stats.prefill_tokens += sum(len(prompt) for prompt in prompts)
         self._stats.prefill_seconds += time.perf_counter() - started

@@ -108,6 +108,15 @@ class StageClock:
         self._seconds[name] = self._seconds.get(name, 0.0) + self._now() - started
 
     @contextmanager
+    def paused(self) -> Iterator[None]:
+        """While this lasts, nothing is timed: what runs is no part of a decode step."""
+        enabled, self._enabled = self._enabled, False
+        try:
+            yield
+        finally:
+            self._enabled = enabled
+
+    @contextmanager
     def forward_of(self, module: nn.Module, name: str) -> Iterator[None]:
         """While this lasts, time the forwards of `module` in this thread as stage `name`."""
         if not self._enabled:

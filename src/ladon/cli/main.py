@@ -97,7 +97,7 @@ def _fail(message: str, code: int) -> int:
 
 
 def _usage_message(error: Any) -> str:
-    return str(error.format_message())
+    return str(error.format_message()).rstrip(".") + "."
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
