@@ -22,65 +22,73 @@ if TYPE_CHECKING:
     from ladon.fixed_tree import FixedTree
 
 _DEFAULTS = BenchOptions()
+_MODES, _BUDGETS, _BATCHES = map(options.joined, (_DEFAULTS.modes, _DEFAULTS.budgets, _DEFAULTS.batches))
 _DEMO_PROMPTS = 16
 _NOT_IDENTICAL = 1  # exit code
+
+_PromptsOption = Annotated[
+    Path | None,
+    Option(
+        "--prompts",
+        metavar="FILE",
+        help="JSONL with `prompt`, or MT-Bench `turns`; held-out code for the bundled model.",
+    ),
+]
+_LimitOption = Annotated[int | None, Option("--limit", metavar="N", min=1, help="Use only the first so many prompts.")]
+_ModesOption = Annotated[
+    str, Option("--modes", metavar="NAME,...", help=f"{help_of(BenchOptions, 'modes').capitalize()}.")
+]
+_BudgetsOption = Annotated[
+    str, Option("--budget", metavar="N,...", help=f"{help_of(BenchOptions, 'budgets').capitalize()}.")
+]
+_BatchesOption = Annotated[
+    str, Option("--batch", metavar="N,...", help=f"{help_of(BenchOptions, 'batches').capitalize()}.")
+]
+_RepeatsOption = Annotated[
+    int, Option("--repeats", metavar="N", min=1, help=f"{help_of(BenchOptions, 'repeats').capitalize()}.")
+]
+_FixedTreeOption = Annotated[
+    Path | None,
+    Option("--fixed-tree", metavar="FILE", help="JSON file of rank paths for mode fixed, instead of calibrating one."),
+]
+_CalibrationOption = Annotated[
+    Path | None,
+    Option(
+        "--calibration",
+        metavar="FILE",
+        help="JSONL of prompts, all of which the model answers (first turns, --max-new-tokens each) to find the "
+        "best fixed tree of each size for its heads. If left out: known for the bundled heads, else the measured "
+        "prompts, which flatters the fixed tree.",
+    ),
+]
+_AnswersOption = Annotated[
+    Path | None,
+    Option(
+        "--answers",
+        metavar="FILE",
+        help="Write answers as FastChat's MT-Bench rows: to FILE itself if there is one mode at one budget, else "
+        "each system's to a file beside it, such as OUT-dynamic-16.jsonl for OUT.jsonl.",
+    ),
+]
+_OutputOption = Annotated[
+    Path | None, Option("--output", metavar="FILE", help="Write the JSON document to this file too.")
+]
 
 
 def bench(
     model: options.ModelOption = "demo",
     heads: options.HeadsOption = None,
-    prompts: Annotated[
-        Path | None,
-        Option(
-            "--prompts",
-            metavar="FILE",
-            help="JSONL with `prompt`, or MT-Bench `turns`; held-out code for the bundled model.",
-        ),
-    ] = None,
-    limit: Annotated[
-        int | None, Option("--limit", metavar="N", min=1, help="Use only the first so many prompts.")
-    ] = None,
-    modes: Annotated[
-        str, Option("--modes", metavar="NAME,...", help=f"{help_of(BenchOptions, 'modes').capitalize()}.")
-    ] = options.joined(_DEFAULTS.modes),
-    budget: Annotated[
-        str, Option("--budget", metavar="N,...", help=f"{help_of(BenchOptions, 'budgets').capitalize()}.")
-    ] = options.joined(_DEFAULTS.budgets),
-    batch: Annotated[
-        str, Option("--batch", metavar="N,...", help=f"{help_of(BenchOptions, 'batches').capitalize()}.")
-    ] = options.joined(_DEFAULTS.batches),
+    prompts: _PromptsOption = None,
+    limit: _LimitOption = None,
+    modes: _ModesOption = _MODES,
+    budget: _BudgetsOption = _BUDGETS,
+    batch: _BatchesOption = _BATCHES,
     max_new_tokens: options.NewTokensOption = _DEFAULTS.max_new_tokens,
-    repeats: Annotated[
-        int, Option("--repeats", metavar="N", min=1, help=f"{help_of(BenchOptions, 'repeats').capitalize()}.")
-    ] = _DEFAULTS.repeats,
-    fixed_tree: Annotated[
-        Path | None,
-        Option(
-            "--fixed-tree", metavar="FILE", help="JSON file of rank paths for mode fixed, instead of calibrating one."
-        ),
-    ] = None,
-    calibration: Annotated[
-        Path | None,
-        Option(
-            "--calibration",
-            metavar="FILE",
-            help="JSONL of prompts, all of which the model answers (first turns, --max-new-tokens each) to find the "
-            "best fixed tree of each size for its heads. If left out: known for the bundled heads, else the measured "
-            "prompts, which flatters the fixed tree.",
-        ),
-    ] = None,
-    answers: Annotated[
-        Path | None,
-        Option(
-            "--answers",
-            metavar="FILE",
-            help="Write answers as FastChat's MT-Bench rows: to FILE itself if there is one mode at one budget, else "
-            "each system's to a file beside it, such as OUT-dynamic-16.jsonl for OUT.jsonl.",
-        ),
-    ] = None,
-    output: Annotated[
-        Path | None, Option("--output", metavar="FILE", help="Write the JSON document to this file too.")
-    ] = None,
+    repeats: _RepeatsOption = _DEFAULTS.repeats,
+    fixed_tree: _FixedTreeOption = None,
+    calibration: _CalibrationOption = None,
+    answers: _AnswersOption = None,
+    output: _OutputOption = None,
     dtype: options.DtypeOption = "auto",
     device: options.DeviceOption = "auto",
     threads: options.OneThreadOption = 1,

@@ -18,6 +18,9 @@ _DEFAULTS = DecoderOptions()
 _NEW_TOKENS = BenchOptions().max_new_tokens
 
 
+_StatsOption = Annotated[bool, Option("--stats", help="Show counts and times on standard error at the end.")]
+
+
 def generate(
     model: options.ModelOption = "demo",
     heads: options.HeadsOption = None,
@@ -26,7 +29,7 @@ def generate(
     max_new_tokens: options.NewTokensOption = _NEW_TOKENS,
     tree: options.TreeOption = _DEFAULTS.tree,
     budget: options.BudgetOption = str(_DEFAULTS.budget),
-    stats: Annotated[bool, Option("--stats", help="Show counts and times on standard error at the end.")] = False,
+    stats: _StatsOption = False,
     dtype: options.DtypeOption = "auto",
     device: options.DeviceOption = "auto",
     threads: options.ThreadsOption = None,
@@ -75,15 +78,9 @@ def generate(
             say(line)
     if as_json:
         new = output[0, len(ids) :].tolist()
-        print_json(
-            {
-                "text": loaded.tokenizer.decode(new, skip_special_tokens=True),
-                "token_ids": new,
-                "prompt_tokens": len(ids),
-                "dtype": dtype_name(loaded.model),
-                "stats": stats_json(decoder.stats),
-            }
-        )
+        answer = {"text": loaded.tokenizer.decode(new, skip_special_tokens=True), "token_ids": new}
+        about = {"prompt_tokens": len(ids), "dtype": dtype_name(loaded.model), "stats": stats_json(decoder.stats)}
+        print_json(answer | about)
 
 
 def stats_json(stats: DecodeStats) -> dict[str, Any]:

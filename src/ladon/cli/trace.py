@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from typer import Option
 
@@ -13,7 +13,25 @@ from ladon.cli.output import OutConsole, check_writable, print_json, say, write_
 from ladon.cli.prompts import encode, read_prompt
 from ladon.config import PICTURE_STEPS, DecoderOptions
 
+if TYPE_CHECKING:
+    from ladon.viz.record import Record
+
 _DEFAULTS = DecoderOptions()
+_HtmlOption = Annotated[
+    Path | None, Option("--html", metavar="FILE", help="Write one self-contained web page instead.")
+]
+_PngOption = Annotated[
+    Path | None,
+    Option(
+        "--png",
+        metavar="FILE",
+        help=f"Write a picture instead, of {PICTURE_STEPS} steps at most; it says so if there are more.",
+    ),
+]
+_PngStepsOption = Annotated[
+    int,
+    Option("--png-steps", metavar="N", min=1, max=PICTURE_STEPS, help="How many steps the picture shows at most."),
+]
 
 
 def trace(
@@ -24,21 +42,9 @@ def trace(
     max_new_tokens: options.NewTokensOption = 32,
     tree: options.TreeOption = _DEFAULTS.tree,
     budget: options.BudgetOption = str(_DEFAULTS.budget),
-    html: Annotated[
-        Path | None, Option("--html", metavar="FILE", help="Write one self-contained web page instead.")
-    ] = None,
-    png: Annotated[
-        Path | None,
-        Option(
-            "--png",
-            metavar="FILE",
-            help=f"Write a picture instead, of {PICTURE_STEPS} steps at most; it says so if there are more.",
-        ),
-    ] = None,
-    png_steps: Annotated[
-        int,
-        Option("--png-steps", metavar="N", min=1, max=PICTURE_STEPS, help="How many steps the picture shows at most."),
-    ] = PICTURE_STEPS,
+    html: _HtmlOption = None,
+    png: _PngOption = None,
+    png_steps: _PngStepsOption = PICTURE_STEPS,
     dtype: options.DtypeOption = "auto",
     device: options.DeviceOption = "auto",
     threads: options.ThreadsOption = None,
@@ -60,7 +66,6 @@ def trace(
     check_writable(png)
     from ladon.cli.loading import dtype_name, load, require_heads
     from ladon.generation import Decoder
-    from ladon.viz import html as web
     from ladon.viz import png as picture
     from ladon.viz.record import record
 
@@ -82,20 +87,10 @@ def trace(
     steps = list(found)
     title = f"{loaded.name} · tree {tree} · budget {budget} · {dtype_name(loaded.model)}"
     run = record(loaded.tokenizer, ids.tolist(), found.first, steps, title=title)
-    files: list[tuple[Path, bytes, int]] = []  # all are made before one is written
-    if html is not None:
-        files.append((html, web.page(run).encode(), len(run.steps)))
-    if png is not None:
-        files.append((png, picture.png(run, png_steps), min(png_steps, len(run.steps))))
-    for path, data, shown in files:
-        write_whole(path, data)
-        say(f"wrote {path}: {shown} of {len(run.steps)} steps")
-    if not files and not as_json:
-        from ladon.viz.terminal import run_view
-
-        console = OutConsole(highlight=False)
-        for part in run_view(run):
-            console.print(part)
+    if html is not None or png is not None:
+        _write_files(run, html, png, png_steps)
+    elif not as_json:
+        _print_steps(run)
     if as_json:
         print_json(
             {
@@ -105,6 +100,29 @@ def trace(
                 "steps": [_finite(asdict(step)) for step in steps],
             }
         )
+
+
+def _write_files(run: Record, html: Path | None, png: Path | None, png_steps: int) -> None:
+    """The page and the picture that were asked for; both are made before one is written."""
+    from ladon.viz import html as web
+    from ladon.viz import png as picture
+
+    files: list[tuple[Path, bytes, int]] = []
+    if html is not None:
+        files.append((html, web.page(run).encode(), len(run.steps)))
+    if png is not None:
+        files.append((png, picture.png(run, png_steps), min(png_steps, len(run.steps))))
+    for path, data, shown in files:
+        write_whole(path, data)
+        say(f"wrote {path}: {shown} of {len(run.steps)} steps")
+
+
+def _print_steps(run: Record) -> None:
+    from ladon.viz.terminal import run_view
+
+    console = OutConsole(highlight=False)
+    for part in run_view(run):
+        console.print(part)
 
 
 def _finite(step: dict[str, object]) -> dict[str, object]:
