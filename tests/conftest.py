@@ -27,6 +27,7 @@ import pytest  # noqa: E402 (the environment comes first)
 import torch  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel  # noqa: E402
 
+from ladon import Decoder, new_heads  # noqa: E402
 from user_side import Tiny, make_tiny  # noqa: E402
 
 torch.set_num_threads(1)
@@ -63,6 +64,22 @@ def tiny_llama() -> PreTrainedModel:
         pad_token_id=0,
     )
     return LlamaForCausalLM(config).double().eval()
+
+
+@pytest.fixture
+def model(tiny_llama: PreTrainedModel) -> PreTrainedModel:
+    """The same, with no token that ends a text."""
+    tiny_llama.generation_config.eos_token_id = None
+    return tiny_llama
+
+
+@pytest.fixture
+def decoder(model: PreTrainedModel) -> Decoder:
+    """A decoder with random heads for `model`: some of their guesses are right."""
+    heads = new_heads(model, num_heads=3)
+    for parameter in heads.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return Decoder(model, heads)
 
 
 @pytest.fixture(scope="session")

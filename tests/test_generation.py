@@ -12,20 +12,6 @@ from greedy import BATCH, MASK, PROMPT, plain
 from ladon.errors import HeadsError, InputError, TreeError
 
 
-@pytest.fixture
-def model(tiny_llama):
-    tiny_llama.generation_config.eos_token_id = None
-    return tiny_llama
-
-
-@pytest.fixture
-def decoder(model):
-    heads = ladon.new_heads(model, num_heads=3)
-    for parameter in heads.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    return ladon.Decoder(model, heads)
-
-
 class Collector(BaseStreamer):
     """Keeps what is put, and whether the end came once."""
 

@@ -6,19 +6,12 @@ import copy
 import io
 import pickle
 
-import pytest
 import torch
 from transformers import GenerationConfig, StoppingCriteriaList
 from transformers.generation.stopping_criteria import MaxLengthCriteria
 
 import ladon
 from greedy import PROMPT, plain
-
-
-@pytest.fixture
-def model(tiny_llama):
-    tiny_llama.generation_config.eos_token_id = None
-    return tiny_llama
 
 
 def with_other_weights(model):

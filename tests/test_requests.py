@@ -23,12 +23,6 @@ from ladon.errors import InputError
 
 
 @pytest.fixture
-def model(tiny_llama):
-    tiny_llama.generation_config.eos_token_id = None
-    return tiny_llama
-
-
-@pytest.fixture
 def decoder(model):
     return ladon.Decoder(model)
 

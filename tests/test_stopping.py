@@ -12,20 +12,6 @@ from greedy import BATCH, MASK, PROMPT, plain
 from ladon.stopping import StopRules
 
 
-@pytest.fixture
-def model(tiny_llama):
-    tiny_llama.generation_config.eos_token_id = None
-    return tiny_llama
-
-
-@pytest.fixture
-def decoder(model):
-    heads = ladon.new_heads(model, num_heads=3)
-    for parameter in heads.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    return ladon.Decoder(model, heads)
-
-
 @pytest.mark.parametrize("length", [10, 13, 15, 40])
 def test_the_users_length_limit_replaces_the_default_one(model, decoder, length):
     """Beyond max_new_tokens too, and at least one token where the prompt is past it already, as in `generate`."""

@@ -13,7 +13,7 @@ from transformers import DynamicCache, cache_utils
 
 from ladon.errors import UnsupportedModelError
 from ladon.masks import LAYER_TYPES
-from ladon.spans import _rope_parameters
+from ladon.spans import rope_parameters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -94,7 +94,7 @@ def context_limit(config: Any) -> int | None:
     limit: int | None = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
     if limit is None:
         return None
-    return max([limit, *(_scaled(limit, rope) for rope in _rope_parameters(config))])
+    return max([limit, *(_scaled(limit, rope) for rope in rope_parameters(config))])
 
 
 def _scaled(limit: int, rope: dict[str, Any]) -> int:

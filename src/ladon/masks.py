@@ -50,7 +50,7 @@ class Sight:
 
     Attributes:
         visible: which slot each new token may see by causality and tree, [B, N, S] bool.
-        queries: positions of the new tokens, [B|1, N].
+        queries: positions of the new tokens, [B|1, N], by which windows and blocks are cut.
         tree: depths of the nodes [B, N] and committed tokens [B] while a tree is verified, None for a prompt.
     """
 

@@ -65,7 +65,7 @@ class Spans:
 
     def __init__(self, model: PreTrainedModel) -> None:
         config = model.config.get_text_config(decoder=True)
-        ropes = _rope_parameters(config)
+        ropes = rope_parameters(config)
         self._switches = sorted(
             {rope["original_max_position_embeddings"] for rope in ropes if rope["rope_type"] == "longrope"}
         )
@@ -135,7 +135,7 @@ class Spans:
                 _reset(module)
 
 
-def _rope_parameters(config: Any) -> list[dict[str, Any]]:
+def rope_parameters(config: Any) -> list[dict[str, Any]]:
     """All rotary settings of a config: one for the model, or one per layer type."""
     given = getattr(config, "rope_parameters", None) or {}
     found = [given] if "rope_type" in given else list(given.values())
