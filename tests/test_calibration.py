@@ -1,65 +1,62 @@
-"""Ranks and hit rates, against a walk over the greedy text."""
+"""The calibration file beside heads: written whole, read strictly, used only with its own heads."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import PreTrainedModel
 
-from ladon.calibration import RANKS, answer_ranks, hit_rates
-from ladon.config import DecoderOptions
-from ladon.heads import new_heads
+from ladon import lattice
+from ladon.calibration import CALIBRATION_FILE, Calibration, read_calibration
+from ladon.errors import HeadsError
+from ladon.heads import load_heads, new_heads
 
 
-def test_ranks_are_those_of_the_greedy_text(tiny_llama):
+def calibration(heads: str, num_heads: int = 2) -> Calibration:
+    return Calibration(heads=heads, temperatures=[1.5] * num_heads, hit_rates=[[0.5, 0.2]] * num_heads)
+
+
+def test_round_trip(tiny_llama: PreTrainedModel, tmp_path: Path) -> None:
     heads = new_heads(tiny_llama, 2)
-    for parameter in heads.parameters():
-        torch.nn.init.normal_(parameter)
-    prompt = torch.tensor([5, 6, 7, 8])
-    text = tiny_llama.generate(
-        prompt[None], attention_mask=torch.ones(1, 4), max_new_tokens=90, do_sample=False, eos_token_id=None
-    )[0]
-    ranks = answer_ranks(tiny_llama, heads, prompt, text[4:])
-    assert len(ranks) == len(text) - 4 - 2
-    with torch.no_grad():
-        for row, position in enumerate(range(3, len(text) - 3)):
-            hidden = tiny_llama.base_model(input_ids=text[None, : position + 1]).last_hidden_state[0, -1]
-            for k in (1, 2):
-                logits = heads(hidden)[k - 1]
-                rank = int((logits > logits[text[position + k + 1]]).sum())
-                assert ranks[row, k - 1] == min(rank, RANKS)
-    assert 0 < (ranks < RANKS).float().mean() < 1
-    assert not tiny_llama.get_output_embeddings()._forward_pre_hooks
+    heads.save(tmp_path)
+    saved = calibration(heads.weights_hash)
+    saved.save(tmp_path)
+    assert json.loads((tmp_path / CALIBRATION_FILE).read_text(encoding="utf-8"))["temperatures"] == [1.5, 1.5]
+    assert load_heads(tmp_path, tiny_llama).calibration == read_calibration(tmp_path)
 
 
-def test_logits_are_made_for_one_position_of_the_text(tiny_llama):
-    """[T, V] logits of long texts do not fit; only hidden states are needed."""
-    shapes = []
-    hook = tiny_llama.register_forward_hook(lambda module, args, output: shapes.append(tuple(output.logits.shape)))
-    answer_ranks(tiny_llama, new_heads(tiny_llama, 2), torch.arange(3, 9), torch.arange(9, 80))
-    hook.remove()
-    assert shapes == [(1, 1, 97)]
+def test_none_without_the_file(tmp_path: Path) -> None:
+    assert read_calibration(tmp_path) is None
 
 
-def test_a_vocabulary_smaller_than_the_ranks():
-    config = LlamaConfig(vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
-    model = LlamaForCausalLM(config).eval()
-    ranks = answer_ranks(model, new_heads(model, 2), torch.tensor([5, 6]), torch.arange(12))
-    assert ranks.shape == (10, 2) and ranks.max() < 16, "every token is counted"
-    assert len(hit_rates(ranks)[0]) == RANKS
+def test_other_heads_calibration_is_left_aside(tiny_llama: PreTrainedModel, tmp_path: Path) -> None:
+    new_heads(tiny_llama, 2).save(tmp_path)
+    calibration("0123456789abcdef").save(tmp_path)
+    with pytest.warns(UserWarning, match="made for other heads"):
+        assert load_heads(tmp_path, tiny_llama).calibration is None
 
 
-def test_fixed_trees_choose_from_what_dynamic_trees_see():
-    assert DecoderOptions().num_candidates == RANKS == 32
+@pytest.mark.parametrize(
+    "text",
+    ["{", "[]", '{"format": "ladon-calibration", "version": 2}', '{"format": "ladon-calibration", "version": 1}'],
+)
+def test_damaged_files_are_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / CALIBRATION_FILE).write_text(text, encoding="utf-8")
+    with pytest.raises(HeadsError, match="ladon calibrate"):
+        read_calibration(tmp_path)
 
 
-def test_an_answer_too_short_for_the_heads_tells_nothing(tiny_llama):
-    ranks = answer_ranks(tiny_llama, new_heads(tiny_llama, 3), torch.tensor([5, 6]), torch.tensor([7]))
-    assert ranks.shape == (0, 3)
-    assert hit_rates(ranks) == [[0.0] * RANKS] * 3
+def test_temperatures_flatten_or_sharpen_each_depth() -> None:
+    logits = torch.tensor([[[2.0, 1.0, 0.0], [2.0, 1.0, 0.0]]])
+    found = lattice.from_logits(logits, 3, temperatures=torch.tensor([1.0, 2.0]))
+    torch.testing.assert_close(found.log_probs[0, 0, 0], logits[0, 0].log_softmax(-1))
+    torch.testing.assert_close(found.log_probs[0, 1, 0], (logits[0, 1] / 2).log_softmax(-1))
 
 
-def test_hit_rates_count_only_where_the_path_was_right():
-    rates = hit_rates(torch.tensor([[0, 0], [0, 1], [2, 0], [RANKS, 0]]))
-    assert rates[0][:3] == [0.5, 0.0, 0.25] and sum(rates[0]) == 0.75
-    assert rates[1][:3] == pytest.approx([2 / 3, 1 / 3, 0.0], abs=1e-5)
+def test_tokens_of_a_vocabulary_of_the_heads_own() -> None:
+    logits = torch.tensor([[[0.0, 3.0, 1.0]]])
+    found = lattice.from_logits(logits, 2, token_ids=torch.tensor([40, 7, 99]))
+    assert found.tokens.tolist() == [[[[7, 99]]]]

@@ -174,7 +174,12 @@ def test_hub_ids_go_through_the_hub_client(
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     assert isinstance(load_heads("someone/some-heads", tiny_llama, revision="v1"), Heads)
-    assert calls == [("someone/some-heads", {"revision": "v1", "allow_patterns": ["config.json", "heads.safetensors"]})]
+    assert calls == [
+        (
+            "someone/some-heads",
+            {"revision": "v1", "allow_patterns": ["config.json", "heads.safetensors", "calibration.json"]},
+        )
+    ]
 
 
 def test_hub_ids_that_cannot_be_read_are_one_line() -> None:

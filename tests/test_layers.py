@@ -18,6 +18,7 @@ BASE_INSTALL = {"torch", "transformers", "safetensors", "numpy", "typer", "rich"
 # A module may import only modules that stand before it here; a package is one entry.
 CORE = ["errors", "config", "tree", "lattice", "fixed_tree", "growth", "sampling", "accept", "stats"]
 MODEL_SIDE = [
+    "calibration",
     "heads",
     "forwards",
     "masks",
@@ -35,15 +36,15 @@ MODEL_SIDE = [
     "override",
     "generation",
     "bundled",
-    "calibration",
 ]
-USER_SIDE = ["viz", "bench", "cli"]
+USER_SIDE = ["viz", "calibrate", "bench", "train", "cli"]
 ORDER = CORE + MODEL_SIDE + USER_SIDE
 
 # What each side may import besides the standard library and ladon itself.
 ALLOWED = [
     (CORE, {"torch"}),
     (MODEL_SIDE, {"torch", "numpy", "safetensors", "transformers", "huggingface_hub"}),  # (it comes with transformers)
+    (["train"], BASE_INSTALL | {"accelerate", "datasets", "peft", "requests"}),
     (USER_SIDE, BASE_INSTALL | {"matplotlib"}),
 ]
 

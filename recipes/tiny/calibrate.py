@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ladon.calibration import answer_ranks, hit_rates
+from ladon.calibrate.ranks import answer_ranks, hit_rates
 from ladon.fixed_tree import best_fixed_tree
 from ladon.heads import Heads
 

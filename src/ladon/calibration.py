@@ -1,75 +1,75 @@
-"""How often the heads are right about what the model itself goes on to say: what fixed trees are chosen by."""
+"""What `ladon calibrate` found out about heads, as it lies beside them in `calibration.json`."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
 
-import torch
-from torch import Tensor
+from ladon.errors import HeadsError
 
-from ladon.config import DecoderOptions
-from ladon.forwards import lock_of, projection_inputs
-from ladon.heads import Heads
-from ladon.heads.ends import output_projection
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-# Candidates counted per head, as many as the dynamic tree sees; a hit beyond them counts as a miss.
-RANKS = DecoderOptions().num_candidates
-_CHUNK = 64  # positions whose [K, V] logits are held at a time
+CALIBRATION_FILE = "calibration.json"
+FORMAT = "ladon-calibration"
+VERSION = 1
 
 
-@torch.no_grad()
-def answer_ranks(model: PreTrainedModel, heads: Heads, prompt: Tensor, answer: Tensor) -> Tensor:
-    """The rank that each head gives the model's own greedy answer, at every position of it.
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """Measurements of one set of heads on one model. Only the temperatures change what is drafted.
 
-    Args:
-        model: the target.
-        heads: its heads, bound to it.
-        prompt: [T] token ids.
-        answer: [A] token ids, what the model says after the prompt.
-
-    Returns:
-        [P, K] int64, ranks from 0; `RANKS` means below all that are counted. Position p is the p-th whose next token
-        is the answer's; there are as many as have the token that the last head guesses.
+    Attributes:
+        heads: hash of the heads' weights that were measured (`Heads.weights_hash`).
+        temperatures: one per depth, [K]: head k's logits are divided by it before the softmax.
+        hit_rates: [K][ranks]: how often each rank is right, given that the shallower depths' candidates held the truth.
+        marginal_hit_rates: [K][ranks]: the same over all positions.
+        error: calibration error per depth before and after the temperatures, as `docs/metrics.md` defines it.
+        fixed_trees: rank paths of the best fixed tree per number of nodes, root included.
+        step_times: seconds of a decode step per number of nodes, with the machine they were measured on.
+        measured_on: prompts, positions and settings behind the numbers.
     """
-    tokens = torch.cat([prompt, answer]).to(model.device)
-    first = len(prompt) - 1
-    positions = torch.arange(first, max(first, len(tokens) - heads.num_heads - 1), device=tokens.device)
-    hidden = _hidden_states(model, tokens)
-    offsets = torch.arange(2, heads.num_heads + 2, device=tokens.device)
-    said = tokens[positions[:, None] + offsets]
-    ranks = torch.full((len(positions), heads.num_heads), RANKS, device=tokens.device)
-    for start in range(0, len(positions), _CHUNK):
-        part = slice(start, start + _CHUNK)
-        logits = heads(hidden[positions[part]])
-        right = logits.topk(min(RANKS, heads.vocab_size), dim=-1).indices == said[part, :, None]
-        ranks[part] = torch.where(right.any(-1), right.int().argmax(-1), RANKS)
-    return ranks
+
+    heads: str
+    temperatures: Sequence[float]
+    hit_rates: Sequence[Sequence[float]]
+    marginal_hit_rates: Sequence[Sequence[float]] = ()
+    error: Mapping[str, Any] = field(default_factory=dict)
+    fixed_trees: Mapping[str, Sequence[Sequence[int]]] = field(default_factory=dict)
+    step_times: Mapping[str, Any] = field(default_factory=dict)
+    measured_on: Mapping[str, Any] = field(default_factory=dict)
+
+    def save(self, folder: str | Path) -> None:
+        """Write `calibration.json` into the folder of the heads; whoever looks sees the old file or the new one."""
+        path = Path(folder) / CALIBRATION_FILE
+        partial = path.with_name(f"{path.name}.partial")
+        document = {"format": FORMAT, "version": VERSION, **asdict(self)}
+        partial.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        partial.replace(path)
 
 
-def hit_rates(ranks: Tensor) -> list[list[float]]:
-    """How often each rank of each head is right, given that the shallower heads' counted candidates held the truth.
+def read_calibration(folder: Path) -> Calibration | None:
+    """The calibration in a folder of heads; None if there is none.
 
-    Args:
-        ranks: [positions, K], as `answer_ranks` gives them.
-
-    Returns:
-        [K][RANKS], each in [0, 1].
+    Raises:
+        HeadsError: the file is damaged, or of another version.
     """
-    rates = []
-    alive = torch.ones(len(ranks), dtype=torch.bool, device=ranks.device)
-    for column in ranks.T:
-        counts = torch.bincount(column[alive], minlength=RANKS + 1)[:RANKS]
-        rates.append([round(rate, 6) for rate in (counts / alive.sum().clamp(min=1)).tolist()])
-        alive &= column < RANKS
-    return rates
-
-
-def _hidden_states(model: PreTrainedModel, tokens: Tensor) -> Tensor:
-    """What the output projection receives at each position of `tokens` [T]: [T, H]. It maps only one of them."""
-    first = torch.zeros(1, dtype=torch.int64, device=tokens.device)
-    with lock_of(model), projection_inputs(output_projection(model).module, first) as seen:
-        model(input_ids=tokens[None], use_cache=False)
-    return seen[0][0]
+    path = folder / CALIBRATION_FILE
+    if not path.exists():
+        return None
+    again = "Run `ladon calibrate` again, or remove the file"
+    try:
+        document: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise HeadsError(f"{path} cannot be read ({error}). {again}") from error
+    if not isinstance(document, dict) or document.get("format") != FORMAT or document.get("version") != VERSION:
+        raise HeadsError(f"{path} is no {FORMAT} file of version {VERSION}. {again}")
+    values = {name: value for name, value in document.items() if name not in ("format", "version")}
+    try:
+        found = Calibration(**values)
+    except TypeError as error:
+        raise HeadsError(f"{path} has missing or unknown fields ({error}). {again}") from error
+    temperatures = found.temperatures
+    if not isinstance(temperatures, list) or not all(isinstance(t, int | float) and t > 0 for t in temperatures):
+        raise HeadsError(f"{path}: temperatures are {temperatures!r}, expected a number above 0 per head. {again}")
+    return found

@@ -47,21 +47,29 @@ class Lattice:
         return self.tokens.shape[3]
 
 
-def from_logits(logits: Tensor, num_candidates: int) -> Lattice:
+def from_logits(
+    logits: Tensor, num_candidates: int, *, temperatures: Tensor | None = None, token_ids: Tensor | None = None
+) -> Lattice:
     """The lattice of independent heads: each depth's best candidates under the *full* softmax.
 
     Normalising over the vocabulary and not over the candidates keeps a flat head from looking sure of itself, which
     would draw nodes to its children.
 
     Args:
-        logits: head outputs, [B, K, V]; row k predicts the token k + 1 places after the root.
-        num_candidates: C; more than V is cut to V.
+        logits: head outputs, [B, K, D]; row k predicts the token k + 1 places after the root.
+        num_candidates: C; more than D is cut to D.
+        temperatures: [K], by which each depth's logits are divided first; None leaves them.
+        token_ids: the token of each of the D entries, [D] int64; None: entry i is token i.
 
     Returns:
         A lattice with R = 1. NaN logits (a broken head) become padding, so that nothing is drafted from them.
     """
     logits = logits.float()
+    if temperatures is not None:
+        logits = logits / temperatures[:, None]
     normalizer = logits.logsumexp(-1, keepdim=True)
     top, tokens = logits.topk(min(num_candidates, logits.shape[-1]), dim=-1)
     log_probs = (top - normalizer).clamp(max=0.0).nan_to_num(nan=-torch.inf, neginf=-torch.inf)
+    if token_ids is not None:
+        tokens = token_ids[tokens]
     return Lattice(tokens=tokens[:, :, None], log_probs=log_probs[:, :, None])

@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 
 from ladon import growth, lattice
 from ladon.accept import Accepted
 from ladon.fixed_tree import FixedTree
+from ladon.heads import Heads
 from ladon.lattice import Lattice
 from ladon.stats import StageClock
 from ladon.tree import TokenTree, root_tree
@@ -61,9 +63,10 @@ class RootProposer(_Stateless):
 class HeadsProposer(_Stateless):
     """Drafts with decoding heads: one hidden row per sequence -> lattice -> tree."""
 
-    def __init__(self, heads: nn.Module, build: TreeBuilder, num_candidates: int, clock: StageClock) -> None:
-        """`heads` maps [B, H] to logits [B, K, V]; `build` turns the lattice of `num_candidates` each into a tree."""
+    def __init__(self, heads: Heads, build: TreeBuilder, num_candidates: int, clock: StageClock) -> None:
+        """`build` turns the lattice of `num_candidates` each, made of the heads' calibrated guesses, into a tree."""
         self._heads = heads
+        self._temperatures = calibrated_temperatures(heads)
         self._build = build
         self._num_candidates = num_candidates
         self._clock = clock
@@ -73,9 +76,22 @@ class HeadsProposer(_Stateless):
         if max_nodes == 1:
             return root_tree(root)
         with self._clock.stage("heads"):
-            candidates = lattice.from_logits(self._heads(hidden), self._num_candidates)
+            candidates = lattice.from_logits(
+                self._heads.draft(hidden, root),
+                self._num_candidates,
+                temperatures=self._temperatures,
+                token_ids=self._heads.token_ids,
+            )
         with self._clock.stage("growth"):
             return self._build(candidates, root, max_nodes)
+
+
+def calibrated_temperatures(heads: Heads) -> Tensor | None:
+    """The temperatures of the heads' calibration, [K] on their device; None if they were never calibrated."""
+    if heads.calibration is None:
+        return None
+    device = next(heads.parameters()).device
+    return torch.tensor(heads.calibration.temperatures, dtype=torch.float32, device=device)
 
 
 def tree_builder(tree: str | FixedTree) -> TreeBuilder:

@@ -9,7 +9,7 @@ import torch
 
 from ladon.bench.systems import LadonSystem
 from ladon.bench.workloads import Question, prompt_ids
-from ladon.calibration import answer_ranks, hit_rates
+from ladon.calibrate.ranks import answer_ranks, hit_rates
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -10,9 +11,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ladon.calibration import Calibration
 from ladon.errors import HeadsError
 from ladon.heads.checkpoint import HeadsConfig, write_heads
-from ladon.heads.ends import output_projection
+from ladon.heads.ends import input_embedding_module, output_projection
 from ladon.heads.fingerprint import MIN_AGREEMENT, Fingerprint, agreement, fingerprint
 
 if TYPE_CHECKING:
@@ -36,10 +38,13 @@ class Heads(nn.Module, ABC):
         base_name: where the target came from, if known.
         base_fingerprint: samples of the target's weights, to recognise it again; None if never bound.
         training_record: how the heads were trained, as JSON values; saved with them.
+        is_conditioned: whether head k looks at the tokens between the one it reads and the one it guesses.
+        calibration: what `ladon calibrate` found for these heads on their model; None if it never ran.
     """
 
     family: ClassVar[str]
     option_names: ClassVar[tuple[str, ...]]
+    is_conditioned: ClassVar[bool] = False
 
     def __init__(self, *, num_heads: int, hidden_size: int, vocab_size: int) -> None:
         super().__init__()
@@ -51,22 +56,55 @@ class Heads(nn.Module, ABC):
         self.base_name = ""
         self.base_fingerprint: Fingerprint | None = None
         self.training_record: dict[str, Any] = {}
-        # In a tuple, so that the target's module is no submodule: not saved, not trained, not moved with the heads.
+        self.calibration: Calibration | None = None
+        # In tuples, so that the target's modules are no submodules: not saved, not trained, not moved with the heads.
         self._projection: tuple[nn.Module, ...] = ()
+        self._embedding: tuple[nn.Module, ...] = ()
 
     @abstractmethod
-    def forward(self, hidden: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, following: Tensor | None = None) -> Tensor:
         """Logits of every head.
 
         Args:
             hidden: [..., H], the target's hidden states after its final norm.
+            following: [..., K] int64, the K tokens after the one each hidden state came from. Conditioned heads need
+                them: head k sees the first k. Others ignore them.
 
         Returns:
-            [..., K, V]; [..., k - 1, :] belongs to head k, the token k + 1 places after the one hidden came from.
+            [..., K, D]; [..., k - 1, :] belongs to head k, the token k + 1 places after the one hidden came from.
+            D is V, or the length of `token_ids`.
         """
 
+    def draft(self, hidden: Tensor, root: Tensor) -> Tensor:
+        """Logits of every head when only the next token is known: what decoding uses.
+
+        Args:
+            hidden: [B, H], the hidden row of each sequence.
+            root: [B] int64, the token that follows it. Independent heads ignore it.
+
+        Returns:
+            [B, K, D], as `forward` gives them; conditioned heads follow each head's own best token.
+        """
+        logits: Tensor = self(hidden)
+        return logits
+
     @property
-    def options(self) -> dict[str, int]:
+    def token_ids(self) -> Tensor | None:
+        """The token of each entry of the logits, [D] int64, for heads with a vocabulary of their own; None: D = V."""
+        return None
+
+    @property
+    def weights_hash(self) -> str:
+        """A hash of the heads' parameters as bfloat16: what a calibration names the heads by."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(name.encode())
+            stored = tensor.detach().to("cpu", torch.bfloat16 if tensor.is_floating_point() else tensor.dtype)
+            digest.update(stored.contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    @property
+    def options(self) -> dict[str, int | str]:
         """The family's own settings, as its constructor takes them."""
         return {name: getattr(self, name) for name in self.option_names}
 
@@ -119,6 +157,7 @@ class Heads(nn.Module, ABC):
         if self._projection[:1] != (projection.module,) and not force:
             self._check_base(model)
         self._projection = (projection.module,)
+        self._embedding = (input_embedding_module(model),)
         for device in (projection.weight.device, model.device):
             if device.type != "meta":  # where an offloaded module seems to be; parameters moved there would be lost
                 self.to(device)
@@ -143,6 +182,16 @@ class Heads(nn.Module, ABC):
             )
         logits: Tensor = self._projection[0](hidden)
         return logits
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """The target's own input embedding: [...] int64 to [..., H]."""
+        if not self._embedding:
+            raise HeadsError(
+                f"{self.family} heads use the input embedding of their model, and have none yet. Call "
+                "heads.bind(model) or load_heads(path, model)"
+            )
+        embedded: Tensor = self._embedding[0](tokens)
+        return embedded
 
     def _check_base(self, model: PreTrainedModel) -> None:
         name = self.base_name or "an unnamed model"

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ladon.calibration import CALIBRATION_FILE
 from ladon.errors import HeadsError
 from ladon.heads.fingerprint import SAMPLES, Fingerprint
 
@@ -47,7 +48,7 @@ class HeadsConfig:
     num_heads: int
     hidden_size: int
     vocab_size: int
-    options: Mapping[str, int] = field(default_factory=dict)
+    options: Mapping[str, int | str] = field(default_factory=dict)
     base_name: str = ""
     base_fingerprint: Fingerprint | None = None
     training: Mapping[str, Any] = field(default_factory=dict)
@@ -94,7 +95,9 @@ def find_folder(path: str | Path, revision: str | None = None) -> Path:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
+        return Path(
+            snapshot_download(name, revision=revision, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE, CALIBRATION_FILE])
+        )
     except (OSError, HFValidationError) as error:  # every network and hub error of huggingface_hub is an OSError
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise HeadsError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from torch import Tensor, nn
 
@@ -44,8 +44,13 @@ def output_projection(model: PreTrainedModel) -> OutputProjection:
     )
 
 
+def input_embedding_module(model: PreTrainedModel) -> nn.Module:
+    """The target's input embedding: calling it maps token ids [...] to [..., H], scaling included if it scales."""
+    module: nn.Module = model.get_input_embeddings()
+    return module
+
+
 def input_embedding(model: PreTrainedModel) -> Tensor:
     """Weight of the target's input embedding, [V, H] unless it is quantised."""
-    module: Any = model.get_input_embeddings()
-    weight: Tensor = module.weight
-    return weight
+    weight: Any = input_embedding_module(model).weight
+    return cast(Tensor, weight)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from ladon.calibration import CALIBRATION_FILE, Calibration, read_calibration
 from ladon.errors import HeadsError
 from ladon.heads.base import Heads
 from ladon.heads.checkpoint import find_folder, read_config, read_tensors
@@ -22,7 +24,7 @@ FAMILIES: Mapping[str, type[Heads]] = {cls.family: cls for cls in (SharedHeads, 
 
 
 def new_heads(
-    model: PreTrainedModel, num_heads: int = 4, family: str = "shared", *, seed: int = 0, **options: int
+    model: PreTrainedModel, num_heads: int = 4, family: str = "shared", *, seed: int = 0, **options: int | str
 ) -> Heads:
     """Untrained heads for `model`, bound to it, in its dtype and on its device.
 
@@ -73,10 +75,23 @@ def load_heads(
     heads.load_state_dict(tensors, assign=True)
     heads.base_name, heads.base_fingerprint = config.base_name, config.base_fingerprint
     heads.training_record = dict(config.training)
+    heads.calibration = _own_calibration(folder, heads)
     return heads if model is None else heads.bind(model, force)
 
 
-def _build(family: str, num_heads: int, hidden_size: int, vocab_size: int, options: Mapping[str, int]) -> Heads:
+def _own_calibration(folder: Path, heads: Heads) -> Calibration | None:
+    """The calibration beside the heads; other heads' is left aside with a warning, as it would mislead."""
+    found = read_calibration(folder)
+    if found is None or (found.heads == heads.weights_hash and len(found.temperatures) == heads.num_heads):
+        return found
+    warnings.warn(
+        f"{folder / CALIBRATION_FILE} was made for other heads and is not used; run `ladon calibrate` again",
+        stacklevel=3,
+    )
+    return None
+
+
+def _build(family: str, num_heads: int, hidden_size: int, vocab_size: int, options: Mapping[str, int | str]) -> Heads:
     if family not in FAMILIES:
         raise HeadsError(f"head family {family!r} is unknown; known: {', '.join(FAMILIES)}")
     allowed = FAMILIES[family].option_names

@@ -52,7 +52,7 @@ class MedusaHeads(Heads):
         self.block_bias.zero_()
         self.projection.copy_(weight)
 
-    def forward(self, hidden: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, following: Tensor | None = None) -> Tensor:
         """Logits of every head, [..., H] to [..., K, V]; see `Heads.forward`."""
         rows = hidden.reshape(1, -1, self.hidden_size).expand(self.num_heads, -1, -1)  # [K, T, H]
         for weight, bias in zip(self.block_weight, self.block_bias, strict=True):

@@ -48,7 +48,7 @@ class SharedHeads(Heads):
         self.up_bias.zero_()
         self.down_weight.zero_()
 
-    def forward(self, hidden: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, following: Tensor | None = None) -> Tensor:
         """Logits of every head, [..., H] to [..., K, V]; see `Heads.forward`."""
         rows = hidden.reshape(-1, self.hidden_size)  # [T, H]
         inner = functional.linear(rows, self.up_weight.flatten(0, 1), self.up_bias.flatten())  # [T, K F]
