@@ -10,10 +10,20 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, GPTJConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from ladon.errors import HeadsError
-from ladon.heads import Heads, MedusaHeads, SharedHeads, new_heads
+from ladon.heads import Heads, LowRankHeads, MedusaHeads, SharedHeads, new_heads
 from ladon.heads.fingerprint import fingerprint
 
-FAMILIES = ["shared", "medusa"]
+# What is tested for every family: a name, and how to make it for the tests' small model (hidden size 32).
+FAMILIES = {
+    "shared": {"family": "shared"},
+    "swiglu": {"family": "shared", "activation": "swiglu"},
+    "medusa": {"family": "medusa"},
+    "lowrank": {"family": "lowrank", "rank": 32},
+}
+
+
+def make_heads(model: PreTrainedModel, num_heads: int, name: str) -> Heads:
+    return new_heads(model, num_heads, **FAMILIES[name])  # type: ignore[arg-type]
 
 
 def randomised(heads: Heads) -> Heads:
@@ -27,20 +37,20 @@ def randomised(heads: Heads) -> Heads:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("shape", [(32,), (3, 32), (2, 5, 32), (0, 32)])
 def test_shapes(tiny_llama: PreTrainedModel, family: str, shape: tuple[int, ...]) -> None:
-    heads = new_heads(tiny_llama, 3, family)
+    heads = make_heads(tiny_llama, 3, family)
     assert heads(torch.randn(shape, dtype=torch.float64)).shape == (*shape[:-1], 3, 97)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_untrained_heads_equal_the_target(tiny_llama: PreTrainedModel, family: str) -> None:
     hidden = torch.randn(4, 32, dtype=torch.float64)
-    logits = new_heads(tiny_llama, 3, family)(hidden)
+    logits = make_heads(tiny_llama, 3, family)(hidden)
     torch.testing.assert_close(logits, tiny_llama.lm_head(hidden)[:, None].expand(-1, 3, -1))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_result_of_a_row_does_not_depend_on_the_batch(tiny_llama: PreTrainedModel, family: str) -> None:
-    heads = randomised(new_heads(tiny_llama, 4, family))
+    heads = randomised(make_heads(tiny_llama, 4, family))
     hidden = torch.randn(2, 3, 32, dtype=torch.float64)
     together = heads(hidden)
     for i in range(2):
@@ -58,6 +68,33 @@ def test_shared_formula(tiny_llama: PreTrainedModel) -> None:
         assert inner.shape == (5, 64)
         expected = tiny_llama.lm_head(hidden + inner @ heads.down_weight[k])
         torch.testing.assert_close(logits[:, k], expected)
+
+
+def test_swiglu_formula(tiny_llama: PreTrainedModel) -> None:
+    heads = randomised(new_heads(tiny_llama, 3, expansion=2, activation="swiglu"))
+    assert isinstance(heads, SharedHeads) and heads.up_weight.shape == (3, 128, 32)
+    hidden = torch.randn(5, 32, dtype=torch.float64)
+    logits = heads(hidden)
+    for k in range(3):
+        inner = hidden @ heads.up_weight[k].T + heads.up_bias[k]
+        inner = functional.silu(inner[:, :64]) * inner[:, 64:]
+        torch.testing.assert_close(logits[:, k], tiny_llama.lm_head(hidden + inner @ heads.down_weight[k]))
+
+
+def test_lowrank_formula_and_start(tiny_llama: PreTrainedModel) -> None:
+    """It starts as the best approximation of its rank, which the singular values of the projection give."""
+    heads = new_heads(tiny_llama, 2, "lowrank", rank=8)
+    assert isinstance(heads, LowRankHeads)
+    weight = tiny_llama.lm_head.weight
+    missed = weight - heads.out_weight[1] @ heads.in_weight[1]
+    torch.testing.assert_close(missed.norm() ** 2, torch.linalg.svdvals(weight)[8:].square().sum())
+    randomised(heads)
+    hidden = torch.randn(5, 32, dtype=torch.float64)
+    logits = heads(hidden)
+    for k in range(2):
+        inner = functional.silu(hidden @ heads.up_weight[k].T + heads.up_bias[k])
+        moved = hidden + inner @ heads.down_weight[k]
+        torch.testing.assert_close(logits[:, k], moved @ heads.in_weight[k].T @ heads.out_weight[k].T)
 
 
 def test_medusa_formula_with_distinct_blocks(tiny_llama: PreTrainedModel) -> None:
@@ -84,7 +121,7 @@ def test_each_block_learns_on_its_own(tiny_llama: PreTrainedModel) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_training_leaves_the_target_alone(tiny_llama: PreTrainedModel, family: str) -> None:
     before = {name: value.clone() for name, value in tiny_llama.state_dict().items()}
-    heads = new_heads(tiny_llama, 2, family)
+    heads = make_heads(tiny_llama, 2, family)
     own = {id(p) for p in heads.parameters()}
     assert own and not own & {id(p) for p in tiny_llama.parameters()}
     torch.optim.SGD(heads.parameters(), lr=0.1).step()
@@ -121,7 +158,7 @@ def test_start_values_depend_on_the_seed_alone(tiny_llama: PreTrainedModel) -> N
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_dtype_of_the_target(tiny_llama: PreTrainedModel, family: str, dtype: torch.dtype) -> None:
     model = tiny_llama.to(dtype)
-    heads = new_heads(model, 2, family)
+    heads = make_heads(model, 2, family)
     logits = heads(torch.randn(2, 32, dtype=dtype))
     assert logits.dtype == dtype and logits.isfinite().all()
 
@@ -169,15 +206,19 @@ def test_sizes_must_fit_even_when_forced(tiny_llama: PreTrainedModel, hidden_siz
 
 
 def test_bad_requests_name_what_is_allowed(tiny_llama: PreTrainedModel) -> None:
-    with pytest.raises(HeadsError, match="'eagle' is unknown; known: shared, medusa"):
+    with pytest.raises(HeadsError, match="'eagle' is unknown; known: shared, medusa, lowrank"):
         new_heads(tiny_llama, 2, "eagle")
-    with pytest.raises(HeadsError, match="no option num_blocks; they take expansion"):
+    with pytest.raises(HeadsError, match="no option num_blocks; they take expansion, activation"):
         new_heads(tiny_llama, 2, "shared", num_blocks=2)
     for count in (0, -1, True, 1.5):
         with pytest.raises(HeadsError, match=r"num_heads is .*, expected an integer >= 1"):
             new_heads(tiny_llama, count)  # type: ignore[arg-type]
     with pytest.raises(HeadsError, match="expansion is 0"):
         new_heads(tiny_llama, 1, expansion=0)
+    with pytest.raises(HeadsError, match="activation is 'relu'; shared heads know silu, swiglu"):
+        new_heads(tiny_llama, 1, activation="relu")
+    with pytest.raises(HeadsError, match="rank is 33, but the hidden size is 32"):
+        new_heads(tiny_llama, 1, "lowrank", rank=33)
 
 
 def llama(seed: int, tied: bool = False) -> LlamaForCausalLM:
@@ -261,6 +302,7 @@ def test_a_model_without_projection_is_refused() -> None:
 def test_packed_projections_cannot_be_copied() -> None:
     model = llama(0)
     model.lm_head.weight = torch.nn.Parameter(torch.zeros(97 * 16, 1, dtype=torch.uint8), requires_grad=False)
-    with pytest.raises(HeadsError, match="family='shared'"):
-        new_heads(model, 1, "medusa")
+    for family in ("medusa", "lowrank"):
+        with pytest.raises(HeadsError, match="family='shared'"):
+            new_heads(model, 1, family, **({"rank": 8} if family == "lowrank" else {}))
     assert new_heads(model, 1, "shared").vocab_size == 97

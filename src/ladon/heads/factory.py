@@ -14,13 +14,14 @@ from ladon.errors import HeadsError
 from ladon.heads.base import Heads
 from ladon.heads.checkpoint import find_folder, read_config, read_tensors
 from ladon.heads.ends import output_projection
+from ladon.heads.lowrank import LowRankHeads
 from ladon.heads.medusa import MedusaHeads
 from ladon.heads.shared import SharedHeads
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-FAMILIES: Mapping[str, type[Heads]] = {cls.family: cls for cls in (SharedHeads, MedusaHeads)}
+FAMILIES: Mapping[str, type[Heads]] = {cls.family: cls for cls in (SharedHeads, MedusaHeads, LowRankHeads)}
 
 
 def new_heads(
@@ -31,8 +32,9 @@ def new_heads(
     Args:
         model: the target; it is not changed.
         num_heads: K, how many tokens beyond the target's own next token are guessed.
-        family: "shared" (a wide residual MLP per head on the target's projection; option `expansion`, 4) or "medusa"
-            (residual blocks and a projection per head; option `num_blocks`, 1).
+        family: "shared" (a wide residual MLP per head on the target's projection; options `expansion`, 4, and
+            `activation`, "silu" or "swiglu"), "medusa" (residual blocks and a projection per head; option `num_blocks`,
+            1) or "lowrank" (a wide MLP and a thin projection per head; options `expansion`, 2, and `rank`, 64).
         seed: decides the random start values.
         **options: the family's own settings.
 

@@ -8,18 +8,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ladon.errors import HeadsError
 from ladon.heads.base import Heads, check_count, seeded_normal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+_UP_ROWS = {"silu": 1, "swiglu": 2}  # rows of up_weight per inner unit
+
+
 class SharedHeads(Heads):
-    """Heads that share the target's output projection: head k is project(h + down_k(SiLU(up_k(h) + b_k))).
+    """Heads that share the target's output projection: head k is project(h + down_k(act(up_k(h) + b_k))).
 
     With inner width F = expansion * H the parameters are up_weight [K, F, H], up_bias [K, F] and down_weight
     [K, F, H]; `down_weight` starts at zero, so an untrained head equals the projection. All depths run in three
-    products, the last being one [K, H] x [H, V] product per hidden row.
+    products, the last being one [K, H] x [H, V] product per hidden row. With the activation "swiglu" up_weight and
+    up_bias have 2 F rows per head: the SiLU of the first half multiplies the second.
 
     A target that scales or caps its logits after the projection (Cohere, Granite, Gemma 2) loses nothing: the heads
     are trained through the bare projection, the MLP learns whatever scale makes their probabilities right, and the
@@ -27,18 +32,25 @@ class SharedHeads(Heads):
 
     Attributes:
         expansion: F / H.
+        activation: "silu" or "swiglu".
     """
 
     family = "shared"
-    option_names = ("expansion",)
+    option_names = ("expansion", "activation")
 
-    def __init__(self, *, num_heads: int, hidden_size: int, vocab_size: int, expansion: int = 4) -> None:
+    def __init__(
+        self, *, num_heads: int, hidden_size: int, vocab_size: int, expansion: int = 4, activation: str = "silu"
+    ) -> None:
         super().__init__(num_heads=num_heads, hidden_size=hidden_size, vocab_size=vocab_size)
         check_count("expansion", expansion)
+        if activation not in _UP_ROWS:
+            raise HeadsError(f"activation is {activation!r}; shared heads know {', '.join(_UP_ROWS)}")
         self.expansion = expansion
+        self.activation = activation
         inner_size = expansion * hidden_size
-        self.up_weight = nn.Parameter(torch.empty(num_heads, inner_size, hidden_size))
-        self.up_bias = nn.Parameter(torch.empty(num_heads, inner_size))
+        up_rows = _UP_ROWS[activation] * inner_size
+        self.up_weight = nn.Parameter(torch.empty(num_heads, up_rows, hidden_size))
+        self.up_bias = nn.Parameter(torch.empty(num_heads, up_rows))
         self.down_weight = nn.Parameter(torch.empty(num_heads, inner_size, hidden_size))
 
     @torch.no_grad()
@@ -51,8 +63,14 @@ class SharedHeads(Heads):
     def forward(self, hidden: Tensor, following: Tensor | None = None) -> Tensor:
         """Logits of every head, [..., H] to [..., K, V]; see `Heads.forward`."""
         rows = hidden.reshape(-1, self.hidden_size)  # [T, H]
-        inner = functional.linear(rows, self.up_weight.flatten(0, 1), self.up_bias.flatten())  # [T, K F]
-        inner = functional.silu(inner).view(-1, *self.up_bias.shape).transpose(0, 1)  # [K, T, F]
+        inner = functional.linear(rows, self.up_weight.flatten(0, 1), self.up_bias.flatten())  # [T, K F] or [T, K 2F]
+        inner = inner.view(-1, *self.up_bias.shape)
+        if self.activation == "swiglu":
+            gate, value = inner.chunk(2, dim=-1)
+            inner = functional.silu(gate) * value
+        else:
+            inner = functional.silu(inner)
+        inner = inner.transpose(0, 1)  # [K, T, F]
         moved = torch.baddbmm(rows, inner, self.down_weight)  # [K, T, H], rows added to every head
         # Two dimensions: on a strided [T, K, H] torch would copy the projection's weight once per row.
         logits = self.project(moved.transpose(0, 1).reshape(-1, self.hidden_size))  # [T K, V]
