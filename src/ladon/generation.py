@@ -7,14 +7,14 @@ assistant model.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ladon.config import AUTO_BUDGET, TREES, DecoderOptions
-from ladon.engine import Engine
+from ladon.engine import Engine, Row, Step
 from ladon.errors import InputError, LadonError, TreeError
 from ladon.fixed_tree import FixedTree
 from ladon.heads import Heads
@@ -182,6 +182,10 @@ class Decoder:
         mask = torch.ones_like(prompt)
         request = self._prepare(prompt, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, **options)
         return Trace(self._engine().run(request.rows), prompt.shape[1])
+
+    def decode(self, rows: Sequence[Row]) -> Iterator[Step]:
+        """Decode rows whose limits, stops and token ids the caller has checked; what comes is in the rows too."""
+        return self._engine().run(rows)
 
     def _prepare(self, input_ids: Tensor, **options: Any) -> Request:
         """What transformers makes of a call's options; its complaints about them become an `InputError`."""

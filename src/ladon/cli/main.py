@@ -16,6 +16,7 @@ import typer
 from ladon import __version__
 from ladon.cli.bench import bench
 from ladon.cli.demo import demo
+from ladon.cli.distill import distill
 from ladon.cli.generate import generate
 from ladon.cli.trace import trace
 from ladon.errors import LadonError
@@ -31,7 +32,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (demo, generate, bench, trace):
+for command in (demo, generate, bench, distill, trace):
     app.command()(command)
 
 

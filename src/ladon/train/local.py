@@ -1,0 +1,76 @@
+"""Answers from our own engine, in batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from ladon.engine import Row
+from ladon.errors import InputError
+from ladon.requests import end_ids
+from ladon.train.distill import Answer, Failure, Settings
+from ladon.train.prompts import Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from ladon.generation import Decoder
+
+
+class LocalModel:
+    """Answers with a decoder.
+
+    Attributes:
+        tokens: tokens emitted by decode steps so far.
+        row_steps: rows, summed over those steps; `tokens / row_steps` is the acceptance length.
+    """
+
+    def __init__(
+        self, decoder: Decoder, tokenizer: PreTrainedTokenizerBase, batch: int, context_limit: int | None
+    ) -> None:
+        """`batch` prompts are answered together; no sequence gets longer than `context_limit`."""
+        self._decoder, self._tokenizer = decoder, tokenizer
+        self._batch, self._context_limit = batch, context_limit
+        self._ends = end_ids(decoder.model.generation_config.eos_token_id)
+        self._vocab_size = decoder.model.get_input_embeddings().num_embeddings
+        self.tokens = self.row_steps = 0
+
+    def answers(self, prompts: Sequence[Prompt], settings: Settings) -> Iterator[list[Answer | Failure]]:
+        """Answers batch by batch, in order; prompts that leave no room for an answer fail."""
+        for prompt in prompts:
+            if max(prompt.token_ids) >= self._vocab_size:
+                raise InputError(
+                    f"prompt {prompt.id!r} holds token {max(prompt.token_ids)}, but the model has "
+                    f"{self._vocab_size}; encode the prompts with this model's tokenizer"
+                )
+        for start in range(0, len(prompts), self._batch):
+            yield self._answer(prompts[start : start + self._batch], settings)
+
+    def _answer(self, prompts: Sequence[Prompt], settings: Settings) -> list[Answer | Failure]:
+        """One batch."""
+        rows = {prompt.id: row for prompt in prompts if (row := self._row(prompt, settings)) is not None}
+        if rows:
+            for _ in self._decoder.decode(list(rows.values())):
+                pass
+            self.tokens += self._decoder.stats.tokens
+            self.row_steps += self._decoder.stats.row_steps
+        return [self._outcome(prompt, rows.get(prompt.id)) for prompt in prompts]
+
+    def _row(self, prompt: Prompt, settings: Settings) -> Row | None:
+        """The prompt for the engine; None if the context has no room for an answer."""
+        room = settings.max_new_tokens
+        if self._context_limit is not None:
+            room = min(room, self._context_limit - len(prompt.token_ids))
+        if room < 1:
+            return None
+        return Row(prompt=torch.tensor(prompt.token_ids), max_new_tokens=room, is_stop=self._ends.__contains__)
+
+    def _outcome(self, prompt: Prompt, row: Row | None) -> Answer | Failure:
+        if row is None:
+            detail = f"{len(prompt.token_ids)} tokens, the context holds {self._context_limit}"
+            return Failure(prompt=prompt, reason="prompt too long", detail=detail)
+        text = self._tokenizer.decode(row.tokens, skip_special_tokens=True)
+        finish = "stop" if row.tokens[-1] in self._ends else "length"
+        return Answer(prompt=prompt, token_ids=row.tokens, text=text, finish=finish)
