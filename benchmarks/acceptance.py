@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 
-from ladon.bench.environment import environment, load
 from ladon.bench.identity import compare
 from ladon.bench.repetition import Repetition
 from ladon.bench.report import finite
 from ladon.bench.systems import LadonSystem, merged
 from ladon.bench.workloads import demo_workload, prompt_ids
 from ladon.bundled import demo_fixed_tree, load_demo
+from ladon.environment import environment, load
 
 BUDGETS = (8, 16, 32, 64)
 

@@ -37,7 +37,7 @@ MODEL_SIDE = [
     "generation",
     "bundled",
 ]
-USER_SIDE = ["viz", "calibrate", "bench", "train", "cli"]
+USER_SIDE = ["environment", "viz", "calibrate", "bench", "train", "cli"]
 ORDER = CORE + MODEL_SIDE + USER_SIDE
 
 # What each side may import besides the standard library and ladon itself.

@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ladon.calibrate.ranks import answer_ranks, hit_rates
+from ladon.calibrate.ranks import hit_rates
+from ladon.calibrate.recording import record
 from ladon.fixed_tree import best_fixed_tree
 from ladon.heads import Heads
 
@@ -21,20 +22,17 @@ def calibrate(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, heads: Heads, prompts: list[str]
 ) -> dict[str, object]:
     """Hit rates over the prompts' greedy continuations and the best fixed tree of each size."""
-    ranks = []
-    for i, prompt in enumerate(prompts, start=1):
-        ids = torch.tensor(tokenizer.encode(prompt))
-        output = model.generate(
-            ids[None], attention_mask=torch.ones_like(ids[None]), max_new_tokens=NEW_TOKENS, do_sample=False
-        )[0]
-        ranks.append(answer_ranks(model, heads, ids, output[len(ids) :]))
-        if i % 10 == 0 or i == len(prompts):
-            print(f"calibrated on {i}/{len(prompts)} prompts", flush=True)
-    rates = hit_rates(torch.cat(ranks))
+    ids = [torch.tensor(tokenizer.encode(prompt)) for prompt in prompts]
+
+    def show(what: str, done: int, total: int) -> None:
+        print(f"calibrated on {done}/{total} prompts", flush=True)
+
+    trace = record(model, heads, ids, max_new_tokens=NEW_TOKENS, progress=show)
+    rates = hit_rates(trace.ranks(), trace.num_candidates)
     trees = {str(size): [list(path) for path in best_fixed_tree(rates, size).paths] for size in TREE_SIZES}
     return {
         "prompts": len(prompts),
-        "positions": sum(map(len, ranks)),
+        "positions": trace.num_positions,
         "hit_rates": rates,
         "trees": trees,
     }

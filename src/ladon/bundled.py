@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ladon.calibration import read_calibration
 from ladon.errors import InputError
 from ladon.fixed_tree import FixedTree, best_fixed_tree
 from ladon.heads import Heads, load_heads
@@ -56,7 +57,9 @@ def demo_fixed_tree(num_nodes: int) -> FixedTree:
     Raises:
         TreeError: `num_nodes` < 1.
     """
-    return best_fixed_tree(_read_json("fixed_trees.json")["hit_rates"], num_nodes)
+    calibration = read_calibration(demo_path() / "heads")
+    rates = _read_json("fixed_trees.json")["hit_rates"] if calibration is None else calibration.hit_rates
+    return best_fixed_tree(rates, num_nodes)
 
 
 def demo_prompts(count: int, split: str = "prompts") -> list[str]:

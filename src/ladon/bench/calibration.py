@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ladon.bench.systems import LadonSystem
 from ladon.bench.workloads import Question, prompt_ids
-from ladon.calibrate.ranks import answer_ranks, hit_rates
+from ladon.calibrate.ranks import hit_rates
+from ladon.calibrate.recording import record
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,11 +26,6 @@ def calibrate(
     progress: Callable[[str, int, int], None],
 ) -> list[list[float]]:
     """Hit rates over the model's own greedy answers to the first turn of each question."""
-    plain = LadonSystem(model, heads, mode="plain", budget=1)
-    ranks = []
-    for done, question in enumerate(questions, start=1):
-        ids = prompt_ids(tokenizer, question, [])
-        answer = plain.run([ids], max_new_tokens).outputs[0]
-        ranks.append(answer_ranks(model, heads, torch.tensor(ids), torch.tensor(answer)))
-        progress("calibrating the fixed tree", done, len(questions))
-    return hit_rates(torch.cat(ranks))
+    prompts = [torch.tensor(prompt_ids(tokenizer, question, [])) for question in questions]
+    trace = record(model, heads, prompts, max_new_tokens=max_new_tokens, progress=progress)
+    return hit_rates(trace.ranks(), trace.num_candidates)

@@ -178,10 +178,10 @@ def measure(
     """Run a benchmark; the JSON document, the findings, and a line that says what was measured where."""
     from dataclasses import asdict
 
-    from ladon.bench.environment import environment, is_busy, load
     from ladon.bench.report import baselines, results
     from ladon.bench.runner import run_bench
     from ladon.cli.loading import dtype_name
+    from ladon.environment import environment, is_busy, load
 
     before = load()
     if is_busy(before):

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ladon.bench.environment import cpu_flags
 from ladon.bundled import demo_path, load_demo
 from ladon.cli.options import DTYPES, shortened
+from ladon.environment import cpu_flags
 from ladon.errors import InputError
 from ladon.heads import load_heads
 

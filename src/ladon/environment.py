@@ -90,7 +90,7 @@ def ladon_version() -> str:
 
 def commit() -> str | None:
     """Commit of the checkout that this package is run from, with `+changes` if it was edited; None elsewhere."""
-    folder = Path(__file__).resolve().parents[3]
+    folder = Path(__file__).resolve().parents[2]
     if not (folder / ".git").exists():
         return None
     try:

@@ -1,0 +1,161 @@
+"""A recorded trace: at every position of a model's own answers, what its heads offered and what was then said.
+
+Shapes: P positions, R rows (answers), K depths (one per head), C candidates, G temperatures of the grid.
+
+All that `ladon calibrate` fits or simulates is computed from such a trace, without the model. Probabilities under any
+temperature need the full softmax's normaliser, which the candidates alone do not give: it is kept on a grid of
+temperatures, between which it is smooth.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ladon.errors import InputError
+
+FORMAT = "ladon-lattice-trace"
+VERSION = "1"
+GRID = tuple(2.0 ** (quarter / 4) for quarter in range(-8, 9))  # temperatures 1/4 to 4
+_TENSORS = ("tokens", "logits", "log_normalizers", "truth", "row_starts")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LatticeTrace:
+    """Positions of all rows, one row after the other; a row's positions are in the order of its answer.
+
+    A position is an answer token after which there is another one: the root of the tree that a decode step starting
+    there would verify.
+
+    Attributes:
+        tokens: each head's best candidates, [P, K, C] int32, best first.
+        logits: their logits as the head gave them, [P, K, C] float32.
+        log_normalizers: log of the sum over the head's vocabulary of exp((logit - greatest logit) / T), for each T of
+            `GRID`, [P, K, G] float32.
+        truth: the token that the model itself said k places after the root, [P, K] int32; -1 past the answer's end.
+        row_starts: first position of each row, and P at the end, [R + 1] int64.
+        heads: hash of the heads' weights (`Heads.weights_hash`).
+        about: what was recorded: model, dtype, prompts; JSON values.
+    """
+
+    tokens: Tensor
+    logits: Tensor
+    log_normalizers: Tensor
+    truth: Tensor
+    row_starts: Tensor
+    heads: str = ""
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def num_positions(self) -> int:
+        """P."""
+        return self.tokens.shape[0]
+
+    @property
+    def num_heads(self) -> int:
+        """K."""
+        return self.tokens.shape[1]
+
+    @property
+    def num_candidates(self) -> int:
+        """C."""
+        return self.tokens.shape[2]
+
+    @property
+    def num_rows(self) -> int:
+        """R."""
+        return len(self.row_starts) - 1
+
+    def ranks(self) -> Tensor:
+        """The rank that each head gives the truth, from 0: [P, K] int64; C if it is no candidate, -1 if not known."""
+        right = self.tokens == self.truth[:, :, None]
+        ranks = torch.where(right.any(-1), right.int().argmax(-1), self.num_candidates)
+        return ranks.masked_fill(self.truth < 0, -1)
+
+    def log_probs(self, depth: int, temperature: float = 1.0) -> Tensor:
+        """Log-probabilities of one head's candidates under the full softmax at a temperature.
+
+        Args:
+            depth: of the candidates, from 1.
+            temperature: by which the logits are divided. Between two temperatures of `GRID` the normaliser is that of
+                a cubic through the four nearest ones (within 0.001 for logits that spread over 30).
+
+        Returns:
+            [P, C] float32; NaN logits become -inf, as in `lattice.from_logits`.
+
+        Raises:
+            InputError: a temperature outside the grid.
+        """
+        if not GRID[0] <= temperature <= GRID[-1]:
+            raise InputError(
+                f"temperature {temperature!r} is outside what a trace holds; give {GRID[0]:g} to {GRID[-1]:g}"
+            )
+        normalizer = self.log_normalizers[:, depth - 1] @ _cubic_weights(temperature)
+        logits = self.logits[:, depth - 1] / temperature
+        log_probs = (logits - logits[:, :1] - normalizer[:, None]).clamp(max=0.0)
+        return log_probs.nan_to_num(nan=-torch.inf, neginf=-torch.inf)
+
+    def of_rows(self, rows: Sequence[int]) -> LatticeTrace:
+        """The trace of some rows, in the order given."""
+        starts = self.row_starts.tolist()
+        parts = [torch.arange(starts[row], starts[row + 1]) for row in rows]
+        index = torch.cat([torch.arange(0), *parts])
+        return LatticeTrace(
+            tokens=self.tokens[index],
+            logits=self.logits[index],
+            log_normalizers=self.log_normalizers[index],
+            truth=self.truth[index],
+            row_starts=torch.tensor([0, *map(len, parts)]).cumsum(0),
+            heads=self.heads,
+            about=self.about,
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file; whoever looks sees the old file or the new one."""
+        target = Path(path)
+        partial = target.with_name(f"{target.name}.partial")
+        about = {"format": FORMAT, "version": VERSION, "heads": self.heads, "about": json.dumps(dict(self.about))}
+        try:
+            save_file({name: getattr(self, name).contiguous() for name in _TENSORS}, partial, metadata=about)
+            partial.replace(target)
+        except (OSError, SafetensorError) as error:
+            partial.unlink(missing_ok=True)
+            raise InputError(f"cannot write the trace {target}: {error}; give another place") from error
+
+    @classmethod
+    def load(cls, path: str | Path) -> LatticeTrace:
+        """Read what `save` wrote.
+
+        Raises:
+            InputError: the file cannot be read, or is no trace of this version.
+        """
+        again = "record it again with `ladon calibrate --trace`"
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"cannot read the trace {path}: {error}; {again}") from error
+        if (metadata.get("format"), metadata.get("version")) != (FORMAT, VERSION) or tensors.keys() != set(_TENSORS):
+            raise InputError(f"{path} is no {FORMAT} file of version {VERSION}; {again}")
+        return cls(**tensors, heads=metadata["heads"], about=json.loads(metadata["about"]))
+
+
+def _cubic_weights(temperature: float) -> Tensor:
+    """What each temperature of the grid weighs in Lagrange's cubic in log T through the four nearest ones, [G]."""
+    at = math.log2(temperature / GRID[0]) / math.log2(GRID[1] / GRID[0])
+    first = min(max(math.floor(at) - 1, 0), len(GRID) - 4)
+    places = range(first, first + 4)
+    weights = torch.zeros(len(GRID))
+    for i in places:
+        weights[i] = math.prod((at - j) / (i - j) for j in places if j != i)
+    return weights

@@ -1,0 +1,158 @@
+"""Records a trace: the target decodes plainly, and at every token the heads say what they would have drafted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ladon.accept import Accepted
+from ladon.calibrate.lattice_trace import GRID, LatticeTrace
+from ladon.config import DecoderOptions
+from ladon.engine import Engine, Row
+from ladon.errors import InputError
+from ladon.heads import Heads
+from ladon.requests import end_ids
+from ladon.stats import DecodeStats, StageClock
+from ladon.target import Target
+from ladon.tree import TokenTree, root_tree
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def record(
+    model: PreTrainedModel,
+    heads: Heads,
+    prompts: Sequence[Tensor],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 16,
+    num_candidates: int = DecoderOptions().num_candidates,
+    about: Mapping[str, Any] | None = None,
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+) -> LatticeTrace:
+    """Let `model` answer the prompts greedily, one token per step, and note the heads' candidates at every step.
+
+    The hidden rows are those of decoding itself, so no text is read twice; logits over the vocabulary exist for one
+    step of one batch at a time.
+
+    Args:
+        model: the target.
+        heads: its heads.
+        prompts: 1-D token ids each, without padding.
+        max_new_tokens: tokens per answer at most; an end-of-sequence token ends one earlier.
+        batch_size: prompts decoded together.
+        num_candidates: C, candidates kept per head.
+        about: what the trace should say about itself.
+        progress: called with (what, prompts answered, prompts in all).
+
+    Raises:
+        InputError: a prompt is empty or fills the model's context.
+        UnsupportedModelError: the model cannot decode with Ladon.
+    """
+    heads.bind(model, force=True)
+    target = Target(model)
+    rows = [_row(index, prompt, max_new_tokens, target) for index, prompt in enumerate(prompts)]
+    recorders = []
+    for start in range(0, len(rows), batch_size):
+        batch = rows[start : start + batch_size]
+        recorders.append(_Recorder(heads, num_candidates))
+        clock = StageClock({}, enabled=False, device=target.device)
+        for _ in Engine(target, recorders[-1], budget=1, stats=DecodeStats(), clock=clock).run(batch):
+            pass
+        progress("recording the heads' guesses", start + len(batch), len(rows))
+    return _assemble(recorders, [row.tokens for row in rows], heads, about or {})
+
+
+class _Recorder:
+    """A proposer that drafts nothing, and keeps the candidates that heads would have drafted from."""
+
+    def __init__(self, heads: Heads, num_candidates: int) -> None:
+        self._heads, self._num_candidates = heads, min(num_candidates, heads.vocab_size)
+        self._rows = torch.arange(0)
+        self.steps: list[list[Tensor]] = []  # of each: rows, tokens, logits, log-normalisers
+
+    def join(self, prompts: Sequence[Tensor], hidden: Tensor) -> None:
+        """Rows are named by their place in the batch at the start."""
+        self._rows = torch.arange(len(prompts))
+
+    def propose(self, hidden: Tensor, root: Tensor, max_nodes: int) -> TokenTree:
+        """The root alone; the heads' candidates after it are noted."""
+        tables = candidate_tables(self._heads, hidden, root, self._num_candidates)
+        self.steps.append([self._rows, *(table.cpu() for table in tables)])
+        return root_tree(root)
+
+    def observe(self, accepted: Accepted, hidden: Tensor) -> None:
+        """Nothing to learn."""
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """The rows at these places stay."""
+        self._rows = self._rows[list(rows)]
+
+
+def candidate_tables(heads: Heads, hidden: Tensor, root: Tensor, num_candidates: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The heads' best candidates after each root, as `LatticeTrace` keeps them.
+
+    Args:
+        heads: bound to their model.
+        hidden: [B, H], as `Heads.draft` takes it.
+        root: [B] int64.
+        num_candidates: C.
+
+    Returns:
+        tokens [B, K, C] int32, logits [B, K, C] float32, log-normalisers [B, K, G] float32.
+    """
+    logits = heads.draft(hidden, root).float()
+    top, entries = logits.topk(min(num_candidates, logits.shape[-1]), dim=-1)
+    logits = logits - top[..., :1]
+    normalizers = torch.stack([(logits / temperature).exp().sum(-1).log() for temperature in GRID], dim=-1)
+    token_ids = heads.token_ids
+    return (entries if token_ids is None else token_ids[entries]).int(), top, normalizers
+
+
+def _row(index: int, prompt: Tensor, max_new_tokens: int, target: Target) -> Row:
+    if len(prompt) == 0:
+        raise InputError(f"prompt {index + 1} has no tokens; give some text to continue")
+    limit = target.context_limit
+    room = max_new_tokens if limit is None else min(max_new_tokens, limit - len(prompt))
+    if room < 1:
+        raise InputError(
+            f"prompt {index + 1} has {len(prompt)} tokens, the model's context limit is {limit}; shorten it"
+        )
+    ends = end_ids(target.model.generation_config.eos_token_id)
+    return Row(prompt=prompt, max_new_tokens=room, is_stop=ends.__contains__)
+
+
+def _assemble(
+    recorders: Sequence[_Recorder], answers: Sequence[Sequence[int]], heads: Heads, about: Mapping[str, Any]
+) -> LatticeTrace:
+    """Sort the steps by row and add what was said; a row's last token had nothing to follow it and is left out."""
+    tables: list[list[Tensor]] = [[], [], []]
+    for recorder in recorders:
+        rows = torch.cat([step[0] for step in recorder.steps])
+        order = rows.argsort(stable=True)
+        is_last = torch.ones_like(order, dtype=torch.bool)
+        is_last[:-1] = rows[order].diff() > 0
+        for part, table in enumerate(tables, start=1):
+            table.append(torch.cat([step[part] for step in recorder.steps])[order[~is_last]])
+    tokens, logits, normalizers = map(torch.cat, tables)
+    return LatticeTrace(
+        tokens=tokens,
+        logits=logits,
+        log_normalizers=normalizers,
+        truth=_following(answers, heads.num_heads),
+        row_starts=torch.tensor([0, *(len(answer) - 1 for answer in answers)]).cumsum(0),
+        heads=heads.weights_hash,
+        about=about,
+    )
+
+
+def _following(answers: Sequence[Sequence[int]], num_heads: int) -> Tensor:
+    """The `num_heads` tokens after each token but the last of every answer, [P, K] int32; -1 where there is none."""
+    padded = torch.tensor(list(chain.from_iterable([*answer, *[-1] * num_heads] for answer in answers)))
+    windows = padded.unfold(0, num_heads + 1, 1)
+    return windows[(windows[:, 0] >= 0) & (windows[:, 1] >= 0), 1:].int()

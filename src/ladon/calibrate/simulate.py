@@ -1,0 +1,161 @@
+"""The offline simulator: what any tree would have accepted on a recorded trace, without running the model.
+
+The answers of a lossless decoder do not depend on its trees, so one trace holds all that a step needs: the candidates
+at its root, and the tokens that the model says after it. Trees are grown by the same builders as in decoding, then each
+answer is walked from step to step.
+
+Shapes: P positions, K depths, C candidates, N nodes (root included).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from ladon.calibrate.lattice_trace import LatticeTrace
+from ladon.config import DecoderOptions
+from ladon.errors import TreeError
+from ladon.fixed_tree import FixedTree
+from ladon.lattice import Lattice
+from ladon.proposers import candidates_needed, tree_builder
+from ladon.tree import TokenTree
+
+_CHUNK = 2048  # positions whose trees exist at a time
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SimulatedRun:
+    """What decoding all answers of a trace with one kind of tree would have counted.
+
+    Attributes:
+        nodes: node slots verified per step and row, root included.
+        tokens: tokens emitted by decode steps.
+        row_steps: decode steps, over all rows.
+        accepted: per depth, share of the steps that emitted a draft of that depth, [K].
+    """
+
+    nodes: int
+    tokens: int
+    row_steps: int
+    accepted: tuple[float, ...]
+
+    @property
+    def acceptance_length(self) -> float:
+        """Tokens per row-step, as `DecodeStats` defines it; NaN without a step."""
+        return self.tokens / self.row_steps if self.row_steps else math.nan
+
+
+def simulate(
+    trace: LatticeTrace,
+    tree: str | FixedTree,
+    budget: int,
+    *,
+    temperatures: Sequence[float] | None = None,
+    num_candidates: int = DecoderOptions().num_candidates,
+) -> SimulatedRun:
+    """Decode all answers of `trace` with a tree, on paper; see `simulate_budgets`."""
+    return simulate_budgets(trace, tree, [budget], temperatures=temperatures, num_candidates=num_candidates)[0]
+
+
+def simulate_budgets(
+    trace: LatticeTrace,
+    tree: str | FixedTree,
+    budgets: Sequence[int],
+    *,
+    temperatures: Sequence[float] | None = None,
+    num_candidates: int = DecoderOptions().num_candidates,
+) -> list[SimulatedRun]:
+    """Decode all answers of `trace` with trees of several sizes.
+
+    Trees are grown once: the first n nodes of a tree are the tree of budget n.
+
+    Args:
+        trace: the recorded answers.
+        tree: "dynamic", "chain" or a `FixedTree`, as `Decoder` takes it.
+        budgets: nodes per step and row, root included.
+        temperatures: one per depth, [K], by which the heads' logits are divided; None leaves them.
+        num_candidates: candidates kept per head; at most as many as the trace has.
+
+    Returns:
+        A run for each budget. What a depth cap of the target (some models with long contexts) would cut is not cut.
+
+    Raises:
+        TreeError: an unknown tree, a budget below 1, more candidates than were recorded, or a fixed tree that the heads
+            or the candidates cannot fill.
+    """
+    if not budgets or min(budgets) < 1:
+        raise TreeError(f"budgets are {list(budgets)!r}; give numbers of nodes, 1 or more (the root is one of them)")
+    if not 1 <= num_candidates <= trace.num_candidates:
+        raise TreeError(f"num_candidates is {num_candidates}, but the trace holds 1 to {trace.num_candidates}")
+    if isinstance(tree, FixedTree):
+        tree.check_fits(trace.num_heads, num_candidates)
+    elif tree not in ("dynamic", "chain"):
+        raise TreeError(f'tree is {tree!r}; a trace can be decoded with "dynamic", "chain" or a ladon.FixedTree')
+    slots, largest = _true_slots(trace, tree, max(budgets), temperatures, num_candidates)
+    return [_walk(trace, (slots < budget).sum(1), min(budget, largest)) for budget in budgets]
+
+
+def _true_slots(
+    trace: LatticeTrace,
+    tree: str | FixedTree,
+    budget: int,
+    temperatures: Sequence[float] | None,
+    num_candidates: int,
+) -> tuple[Tensor, int]:
+    """Slot of the true node of each depth in each position's tree, [P, K], at least `budget` where there is none.
+
+    The second value is the number of node slots of the trees.
+    """
+    width = min(candidates_needed(tree, num_candidates, budget), trace.num_candidates)
+    depths = range(1, trace.num_heads + 1)
+    log_probs = torch.stack(
+        [trace.log_probs(k, 1.0 if temperatures is None else temperatures[k - 1])[:, :width] for k in depths], dim=1
+    )
+    build = tree_builder(tree)
+    slots, num_nodes = [torch.empty(0, trace.num_heads, dtype=torch.long)], min(budget, 1)
+    for start in range(0, trace.num_positions, _CHUNK):
+        part = slice(start, start + _CHUNK)
+        lattice = Lattice(tokens=trace.tokens[part, :, None, :width].long(), log_probs=log_probs[part, :, None])
+        truth = trace.truth[part].long()
+        grown = build(lattice, truth.new_zeros(len(truth)), budget)
+        slots.append(_follow(grown, truth, budget))
+        num_nodes = grown.num_nodes
+    return torch.cat(slots), num_nodes
+
+
+def _follow(tree: TokenTree, truth: Tensor, missing: int) -> Tensor:
+    """Slots of the nodes on the true path [P, K] of each tree; `missing` from the first depth that has none."""
+    slots = torch.full_like(truth, missing)
+    parent = torch.zeros_like(truth[:, :1])
+    for depth in range(min(tree.max_depth, truth.shape[1])):
+        right = (tree.parents == parent) & (tree.tokens == truth[:, depth : depth + 1]) & (tree.log_probs > -torch.inf)
+        right[:, 0] = False  # the root is no draft
+        found, place = right.max(1)
+        slots[:, depth] = torch.where(found, place, missing)
+        parent = torch.where(found, place, -2)[:, None]  # no node has the parent -2
+    return slots
+
+
+def _walk(trace: LatticeTrace, accepted: Tensor, nodes: int) -> SimulatedRun:
+    """Jump through every answer: each step emits what was accepted and the bonus token, up to the answer's end."""
+    counts, starts = (accepted + 1).tolist(), trace.row_starts.tolist()
+    emitted_by_step = []
+    for start, end in pairwise(starts):
+        position = start
+        while position < end:
+            emitted = min(counts[position], end - position)
+            emitted_by_step.append(emitted)
+            position += emitted
+    emitted_counts = torch.tensor(emitted_by_step)
+    steps = len(emitted_by_step)
+    return SimulatedRun(
+        nodes=nodes,
+        tokens=sum(emitted_by_step),
+        row_steps=steps,
+        accepted=tuple(int((emitted_counts > k).sum()) / max(steps, 1) for k in range(1, trace.num_heads + 1)),
+    )

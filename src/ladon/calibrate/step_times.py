@@ -1,0 +1,136 @@
+"""What a decode step costs on this machine, by the number of nodes it verifies."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ladon import sampling
+from ladon.accept import longest_match
+from ladon.config import DecoderOptions
+from ladon.engine import to_host
+from ladon.errors import InputError
+from ladon.heads import Heads
+from ladon.proposers import HeadsProposer, tree_builder
+from ladon.stats import StageClock
+from ladon.target import Target
+from ladon.tree import TokenTree
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+NODES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
+_LEAST_ROUNDS, _MOST_ROUNDS = 3, 25
+_SECONDS = 10.0  # no further round starts after so long
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepTimes:
+    """Times of decode steps of one batch size at one context length.
+
+    Attributes:
+        batch: rows decoded together.
+        context: tokens in the cache of each row.
+        nodes: node slots verified per row, root included, ascending from 1.
+        ms: milliseconds of a step of so many nodes, medians.
+        rounds: how often each was measured.
+    """
+
+    batch: int
+    context: int
+    nodes: tuple[int, ...]
+    ms: tuple[float, ...]
+    rounds: int
+
+    @property
+    def relative(self) -> tuple[float, ...]:
+        """Times as multiples of plain decoding's."""
+        return tuple(time / self.ms[0] for time in self.ms)
+
+
+def measure_step_times(
+    model: PreTrainedModel,
+    heads: Heads,
+    context: Tensor,
+    *,
+    nodes: Sequence[int] = NODES,
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+) -> StepTimes:
+    """Time whole decode steps: verify, pick, accept, commit, draft the next tree, and the transfer to the host.
+
+    All sizes take turns, in rising and falling order alternately, because machines change speed while one measures.
+    After each step the cache is set back, so that every step has the same context. A step of one node is plain
+    decoding, without heads.
+
+    Args:
+        model: the target.
+        heads: its heads.
+        context: what is in the cache, [T] token ids; cut to leave room for the deepest tree.
+        nodes: sizes to measure, root included; 1 is added, and sizes that the heads cannot fill are left out.
+        progress: called with (what, rounds done, rounds in all at most).
+
+    Raises:
+        InputError: an empty context, or one that leaves no room in the model's context.
+    """
+    target = Target(model)
+    if target.context_limit is not None:
+        context = context[: target.context_limit - heads.num_heads - 1]
+    if len(context) == 0:
+        raise InputError("no context to time steps at; give a prompt of at least one token")
+    steps = _Steps(target, heads.bind(model, force=True), context)
+    trees = [tree for size in sorted({1, *nodes}) if (tree := steps.draft(size)).num_nodes == size]
+    for tree in trees:
+        steps.run(tree)  # first steps of a size compile masks, grow buffers and warm caches
+    seconds: list[list[float]] = [[] for _ in trees]
+    started, rounds = time.perf_counter(), 0
+    while rounds < _LEAST_ROUNDS or (rounds < _MOST_ROUNDS and time.perf_counter() - started < _SECONDS):
+        for place in range(len(trees)) if rounds % 2 == 0 else reversed(range(len(trees))):
+            seconds[place].append(steps.run(trees[place]))
+        rounds += 1
+        progress("timing decode steps", rounds, _MOST_ROUNDS)
+    return StepTimes(
+        batch=1,
+        context=len(context),
+        nodes=tuple(tree.num_nodes for tree in trees),
+        ms=tuple(round(1e3 * median(times), 4) for times in seconds),
+        rounds=rounds,
+    )
+
+
+class _Steps:
+    """Decode steps that all start from one context."""
+
+    @torch.no_grad()
+    def __init__(self, target: Target, heads: Heads, context: Tensor) -> None:
+        self._target = target
+        clock = StageClock({}, enabled=False, device=target.device)
+        build = tree_builder("dynamic" if target.supports_trees else "chain")
+        self._proposer = HeadsProposer(heads, build, DecoderOptions().num_candidates, clock)
+        self._cache, self._length = target.new_cache(1), len(context)
+        hidden, logits = target.prefill([context], self._cache)
+        self._hidden, self._root = hidden, sampling.pick(logits)
+
+    @torch.no_grad()
+    def draft(self, num_nodes: int) -> TokenTree:
+        """The tree of a size after the context."""
+        return self._proposer.propose(self._hidden, self._root, num_nodes)
+
+    @torch.no_grad()
+    def run(self, tree: TokenTree) -> float:
+        """Seconds of one step, as `Engine` does it."""
+        started = time.perf_counter()
+        out = self._target.verify(tree, self._cache)
+        accepted = longest_match(out.tree, sampling.pick(out.logits), out.ancestors)
+        self._cache.commit(accepted.path, accepted.count)
+        hidden = out.hidden[torch.arange(1, device=accepted.last.device), accepted.last]
+        self._proposer.propose(hidden, accepted.bonus, tree.num_nodes)
+        to_host(torch.cat([accepted.count[:, None], accepted.tokens], dim=1))
+        seconds = time.perf_counter() - started
+        self._cache.set_lengths([self._length])
+        return seconds
