@@ -16,8 +16,9 @@ from torch import Tensor
 from ladon import sampling
 from ladon.accept import Accepted, longest_match
 from ladon.proposers import Proposer
+from ladon.sampling import Sampler
 from ladon.stats import DecodeStats, StageClock
-from ladon.target import Target
+from ladon.target import Target, VerifyOutput
 from ladon.tree import TokenTree, ancestor_mask, node_depths
 
 
@@ -92,9 +93,9 @@ class Engine:
         self._stats = stats
         self._clock = clock
 
-    def run(self, rows: Sequence[Row]) -> Iterator[Step]:
-        """Decode until every row has ended; the first step carries the prefill's tokens."""
-        self._rows = list(rows)
+    def run(self, rows: Sequence[Row], sampler: Sampler | None = None) -> Iterator[Step]:
+        """Decode until every row has ended; the first step carries the prefill's tokens. Greedy without a sampler."""
+        self._rows, self._sampler = list(rows), sampler
         tree, step = self._start()
         yield step
         while self._rows:
@@ -108,7 +109,7 @@ class Engine:
         self._cache = self._target.new_cache(len(prompts))  # tests the model, which is no part of the prefill
         started = time.perf_counter()
         hidden, logits = self._target.prefill(prompts, self._cache)
-        root = sampling.pick(logits)
+        root = self._picks(logits[:, None], self._cache.lengths)[:, 0]
         self._proposer.join(prompts, hidden)
         with self._clock.paused():
             tree = self._proposer.propose(hidden, root, self._budget)
@@ -126,7 +127,7 @@ class Engine:
         with clock.stage("verify"), clock.forward_of(self._target.model, "forward"):
             out = self._target.verify(tree, self._cache)
         with clock.stage("pick"):
-            picks = sampling.pick(out.logits)
+            picks = self._picks(out.logits, self._cache.lengths, out)
         with clock.stage("accept"):
             accepted = longest_match(out.tree, picks, out.ancestors)
         with clock.stage("commit"):
@@ -144,6 +145,14 @@ class Engine:
         next_tree = self._without_finished(next_tree)
         self._stats.decode_seconds += time.perf_counter() - started
         return next_tree, step
+
+    def _picks(self, logits: Tensor, lengths: Tensor, out: VerifyOutput | None = None) -> Tensor:
+        """What the target says after each node of `out`, [B, N], or after the prompts; rows have `lengths` [B]."""
+        if self._sampler is None:
+            return sampling.pick(logits)
+        if out is None:
+            return self._sampler.pick(logits, lengths, torch.zeros_like(lengths)[:, None], 0)
+        return self._sampler.pick(logits, lengths + 1, node_depths(out.ancestors), out.tree.max_depth)
 
     def _within_limits(self, tree: TokenTree) -> TokenTree:
         """Drop nodes that no row may emit any more, or that the target could not verify exactly at this length."""
@@ -183,4 +192,5 @@ class Engine:
         if kept:
             self._cache.keep_rows(kept)
             self._proposer.keep(kept)
+            self._sampler = None if self._sampler is None else self._sampler.rows(kept)
         return tree.rows(kept)

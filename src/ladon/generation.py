@@ -30,6 +30,7 @@ from ladon.requests import (
     refuse_cache,
     refuse_unsupported,
 )
+from ladon.sampling import Sampler
 from ladon.stats import DecodeStats, StageClock
 from ladon.stopping import stop_string_rule
 from ladon.target import Target
@@ -183,9 +184,9 @@ class Decoder:
         request = self._prepare(prompt, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, **options)
         return Trace(self._engine().run(request.rows), prompt.shape[1])
 
-    def decode(self, rows: Sequence[Row]) -> Iterator[Step]:
+    def decode(self, rows: Sequence[Row], sampler: Sampler | None = None) -> Iterator[Step]:
         """Decode rows whose limits, stops and token ids the caller has checked; what comes is in the rows too."""
-        return self._engine().run(rows)
+        return self._engine().run(rows, sampler)
 
     def _prepare(self, input_ids: Tensor, **options: Any) -> Request:
         """What transformers makes of a call's options; its complaints about them become an `InputError`."""

@@ -13,6 +13,7 @@ from typing import Protocol
 
 from ladon.bench.repetition import Repetition
 from ladon.errors import InputError
+from ladon.sampling import check_settings, mix
 from ladon.train.prompts import Prompt
 from ladon.train.rows import DistilledRow, read_distilled, repair
 
@@ -39,6 +40,10 @@ class Settings:
     top_k: int = 0
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        """Raise `InputError` for a temperature, top_k or top_p that cannot be used."""
+        check_settings(self.temperature, self.top_k, self.top_p)
+
     @property
     def sampling(self) -> dict[str, float | int]:
         """As each row records it."""
@@ -51,7 +56,7 @@ class Settings:
 
     def seed_of(self, prompt: Prompt) -> int | None:
         """The seed of one row's noise; None if there is no noise."""
-        return None
+        return mix(self.seed, prompt.index) if self.temperature > 0 else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

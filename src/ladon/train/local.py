@@ -10,6 +10,7 @@ import torch
 from ladon.engine import Row
 from ladon.errors import InputError
 from ladon.requests import end_ids
+from ladon.sampling import Sampler
 from ladon.train.distill import Answer, Failure, Settings
 from ladon.train.prompts import Prompt
 
@@ -52,11 +53,23 @@ class LocalModel:
         """One batch."""
         rows = {prompt.id: row for prompt in prompts if (row := self._row(prompt, settings)) is not None}
         if rows:
-            for _ in self._decoder.decode(list(rows.values())):
+            for _ in self._decoder.decode(list(rows.values()), self._sampler(prompts, rows, settings)):
                 pass
             self.tokens += self._decoder.stats.tokens
             self.row_steps += self._decoder.stats.row_steps
         return [self._outcome(prompt, rows.get(prompt.id)) for prompt in prompts]
+
+    def _sampler(self, prompts: Sequence[Prompt], rows: dict[str, Row], settings: Settings) -> Sampler | None:
+        """The noise of these rows; None for greedy decoding."""
+        seeds = [seed for prompt in prompts if prompt.id in rows and (seed := settings.seed_of(prompt)) is not None]
+        if not seeds:
+            return None
+        return Sampler(
+            temperature=settings.temperature,
+            top_k=settings.top_k,
+            top_p=settings.top_p,
+            seeds=torch.tensor(seeds, device=self._decoder.model.device),
+        )
 
     def _row(self, prompt: Prompt, settings: Settings) -> Row | None:
         """The prompt for the engine; None if the context has no room for an answer."""
