@@ -19,6 +19,7 @@ from ladon.cli.demo import demo
 from ladon.cli.distill import distill
 from ladon.cli.generate import generate
 from ladon.cli.trace import trace
+from ladon.cli.train import train
 from ladon.errors import LadonError
 
 _USAGE = 2
@@ -32,7 +33,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (demo, generate, bench, distill, trace):
+for command in (demo, generate, bench, distill, train, trace):
     app.command()(command)
 
 

@@ -1,0 +1,120 @@
+"""How `ladon train` trains: the one home of its default values, whose docs are the command's help."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from ladon.errors import InputError
+
+REPORT_SHARES = (0.01, 0.1, 1.0)  # of the training, after which the held-out rows are looked at
+LEARNING_RATES = {"adamw": 1e-3, "muon": 1e-2}
+# What a resumed run may change: nothing of it reaches the weights.
+_FREE = {"save_every", "eval_every", "log_every", "report_to", "resume"}
+
+
+def _setting(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """How heads are trained. The field docs are the help of the command line."""
+
+    num_heads: int = _setting(4, "tokens guessed beyond the model's own next one")
+    family: str = _setting("shared", "head family: shared, medusa or lowrank, among others")
+    family_options: tuple[tuple[str, int | str], ...] = _setting((), "a setting of the family; may be repeated")
+    init_heads: str | None = _setting(None, "folder of heads to go on from, instead of new ones")
+    labels: str = _setting(
+        "text",
+        "what is learned: text (the tokens of the rows) or target (the model's own probabilities at their places)",
+    )
+    decay: float = _setting(0.8, "head k's loss counts decay to the power of k")
+
+    steps: int | None = _setting(None, "updates; the length of the training if given, instead of --epochs")
+    epochs: float = _setting(1.0, "how often each row is seen")
+    batch_size: int = _setting(8, "packed rows per process and forward")
+    accumulation: int = _setting(1, "forwards per update")
+    length: int = _setting(1024, "tokens per packed row; longer documents are cut; at most what the model can read")
+    packing: str = _setting("auto", "documents share rows: on, off, or auto (if the model keeps them apart)")
+    optimizer: str = _setting("adamw", "adamw or muon")
+    learning_rate: float | None = _setting(
+        None, "of the heads, at its peak; " + ", ".join(f"{rate:g} for {name}" for name, rate in LEARNING_RATES.items())
+    )
+    weight_decay: float = _setting(0.0, "decoupled weight decay")
+    schedule: str = _setting("cosine", "of the learning rate after the warm-up: cosine, linear or constant")
+    warmup: float = _setting(0.05, "share of the updates over which the learning rate rises")
+    clip: float = _setting(1.0, "largest norm of the gradient; 0 does not clip")
+    precision: str = _setting("auto", "of the products: bf16, fp32, or auto (bf16 where the device has it)")
+    chunk_rows: int = _setting(0, "positions whose logits of all heads are in memory together; 0: 64 MiB of them")
+
+    joint: str = _setting("off", "train the model too (MEDUSA-2): off, full or lora")
+    heads_warmup_steps: int = _setting(0, "updates of the heads alone before the model joins")
+    base_learning_rate: float | None = _setting(None, "of the model; the heads' divided by --base-divisor if left out")
+    base_divisor: float = _setting(4.0, "how many times the heads' learning rate is the model's")
+    base_loss: str = _setting("text", "of the model: text (its cross-entropy) or distill (KL to the original model)")
+    heads_weight: float = _setting(0.2, "weight of the heads' loss beside the model's")
+    heads_ramp: str = _setting("none", "how that weight comes in: none or sine (a quarter sine over the training)")
+    lora_rank: int = _setting(32, "rank of the adapters")
+    lora_alpha: float = _setting(16.0, "scale of the adapters, times their rank")
+    lora_dropout: float = _setting(0.05, "dropout of the adapters")
+    early_exit: int | None = _setting(None, "also train an early-exit head after this layer, counted from 1")
+
+    held_out: str = _setting("0.02", "rows for the reports: a share of the rows, or a file")
+    eval_every: int = _setting(0, "updates between further reports; 0: none beside those at 1, 10 and 100 %")
+    save_every: int = _setting(500, "updates between checkpoints")
+    log_every: int = _setting(20, "updates between lines about the loss")
+    report_to: str = _setting("none", "none, tensorboard or wandb")
+    seed: int = _setting(0, "decides start values and the order of the rows")
+    resume: bool = _setting(True, "go on from the checkpoint in OUT if there is one")
+
+    def __post_init__(self) -> None:
+        """Raise `InputError` for a value that no training can have."""
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise InputError(f"{name} is {getattr(self, name)!r}; give {', '.join(allowed)}")
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if value is not None and not value >= least:
+                raise InputError(f"{name} is {value}; give {least} or more")
+        for name in ("epochs", "decay", "learning_rate", "base_learning_rate", "base_divisor"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise InputError(f"{name} is {value}; give a number above 0")
+        if self.warmup >= 1:
+            raise InputError(f"warmup is {self.warmup}; give a share of the updates, below 1")
+
+    @property
+    def heads_rate(self) -> float:
+        """Peak learning rate of the heads."""
+        return LEARNING_RATES[self.optimizer] if self.learning_rate is None else self.learning_rate
+
+    @property
+    def base_rate(self) -> float:
+        """Peak learning rate of the model."""
+        return self.heads_rate / self.base_divisor if self.base_learning_rate is None else self.base_learning_rate
+
+    def binding(self) -> dict[str, Any]:
+        """The settings that a resumed run must share, as JSON values."""
+        values = {name: value for name, value in asdict(self).items() if name not in _FREE}
+        return values | {"family_options": dict(self.family_options)}
+
+
+_CHOICES = {
+    "labels": ("text", "target"),
+    "packing": ("auto", "on", "off"),
+    "optimizer": tuple(LEARNING_RATES),
+    "schedule": ("cosine", "linear", "constant"),
+    "precision": ("auto", "bf16", "fp32"),
+    "joint": ("off", "full", "lora"),
+    "base_loss": ("text", "distill"),
+    "heads_ramp": ("none", "sine"),
+    "report_to": ("none", "tensorboard", "wandb"),
+}
+_LEAST: dict[str, float] = {
+    **dict.fromkeys(("num_heads", "steps", "batch_size", "accumulation", "save_every", "log_every", "lora_rank"), 1),
+    **dict.fromkeys(("weight_decay", "warmup", "clip", "chunk_rows", "heads_warmup_steps", "heads_weight"), 0),
+    **dict.fromkeys(("lora_dropout", "eval_every", "seed"), 0),
+    "early_exit": 1,
+    "length": 3,  # one token that is read, the next, and the one that head 1 guesses
+}

@@ -1,0 +1,234 @@
+"""The loss of all heads without the logits of all positions.
+
+Logits [T, K, V] of a long text would take gigabytes (V = 128k, T = 2048, K = 5: 5.4 GB in float32, and as much for
+their gradient). Here positions go through the heads in chunks, and each chunk's gradients are taken at once: what is
+kept are gradients of the size of the parameters and of the hidden rows. To the outside it is one scalar with an
+ordinary backward, so gradient accumulation, clipping and data parallelism know nothing of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+CHUNK_BYTES = 64 * 2**20  # of one chunk's logits, all heads, in float32
+_FEWEST_ROWS = 16
+_LOG_ZERO = -1e30  # for the logarithm of 0, so that 0 log 0 is 0
+
+
+class Labels(Protocol):
+    """What is to be said at some rows."""
+
+    def of(self, rows: Tensor) -> Callable[[Tensor, int], Tensor]:
+        """The labels of a chunk of rows.
+
+        Args:
+            rows: [c], which of the rows.
+
+        Returns:
+            A function that takes log-probabilities [c, D] of head k and k, from 0. It returns the losses [c] in nats
+            and turns the log-probabilities, in place, into the losses' gradient by the logits.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class TokenLabels:
+    """One token per row and head.
+
+    Attributes:
+        tokens: [R, K] int64, places in the heads' vocabulary.
+    """
+
+    tokens: Tensor
+
+    def of(self, rows: Tensor) -> Callable[[Tensor, int], Tensor]:
+        """See `Labels`."""
+        tokens = self.tokens[rows]
+
+        def judge(log_probs: Tensor, head: int) -> Tensor:
+            said = tokens[:, head, None]
+            losses = -log_probs.gather(1, said)[:, 0]
+            log_probs.exp_().scatter_add_(1, said, log_probs.new_full(said.shape, -1.0))
+            return losses
+
+        return judge
+
+
+@dataclass(frozen=True)
+class SoftLabels:
+    """The probabilities of another model, or of the target itself at the place that a head guesses.
+
+    The losses are Kullback-Leibler divergences: zero where nothing is left to learn.
+
+    Attributes:
+        logits_of: hidden rows [n, H] to logits [n, V].
+        hidden: [P, H], what goes into it.
+        places: [R, K] int64, the row of `hidden` for each row and head.
+        token_ids: [D], the heads' own vocabulary, to which the probabilities are restricted; None: all of it.
+    """
+
+    logits_of: Callable[[Tensor], Tensor]
+    hidden: Tensor
+    places: Tensor
+    token_ids: Tensor | None = None
+
+    @torch.no_grad()
+    def of(self, rows: Tensor) -> Callable[[Tensor, int], Tensor]:
+        """See `Labels`."""
+        places, which = self.places[rows].unique(return_inverse=True)  # each place once, whichever heads guess it
+        logits = self.logits_of(self.hidden[places])
+        if self.token_ids is not None:
+            logits = logits[:, self.token_ids]
+        said = logits.to(_wide(logits.dtype)).log_softmax(-1)
+        probs = said.exp()
+        negative_entropy = (probs * said.clamp(min=_LOG_ZERO)).sum(-1)
+        del said
+
+        def judge(log_probs: Tensor, head: int) -> Tensor:
+            own = probs[which[:, head]]
+            losses = negative_entropy[which[:, head]] - (own * log_probs.clamp(min=_LOG_ZERO)).sum(-1)
+            log_probs.exp_().sub_(own)
+            return losses
+
+        return judge
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a loss came to.
+
+    Attributes:
+        loss: scalar, differentiable.
+        sums: [K], each head's losses in nats, summed over its learned positions.
+        skipped: scalar int64, rows left out because something in them was not finite.
+    """
+
+    loss: Tensor
+    sums: Tensor
+    skipped: Tensor
+
+
+def chunked_loss(
+    logits_of: Callable[[Tensor, Tensor], Tensor],
+    hidden: Tensor,
+    labels: Labels,
+    weights: Tensor,
+    parameters: Sequence[nn.Parameter],
+    chunk_rows: int,
+) -> Outcome:
+    """The weighted sum of the losses of all rows and heads.
+
+    Args:
+        logits_of: hidden rows [c, H] and their places [c] to logits [c, K, D].
+        hidden: [R, H]; gets a gradient if it wants one.
+        labels: what is to be said.
+        weights: [R, K] float, of each loss; 0 where nothing is learned.
+        parameters: what `logits_of` uses and is trained.
+        chunk_rows: rows that are in memory together.
+
+    Rows whose loss is not finite are skipped and counted, as if their weight were 0.
+    """
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    job = _Job(logits_of, labels, weights, trained, chunk_rows, torch.is_grad_enabled())
+    loss, sums, skipped = _ChunkedLoss.apply(job, hidden, *trained)  # type: ignore[no-untyped-call]
+    return Outcome(loss, sums, skipped)
+
+
+def rows_per_chunk(num_heads: int, vocab_size: int, chunk_rows: int = 0) -> int:
+    """`chunk_rows`, or as many rows as have float32 logits of all heads in `CHUNK_BYTES`."""
+    return chunk_rows or max(_FEWEST_ROWS, CHUNK_BYTES // (4 * num_heads * vocab_size))
+
+
+@dataclass(frozen=True)
+class _Job:
+    """The loss of some rows, and its gradients."""
+
+    logits_of: Callable[[Tensor, Tensor], Tensor]
+    labels: Labels
+    weights: Tensor
+    parameters: Sequence[nn.Parameter]
+    chunk_rows: int
+    with_gradients: bool
+
+    def run(self, hidden: Tensor, with_hidden: bool) -> tuple[Tensor, Tensor, Tensor, _Gradients]:
+        """Loss, sums, skipped rows, gradients of `hidden` [R, H] and of the parameters."""
+        sums = torch.zeros(self.weights.shape[1], dtype=self.weights.dtype, device=hidden.device)
+        loss, skipped = sums.new_zeros(()), torch.zeros((), dtype=torch.int64, device=hidden.device)
+        gradients = _Gradients(
+            torch.zeros_like(hidden) if with_hidden else None, [torch.zeros_like(p) for p in self.parameters]
+        )
+        for rows in torch.arange(len(hidden), device=hidden.device).split(self.chunk_rows):
+            if not len(rows):
+                continue
+            losses, logits, slopes, inputs = self._forward(hidden, rows, with_hidden)
+            finite = torch.isfinite(losses).all(-1)
+            if not finite.all():
+                skipped += (~finite).sum()
+                if not finite.any():
+                    continue
+                rows = rows[finite]
+                losses, logits, slopes, inputs = self._forward(hidden, rows, with_hidden)
+            loss += (losses * self.weights[rows]).sum()
+            sums += (losses * (self.weights[rows] > 0)).sum(0)
+            if self.with_gradients:
+                gradients.add(rows, logits, slopes, inputs, self.parameters)
+        return loss, sums, skipped, gradients
+
+    def _forward(self, hidden: Tensor, rows: Tensor, with_hidden: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Losses [c, K], logits [c, K, D] with their graph, the gradient by them, and the graph's input [c, H]."""
+        inputs = hidden[rows].requires_grad_(with_hidden)
+        with torch.set_grad_enabled(self.with_gradients):
+            logits = self.logits_of(inputs, rows)
+        weights, judge = self.weights[rows], self.labels.of(rows)
+        losses, slopes = torch.empty_like(weights), torch.empty_like(logits, requires_grad=False)
+        for head in range(weights.shape[1]):
+            # One head after another, so that only one has its probabilities in full precision.
+            own = logits.detach()[:, head]
+            log_probs = own.to(_wide(own.dtype)).log_softmax(-1)
+            unlearned = weights[:, head] == 0
+            losses[:, head] = judge(log_probs, head).masked_fill(unlearned, 0.0)
+            slopes[:, head] = log_probs.mul_(weights[:, head, None]).masked_fill_(unlearned[:, None], 0.0)
+        return losses, logits, slopes, inputs
+
+
+@dataclass
+class _Gradients:
+    hidden: Tensor | None
+    parameters: list[Tensor]
+
+    def add(
+        self, rows: Tensor, logits: Tensor, slopes: Tensor, inputs: Tensor, parameters: Sequence[nn.Parameter]
+    ) -> None:
+        """Add a chunk's."""
+        wanted = [*([inputs] if self.hidden is not None else []), *parameters]
+        found = list(torch.autograd.grad(logits, wanted, slopes, allow_unused=True))
+        if self.hidden is not None:
+            self.hidden[rows] = found.pop(0)
+        for total, part in zip(self.parameters, found, strict=True):
+            if part is not None:
+                total += part
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, job: _Job, hidden: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        with_hidden = bool(ctx.needs_input_grad[1]) and job.with_gradients
+        loss, sums, skipped, ctx.gradients = job.run(hidden.detach(), with_hidden)
+        ctx.mark_non_differentiable(sums, skipped)
+        return loss, sums, skipped
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = ctx.gradients
+        ctx.gradients = None  # scaled in place: they are good for one backward
+        hidden = None if gradients.hidden is None else gradients.hidden.mul_(slope)
+        return (None, hidden, *(total.mul_(slope) for total in gradients.parameters))
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
