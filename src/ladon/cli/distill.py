@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -14,15 +15,23 @@ from typer import Argument, Exit, Option
 from ladon.cli import options
 from ladon.cli.output import check_writable, print_json, progress_bar, say
 from ladon.config import DecoderOptions, DistillOptions, help_of
+from ladon.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from ladon.cli.loading import Loaded
     from ladon.train.distill import Answer, Report
 
 _DEFAULTS, _DRAFTING = DistillOptions(), DecoderOptions()
 _SOME_FAILED = 1
-_LOG_SECONDS = 30.0  # between lines of progress where standard error is no terminal
+_LINE_SECONDS = 30.0  # between lines of progress where standard error is no terminal
+# What a checkpoint's generation config may ask for that changes which tokens come; answers are written without it.
+_NOT_APPLIED = (
+    "repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens",
+    "forced_bos_token_id", "forced_eos_token_id", "min_p", "typical_p", "sequence_bias",
+)  # fmt: skip
+_NEUTRAL = (None, 0, 1, 1.0)
 
 
 def _help(name: str) -> str:
@@ -35,12 +44,32 @@ _PromptsArgument = Annotated[
 _OutOption = Annotated[Path, Option("--out", metavar="FILE", help="JSONL file that the answers are appended to.")]
 _BatchOption = Annotated[int, Option("--batch", metavar="N", min=1, help=_help("batch"))]
 _NewTokensOption = Annotated[int, Option("--max-new-tokens", metavar="N", min=1, help=_help("max_new_tokens"))]
+_TemperatureOption = Annotated[float, Option("--temperature", metavar="T", help=_help("temperature"))]
+_TopPOption = Annotated[float, Option("--top-p", metavar="P", help=_help("top_p"))]
+_TopKOption = Annotated[int, Option("--top-k", metavar="K", help=_help("top_k"))]
+_SeedOption = Annotated[int, Option("--seed", metavar="S", help=_help("seed"))]
 _SystemOption = Annotated[str | None, Option("--system", metavar="TEXT", help="System message of every chat.")]
 _FieldOption = Annotated[
     str | None, Option("--field", metavar="NAME", help="Field of the prompts, if it is not one of the usual ones.")
 ]
 _LimitOption = Annotated[int | None, Option("--limit", metavar="N", min=1, help="Take the first N rows only.")]
 _SplitOption = Annotated[str, Option("--split", metavar="NAME", help="Split of a data set from the hub.")]
+_EndpointOption = Annotated[
+    str | None,
+    Option(
+        "--endpoint",
+        metavar="URL",
+        help="Let an OpenAI-compatible server answer, such as http://localhost:8000/v1; --model then names the "
+        "tokenizer alone.",
+    ),
+]
+_ConcurrencyOption = Annotated[int, Option("--concurrency", metavar="N", min=1, help=_help("concurrency"))]
+_KeyOption = Annotated[
+    str | None, Option("--api-key-env", metavar="NAME", help="Environment variable that holds the endpoint's key.")
+]
+_EndpointModelOption = Annotated[
+    str | None, Option("--endpoint-model", metavar="NAME", help="The model's name there; that of --model if left out.")
+]
 
 
 def distill(
@@ -50,10 +79,18 @@ def distill(
     heads: options.HeadsOption = None,
     batch: _BatchOption = _DEFAULTS.batch,
     max_new_tokens: _NewTokensOption = _DEFAULTS.max_new_tokens,
+    temperature: _TemperatureOption = _DEFAULTS.temperature,
+    top_p: _TopPOption = _DEFAULTS.top_p,
+    top_k: _TopKOption = _DEFAULTS.top_k,
+    seed: _SeedOption = _DEFAULTS.seed,
     system: _SystemOption = None,
     field: _FieldOption = None,
     limit: _LimitOption = None,
     split: _SplitOption = "train",
+    endpoint: _EndpointOption = None,
+    concurrency: _ConcurrencyOption = _DEFAULTS.concurrency,
+    api_key_env: _KeyOption = None,
+    endpoint_model: _EndpointModelOption = None,
     tree: options.TreeOption = _DRAFTING.tree,
     budget: options.BudgetOption = str(_DRAFTING.budget),
     dtype: options.DtypeOption = "auto",
@@ -64,40 +101,53 @@ def distill(
 ) -> None:
     """Let the model answer prompts, one row of training data each.
 
-    The file only grows. After a kill, the same command goes on where it stopped.
+    Rows of PROMPTS hold prompt (text to continue), prompt_ids (tokens), or a chat: messages, conversations, turns,
+    question or instruction, which goes through the tokenizer's chat template up to its last user message.
+
+    The file only grows. After a kill, the same command goes on where it stopped. Prompts that got no answer are listed
+    beside it, in FILE.failed.jsonl, and tried again by the next run; the exit code is 1 if there are any.
 
     For example:
 
         ladon distill prompts.jsonl --out answers.jsonl --batch 32
+        ladon distill org/chats --split train --limit 50000 --out answers.jsonl --model path/to/model --temperature 0.7
+        ladon distill chats.jsonl --out answers.jsonl --model org/name --endpoint http://localhost:8000/v1
     """
     nodes, shape = options.parse_budget(budget), options.parse_tree(tree)
-    check_writable(out)
-    from ladon.capability import context_limit
-    from ladon.cli.loading import dtype_name, load
-    from ladon.generation import Decoder
-    from ladon.train.distill import Settings
+    key = _checked(endpoint, api_key_env, endpoint_model, heads, out)
+    from ladon.cli.loading import dtype_name, load, load_tokenizer
+    from ladon.train.distill import Answerer, Settings
     from ladon.train.distill import distill as run
-    from ladon.train.local import LocalModel
+    from ladon.train.endpoint import EndpointModel
+    from ladon.train.local import LocalModel, weights_hash
     from ladon.train.prompts import read_prompts
 
-    loaded = load(model, heads, dtype=dtype, device=device, threads=threads, trust_remote_code=trust_remote_code)
-    asked = read_prompts(prompts, loaded.tokenizer, field=field, system=system, limit=limit, split=split)
-    decoder = Decoder(loaded.model, loaded.heads, tree=shape, budget=nodes)
-    answerer = LocalModel(decoder, loaded.tokenizer, batch, context_limit(loaded.model.config.get_text_config()))
-    settings = Settings(model=loaded.name, dtype=dtype_name(loaded.model), max_new_tokens=max_new_tokens)
+    law: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
+    law["max_new_tokens"] = max_new_tokens
+    local: LocalModel | None = None
+    if endpoint is not None:
+        settings = Settings(model=endpoint_model or model, dtype="unknown", **law)
+        tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+        answerer: Answerer = EndpointModel(endpoint, tokenizer, concurrency=concurrency, api_key=key)
+    else:
+        loaded = load(model, heads, dtype=dtype, device=device, threads=threads, trust_remote_code=trust_remote_code)
+        _warn_of_generation_config(loaded)
+        tokenizer, weights = loaded.tokenizer, weights_hash(loaded.model)
+        settings = Settings(model=loaded.name, dtype=dtype_name(loaded.model), weights=weights, **law)
+        answerer = local = LocalModel(loaded.model, loaded.heads, tokenizer, batch=batch, tree=shape, budget=nodes)
+    asked = read_prompts(prompts, tokenizer, field=field, system=system, limit=limit, split=split)
     with _progress() as progress:
         report = run(
             asked,
             out,
             answerer,
             settings,
-            first=lambda answer: _show_sample(answer, loaded.tokenizer),
+            first=lambda answer: _show_sample(answer, tokenizer),
             progress=progress,
             notice=lambda line: say(f"ladon: {line}"),
         )
-    acceptance = None if loaded.heads is None or not answerer.row_steps else answerer.tokens / answerer.row_steps
-    document = _document(report, acceptance)
-    for line in _lines(document):
+    document = _document(report, None if local is None else local.acceptance_length)
+    for line in _lines(document, out):
         say(line)
     if as_json:
         print_json(document)
@@ -105,13 +155,41 @@ def distill(
         raise Exit(_SOME_FAILED)
 
 
+def _checked(
+    endpoint: str | None, api_key_env: str | None, endpoint_model: str | None, heads: str | None, out: Path
+) -> str | None:
+    """The endpoint's key, if there is one; `InputError` for options that do not go together."""
+    check_writable(out)
+    if endpoint is None:
+        given = "--api-key-env" if api_key_env is not None else "--endpoint-model" if endpoint_model else None
+        if given is not None:
+            raise InputError(f"{given} is for --endpoint, which is not given; give both or none")
+        return None
+    if heads is not None:
+        raise InputError("--heads does nothing with --endpoint, where the server decodes; leave it out")
+    if api_key_env is None:
+        return None
+    key = os.environ.get(api_key_env, "").strip()
+    if not key:
+        raise InputError(f"--api-key-env names {api_key_env}, which is not set; put the key into that variable")
+    return key
+
+
+def _warn_of_generation_config(loaded: Loaded) -> None:
+    """Say what the checkpoint asks for and does not get: the answers are the model's own law, as heads learn it."""
+    config = loaded.model.generation_config
+    asked = [name for name in _NOT_APPLIED if getattr(config, name, None) not in _NEUTRAL]
+    if asked:
+        say(f"ladon: warning: the generation config asks for {', '.join(asked)}; answers are written without")
+
+
 def _show_sample(answer: Answer, tokenizer: PreTrainedTokenizerBase) -> None:
     """What is learned of one row and what is not, special tokens included."""
-    say("--- prompt: read, not learned ---")
+    say(f"--- a sample: prompt, {len(answer.prompt.token_ids)} tokens, read but not learned ---")
     say(tokenizer.decode(answer.prompt.token_ids))
-    say(f"--- answer: learned ({len(answer.token_ids)} tokens, finish: {answer.finish}) ---")
+    say(f"--- its answer, {len(answer.token_ids)} tokens, learned; finish: {answer.finish} ---")
     say(tokenizer.decode(answer.token_ids))
-    say("---")
+    say("--- end of the sample ---")
 
 
 @contextmanager
@@ -122,13 +200,12 @@ def _progress() -> Iterator[Callable[[Report], None]]:
 
         def show(report: Report) -> None:
             nonlocal last
-            done = report.resumed + report.rows + report.failures.total()
+            speed = f"{report.tokens_per_second:.0f} tokens/s"
             if sys.stderr.isatty():
-                bar("answers", done, report.total)
-            elif time.monotonic() - last >= _LOG_SECONDS:
+                bar("answers", report.done, report.total, speed)
+            elif time.monotonic() - last >= _LINE_SECONDS:
                 last = time.monotonic()
-                left = (report.total - done) * report.seconds / max(1, done - report.resumed)
-                say(f"{done} of {report.total} rows, {report.tokens_per_second:.0f} tokens/s, {left / 60:.0f} min left")
+                say(f"ladon: {report.done} of {report.total} rows, {speed}, {report.seconds_left / 60:.0f} min left")
 
         yield show
 
@@ -149,15 +226,18 @@ def _document(report: Report, acceptance_length: float | None) -> dict[str, Any]
     }
 
 
-def _lines(document: dict[str, Any]) -> list[str]:
+def _lines(document: dict[str, Any], out: Path) -> list[str]:
     """The same for people."""
-    about = (
-        f"{document['rows']} rows written, {document['tokens']} tokens, {document['tokens_per_second']:.0f} tokens/s"
-    )
+    from ladon.train.distill import failed_path
+
+    speed = f"{document['tokens_per_second']:.0f} tokens/s"
+    about = f"{document['rows']} rows written to {out}, {document['tokens']} tokens, {speed}"
     if document["resumed_rows"]:
-        about += f" ({document['resumed_rows']} rows were there before)"
+        about += f"; {document['resumed_rows']} rows were there before"
     if document["acceptance_length"] is not None:
         about += f"; acceptance length {document['acceptance_length']:.2f}"
     if document["repeated_8grams"] is not None:
         about += f"; repeated 8-grams {document['repeated_8grams']:.1%}"
-    return [about, *(f"failed: {count} x {reason}" for reason, count in document["failures"].items())]
+    failures = document["failures"].items()
+    lines = [f"no answer to {count} prompts: {reason}" for reason, count in failures]
+    return [about, *lines, f"they are listed in {failed_path(out)}"] if lines else [about]

@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -87,6 +89,18 @@ def load(
     return Loaded(name=name, model=target, tokenizer=tokenizer, heads=found, is_demo=model == DEMO)
 
 
+def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model alone; errors as in `load`."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    _check_length("--model", model)
+    source = str(demo_path()) if model == DEMO else _source(model)
+    with _explained(model):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    return tokenizer
+
+
 def require_heads(loaded: Loaded, tree: object) -> None:
     """Raise `InputError` if the tree needs heads and none were named."""
     if loaded.heads is None and tree != "off":
@@ -103,18 +117,31 @@ def _from_transformers(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    path = Path(os.path.expanduser(name))
-    is_hub_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not name.startswith(".")
-    if not path.is_dir() and (path.exists() or not is_hub_id):
-        raise InputError(f"there is no model folder {name}; give a folder in transformers' format, or a hub id")
-    source: Any = str(path) if path.is_dir() else name
-    try:
+    source = _source(name)
+    with _explained(name):
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
         stored = getattr(config.get_text_config(decoder=True), "dtype", None) or torch.float32
         model = AutoModelForCausalLM.from_pretrained(
             source, config=config, dtype=_dtype(dtype, stored, device), trust_remote_code=trust_remote_code
         )
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    return model.to(device).eval(), tokenizer
+
+
+def _source(name: str) -> str:
+    """The folder or hub id that a name stands for."""
+    path = Path(os.path.expanduser(name))
+    is_hub_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not name.startswith(".")
+    if not path.is_dir() and (path.exists() or not is_hub_id):
+        raise InputError(f"there is no model folder {name}; give a folder in transformers' format, or a hub id")
+    return str(path) if path.is_dir() else name
+
+
+@contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """Say in one line why a checkpoint cannot be loaded."""
+    try:
+        yield
     except InputError:
         raise
     except Exception as error:  # transformers raises every kind, for every way in which a checkpoint can be wrong
@@ -123,7 +150,6 @@ def _from_transformers(
             f"cannot load the model {name}: {reason} Give a folder with a causal language model and its tokenizer, or "
             "the id of one on the hub"
         ) from error
-    return model.to(device).eval(), tokenizer
 
 
 def _dtype(name: str, stored: torch.dtype, device: torch.device) -> torch.dtype:

@@ -8,16 +8,18 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from ladon.cli.options import shortened
 from ladon.errors import InputError
+
+_SPEED_SECONDS = 600.0  # the time left is estimated from the calls of the last ten minutes: some take one each
 
 
 class OutConsole(Console):
@@ -75,24 +77,34 @@ def say(line: str) -> None:
     print(line, file=sys.stderr)
 
 
+class Bars(Protocol):
+    """Shows how far something is."""
+
+    def __call__(self, what: str, done: int, total: int, note: str = "") -> None:
+        """`done` of `total` calls of `what`; `note` stands beside them."""
+
+
 @contextmanager
-def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
+def progress_bar() -> Iterator[Bars]:
     """Bars on standard error that show what is being done; silent where that is no terminal.
 
     They are drawn only when told of progress, between two calls: a thread of their own would disturb the timings.
 
+    What is done when a bar first shows is not counted as fast: it was there before, or took no time.
+
     Yields:
-        A function of (what, calls done, calls in all).
+        A function of (what, calls done, calls in all, a note).
     """
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+    counts, note_column = TextColumn("{task.completed}/{task.total}"), TextColumn("{task.fields[note]}")
+    columns = (TextColumn("{task.description}"), BarColumn(), counts, TimeRemainingColumn(), note_column)
     options: dict[str, Any] = {"transient": True, "auto_refresh": False, "disable": not sys.stderr.isatty()}
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), **options) as bar:
+    with Progress(*columns, console=Console(stderr=True), speed_estimate_period=_SPEED_SECONDS, **options) as bar:
         tasks: dict[str, TaskID] = {}
 
-        def show(what: str, done: int, total: int) -> None:
+        def show(what: str, done: int, total: int, note: str = "") -> None:
             if what not in tasks:
-                tasks[what] = bar.add_task(what, total=total)
-            bar.update(tasks[what], completed=done, total=total, refresh=True)
+                tasks[what] = bar.add_task(what, completed=done, total=total, note=note)
+            bar.update(tasks[what], completed=done, total=total, note=note, refresh=True)
 
         yield show
 

@@ -25,6 +25,7 @@ class Settings:
     Attributes:
         model: whose answers they are.
         dtype: the model's.
+        weights: a short hash of some of its weights; None if they are out of reach.
         max_new_tokens: tokens per answer at most.
         temperature: 0 is greedy.
         top_p: total probability of the tokens that are sampled from.
@@ -35,6 +36,7 @@ class Settings:
     model: str
     dtype: str
     max_new_tokens: int
+    weights: str | None = None
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
@@ -115,6 +117,16 @@ class Report:
     repetition: Repetition = field(default_factory=Repetition)
 
     @property
+    def done(self) -> int:
+        """Prompts that are dealt with, those of earlier runs and failures included."""
+        return self.resumed + self.rows + self.failures.total()
+
+    @property
+    def seconds_left(self) -> float:
+        """Estimate for the rest, at the mean speed of this run; 0 before the first answer."""
+        return (self.total - self.done) * self.seconds / max(1, self.done - self.resumed)
+
+    @property
     def tokens_per_second(self) -> float:
         """Tokens of the answers per second of the whole run; 0 before the first."""
         return self.tokens / self.seconds if self.seconds else 0.0
@@ -146,7 +158,7 @@ def distill(
         answerer: who answers.
         settings: what the rows record; those of the rows in `out` must be the same.
         first: called with the first answer.
-        progress: called whenever rows have been written.
+        progress: called at the start, and whenever rows have been written.
         notice: called with a line for people.
 
     Raises:
@@ -164,6 +176,7 @@ def distill(
     empty: list[Answer | Failure] = [
         Failure(prompt=prompt, reason="empty prompt") for prompt in left if not prompt.token_ids
     ]
+    progress(report)
     started = time.perf_counter()
     for outcomes in _chained(empty, answerer.answers(asked, settings)):
         outcomes = [_not_empty(outcome) for outcome in outcomes]
@@ -226,6 +239,8 @@ def _done(rows: Sequence[DistilledRow], prompts: Sequence[Prompt], settings: Set
             ("dtype", row.dtype, settings.dtype),
             ("sampling", row.sampling, settings.sampling),
         ]
+        if row.weights is not None:
+            pairs.append(("model", row.weights, settings.weights))
         prompt = asked.get(row.id)
         if prompt is not None:
             pairs += [("seed", row.seed, settings.seed_of(prompt)), ("prompt", row.prompt_ids, prompt.token_ids)]
@@ -250,6 +265,7 @@ def _row(answer: Answer, settings: Settings) -> DistilledRow:
         sampling=settings.sampling,
         model=settings.model,
         dtype=settings.dtype,
+        weights=settings.weights,
     )
 
 

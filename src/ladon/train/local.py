@@ -2,41 +2,67 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ladon.capability import context_limit
 from ladon.engine import Row
 from ladon.errors import InputError
+from ladon.generation import Decoder
+from ladon.heads.fingerprint import fingerprint
 from ladon.requests import end_ids
 from ladon.sampling import Sampler
 from ladon.train.distill import Answer, Failure, Settings
 from ladon.train.prompts import Prompt
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from ladon.generation import Decoder
+    from ladon.heads import Heads
+
+
+def weights_hash(model: PreTrainedModel) -> str:
+    """16 hexadecimal digits that tell a model from another of the same name: of its fingerprint, not of all weights."""
+    return hashlib.sha256(repr(sorted(fingerprint(model).as_dict().items())).encode()).hexdigest()[:16]
 
 
 class LocalModel:
-    """Answers with a decoder.
-
-    Attributes:
-        tokens: tokens emitted by decode steps so far.
-        row_steps: rows, summed over those steps; `tokens / row_steps` is the acceptance length.
-    """
+    """Answers with a model in this process."""
 
     def __init__(
-        self, decoder: Decoder, tokenizer: PreTrainedTokenizerBase, batch: int, context_limit: int | None
+        self,
+        model: PreTrainedModel,
+        heads: Heads | None,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        batch: int,
+        **options: Any,
     ) -> None:
-        """`batch` prompts are answered together; no sequence gets longer than `context_limit`."""
-        self._decoder, self._tokenizer = decoder, tokenizer
-        self._batch, self._context_limit = batch, context_limit
-        self._ends = end_ids(decoder.model.generation_config.eos_token_id)
-        self._vocab_size = decoder.model.get_input_embeddings().num_embeddings
-        self.tokens = self.row_steps = 0
+        """Make the decoder.
+
+        Args:
+            model: who answers.
+            heads: its heads, which make it faster and change nothing else; None if it has none yet.
+            tokenizer: its own.
+            batch: prompts answered together.
+            **options: as `Decoder` takes them.
+
+        Raises:
+            LadonError: what `Decoder` raises.
+        """
+        self._decoder, self._tokenizer, self._batch = Decoder(model, heads, **options), tokenizer, batch
+        self._context_limit = context_limit(model.config.get_text_config(decoder=True))
+        self._ends = end_ids(model.generation_config.eos_token_id)
+        self._vocab_size = model.get_input_embeddings().num_embeddings
+        self._tokens = self._row_steps = 0
+
+    @property
+    def acceptance_length(self) -> float | None:
+        """Tokens per row-step so far, as `ladon.stats` defines it; None without heads, or before the first step."""
+        return self._tokens / self._row_steps if self._decoder.heads is not None and self._row_steps else None
 
     def answers(self, prompts: Sequence[Prompt], settings: Settings) -> Iterator[list[Answer | Failure]]:
         """Answers batch by batch, in order; prompts that leave no room for an answer fail."""
@@ -55,8 +81,8 @@ class LocalModel:
         if rows:
             for _ in self._decoder.decode(list(rows.values()), self._sampler(prompts, rows, settings)):
                 pass
-            self.tokens += self._decoder.stats.tokens
-            self.row_steps += self._decoder.stats.row_steps
+            self._tokens += self._decoder.stats.tokens
+            self._row_steps += self._decoder.stats.row_steps
         return [self._outcome(prompt, rows.get(prompt.id)) for prompt in prompts]
 
     def _sampler(self, prompts: Sequence[Prompt], rows: dict[str, Row], settings: Settings) -> Sampler | None:

@@ -25,7 +25,7 @@ class Prompt:
         id: the data set's own id, or the row's index and a hash of the prompt; no two prompts of a set share one.
         index: the row's place in the data set, from 0.
         token_ids: what the model reads; empty if the row asks nothing, such as a chat without a user message.
-        text: a prompt given as text; None otherwise.
+        text: the same as text, written by the chat template if it is a chat; None for one given as token ids.
         messages: a prompt given as a chat, up to its last user message; None otherwise.
     """
 
@@ -93,9 +93,10 @@ def _content(
         return {"token_ids": [int(token) for token in tokenizer(value)["input_ids"]] if value else [], "text": value}
     messages = question_of(messages_of(record, name), system)
     if not messages:
-        return {"token_ids": [], "messages": []}
+        return {"token_ids": [], "text": "", "messages": []}
     text = chat_text(tokenizer, messages, record, add_generation_prompt=True)
-    return {"token_ids": list(tokenizer(text, add_special_tokens=False)["input_ids"]), "messages": messages}
+    ids = [int(token) for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
+    return {"token_ids": ids, "text": text, "messages": messages}
 
 
 def token_list(record: Record, name: str) -> list[int]:

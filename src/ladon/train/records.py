@@ -128,7 +128,7 @@ def _of_dataset(source: str, *, split: str, name: str, config: str | None = None
     try:
         import datasets
     except ImportError as error:
-        raise InputError(f"reading {source} needs the package datasets; pip install 'ladon[train]'") from error
+        raise InputError(f"reading {source} needs the package datasets; pip install 'ladon-llm[train]'") from error
     datasets.disable_progress_bars()
     datasets.utils.logging.set_verbosity_error()
     try:

@@ -35,6 +35,7 @@ class DistilledRow:
         sampling: temperature, top_p, top_k and max_new_tokens.
         model: whose answer it is.
         dtype: the model's.
+        weights: a short hash of some of its weights; None if they are out of reach.
     """
 
     id: str
@@ -46,6 +47,7 @@ class DistilledRow:
     sampling: dict[str, float | int]
     model: str
     dtype: str
+    weights: str | None = None
 
     def to_json(self) -> str:
         """One line, its line break included."""
@@ -59,11 +61,11 @@ class DistilledRow:
         except ValueError as error:  # UnicodeDecodeError among them
             raise InputError(f"{where}: no JSON ({error}); is this a file of ladon distill?") from error
         names = {field.name for field in fields(cls)}
-        if not isinstance(values, dict) or not names <= set(values):
+        if not isinstance(values, dict) or not names - {"weights"} <= set(values):
             raise InputError(
                 f"{where}: no row of ladon distill, which has {', '.join(sorted(names))}; give another file"
             )
-        return cls(**{name: values[name] for name in names})
+        return cls(**{name: values[name] for name in names if name in values})
 
 
 def repair(path: Path) -> int:
