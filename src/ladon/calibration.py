@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,10 +25,14 @@ class Calibration:
         temperatures: one per depth, [K]: head k's logits are divided by it before the softmax.
         hit_rates: [K][ranks]: how often each rank is right, given that the shallower depths' candidates held the truth.
         marginal_hit_rates: [K][ranks]: the same over all positions.
-        error: calibration error per depth before and after the temperatures, as `docs/metrics.md` defines it.
+        error: calibration error per depth without and with temperatures, as `docs/metrics.md` defines it, on half of
+            the prompts; the temperatures were fitted on the other half for this.
         fixed_trees: rank paths of the best fixed tree per number of nodes, root included.
-        step_times: seconds of a decode step per number of nodes, with the machine they were measured on.
-        measured_on: prompts, positions and settings behind the numbers.
+        simulated: acceptance length of several trees on the half of `error`, each {"tree", "nodes", "temperatures",
+            "acceptance_length", "accepted"}; the last is the share of steps that emitted a draft of each depth.
+        step_times: milliseconds of a decode step per number of nodes, with the machine they were measured on, and the
+            budget that they and `simulated` would make the fastest.
+        measured_on: model, prompts, positions and settings behind the numbers.
     """
 
     heads: str
@@ -36,16 +41,29 @@ class Calibration:
     marginal_hit_rates: Sequence[Sequence[float]] = ()
     error: Mapping[str, Any] = field(default_factory=dict)
     fixed_trees: Mapping[str, Sequence[Sequence[int]]] = field(default_factory=dict)
+    simulated: Sequence[Mapping[str, Any]] = ()
     step_times: Mapping[str, Any] = field(default_factory=dict)
     measured_on: Mapping[str, Any] = field(default_factory=dict)
 
     def save(self, folder: str | Path) -> None:
-        """Write `calibration.json` into the folder of the heads; whoever looks sees the old file or the new one."""
+        """Write `calibration.json` into the folder of the heads; whoever looks sees the old file or the new one.
+
+        Raises:
+            HeadsError: the folder cannot be written to.
+        """
         path = Path(folder) / CALIBRATION_FILE
         partial = path.with_name(f"{path.name}.partial")
-        document = {"format": FORMAT, "version": VERSION, **asdict(self)}
-        partial.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-        partial.replace(path)
+        text = json.dumps(self.document(), indent=1, allow_nan=False) + "\n"
+        try:
+            partial.write_text(text, encoding="utf-8")
+            partial.replace(path)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise HeadsError(f"cannot write {path}: {error.strerror}; give another place") from error
+
+    def document(self) -> dict[str, Any]:
+        """What the file holds, as JSON values."""
+        return {"format": FORMAT, "version": VERSION, **asdict(self)}
 
 
 def read_calibration(folder: Path) -> Calibration | None:
@@ -57,7 +75,7 @@ def read_calibration(folder: Path) -> Calibration | None:
     path = folder / CALIBRATION_FILE
     if not path.exists():
         return None
-    again = "Run `ladon calibrate` again, or remove the file"
+    again = "Remove the file, and run `ladon calibrate` again"
     try:
         document: Any = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -69,7 +87,13 @@ def read_calibration(folder: Path) -> Calibration | None:
         found = Calibration(**values)
     except TypeError as error:
         raise HeadsError(f"{path} has missing or unknown fields ({error}). {again}") from error
-    temperatures = found.temperatures
-    if not isinstance(temperatures, list) or not all(isinstance(t, int | float) and t > 0 for t in temperatures):
+    temperatures, rates = found.temperatures, found.hit_rates
+    if not isinstance(temperatures, list) or not all(map(_is_temperature, temperatures)):
         raise HeadsError(f"{path}: temperatures are {temperatures!r}, expected a number above 0 per head. {again}")
+    if not isinstance(rates, list) or len(rates) != len(temperatures):
+        raise HeadsError(f"{path} has hit rates and temperatures of different numbers of heads. {again}")
     return found
+
+
+def _is_temperature(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf

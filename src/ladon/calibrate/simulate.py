@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from ladon.calibrate.lattice_trace import LatticeTrace
-from ladon.config import DecoderOptions
 from ladon.errors import TreeError
 from ladon.fixed_tree import FixedTree
 from ladon.lattice import Lattice
@@ -56,7 +55,7 @@ def simulate(
     budget: int,
     *,
     temperatures: Sequence[float] | None = None,
-    num_candidates: int = DecoderOptions().num_candidates,
+    num_candidates: int | None = None,
 ) -> SimulatedRun:
     """Decode all answers of `trace` with a tree, on paper; see `simulate_budgets`."""
     return simulate_budgets(trace, tree, [budget], temperatures=temperatures, num_candidates=num_candidates)[0]
@@ -68,7 +67,7 @@ def simulate_budgets(
     budgets: Sequence[int],
     *,
     temperatures: Sequence[float] | None = None,
-    num_candidates: int = DecoderOptions().num_candidates,
+    num_candidates: int | None = None,
 ) -> list[SimulatedRun]:
     """Decode all answers of `trace` with trees of several sizes.
 
@@ -79,7 +78,7 @@ def simulate_budgets(
         tree: "dynamic", "chain" or a `FixedTree`, as `Decoder` takes it.
         budgets: nodes per step and row, root included.
         temperatures: one per depth, [K], by which the heads' logits are divided; None leaves them.
-        num_candidates: candidates kept per head; at most as many as the trace has.
+        num_candidates: candidates kept per head, as `Decoder` takes it; None: as many as the trace has.
 
     Returns:
         A run for each budget. What a depth cap of the target (some models with long contexts) would cut is not cut.
@@ -90,6 +89,7 @@ def simulate_budgets(
     """
     if not budgets or min(budgets) < 1:
         raise TreeError(f"budgets are {list(budgets)!r}; give numbers of nodes, 1 or more (the root is one of them)")
+    num_candidates = trace.num_candidates if num_candidates is None else num_candidates
     if not 1 <= num_candidates <= trace.num_candidates:
         raise TreeError(f"num_candidates is {num_candidates}, but the trace holds 1 to {trace.num_candidates}")
     if isinstance(tree, FixedTree):

@@ -8,8 +8,8 @@ The calibration error of a depth is an expected calibration error, over the cand
   softmax, outcome 1 if the candidate is what the model says there, else 0.
 - A candidate counts with the weight p. Most candidates have next to no probability, no tree ever holds them, and
   without weights they alone would make the error small.
-- Candidates are sorted by p and cut into `BINS` bins of equal weight. The error is the mean over the bins of
-  |weighted mean of p - weighted mean of the outcomes|: 0 to 1.
+- Candidates are sorted by p and cut into `BINS` bins of equal weight, equal p (to 1 part in 16,384) never apart. The
+  error is the sum over the bins of |weighted sum of p - weighted sum of the outcomes| / the weight of all: 0 to 1.
 
 Finite samples have an error even if every probability is right: about 0.01 for "top" with 7,000 positions.
 """
@@ -26,6 +26,7 @@ from ladon.calibrate.lattice_trace import GRID, LatticeTrace
 from ladon.calibrate.ranks import on_true_path
 
 BINS = 10
+_CELLS = 1 << 14  # probabilities are sorted to this resolution
 _COARSE = [2.0 ** (eighth / 8) for eighth in range(-16, 17)]
 _FINE = [2.0 ** (step / 64) for step in range(-7, 8)]
 
@@ -63,15 +64,15 @@ def fit_temperatures(trace: LatticeTrace) -> list[float]:
 
 def expected_calibration_error(probabilities: Tensor, outcomes: Tensor) -> float:
     """The error of this module's docstring for predictions [n] and outcomes [n] bool; NaN without any prediction."""
-    probabilities, order = probabilities.double().sort()
-    total = probabilities.sum()
-    if not total > 0:
+    probabilities = probabilities.double()
+    cells = (probabilities * _CELLS).long().clamp(max=_CELLS - 1)
+    weights = torch.bincount(cells, probabilities, _CELLS).cumsum(0)
+    if not weights[-1] > 0:
         return float("nan")
-    weights = probabilities / total
-    gaps = weights * (probabilities - outcomes[order].double())
-    middles = weights.cumsum(0) - weights / 2
-    bins = (middles * BINS).long().clamp(max=BINS - 1)
-    return float(gaps.new_zeros(BINS).index_add(0, bins, gaps).abs().sum())
+    gaps = torch.bincount(cells, probabilities * (probabilities - outcomes.double()), _CELLS).cumsum(0)
+    last_cells = torch.searchsorted(weights, weights[-1] * torch.arange(1, BINS) / BINS)
+    ends = torch.cat([gaps.new_zeros(1), gaps[last_cells], gaps[-1:]])
+    return float(ends.diff().abs().sum() / weights[-1])
 
 
 class _Depth:

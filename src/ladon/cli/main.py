@@ -15,6 +15,7 @@ import typer
 
 from ladon import __version__
 from ladon.cli.bench import bench
+from ladon.cli.calibrate import calibrate
 from ladon.cli.demo import demo
 from ladon.cli.distill import distill
 from ladon.cli.generate import generate
@@ -33,7 +34,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (demo, generate, bench, distill, train, trace):
+for command in (demo, generate, bench, distill, train, calibrate, trace):
     app.command()(command)
 
 

@@ -170,8 +170,13 @@ class Heads(nn.Module, ABC):
         self.base_fingerprint = fingerprint(model)
 
     def save(self, path: str | Path) -> None:
-        """Write `heads.safetensors` and `config.json` into the folder `path`, which is made if needed."""
+        """Write `heads.safetensors` and `config.json` into the folder `path`, which is made if needed.
+
+        The calibration goes with them as `calibration.json`, unless the weights have changed since it was made.
+        """
         write_heads(Path(path), self.config, self.state_dict())
+        if self.calibration is not None and self.calibration.heads == self.weights_hash:
+            self.calibration.save(path)
 
     def project(self, hidden: Tensor) -> Tensor:
         """The target's own output projection: [..., H] to [..., V]."""

@@ -84,13 +84,18 @@ def load_heads(
 def _own_calibration(folder: Path, heads: Heads) -> Calibration | None:
     """The calibration beside the heads; other heads' is left aside with a warning, as it would mislead."""
     found = read_calibration(folder)
-    if found is None or (found.heads == heads.weights_hash and len(found.temperatures) == heads.num_heads):
-        return found
-    warnings.warn(
-        f"{folder / CALIBRATION_FILE} was made for other heads and is not used; run `ladon calibrate` again",
-        stacklevel=3,
-    )
-    return None
+    if found is None:
+        return None
+    path = folder / CALIBRATION_FILE
+    if found.heads != heads.weights_hash:
+        warnings.warn(f"{path} was made for other heads and is not used; run `ladon calibrate` again", stacklevel=3)
+        return None
+    if len(found.temperatures) != heads.num_heads:
+        raise HeadsError(
+            f"{path} has {len(found.temperatures)} temperatures for {heads.num_heads} heads. Remove the file, and run "
+            "`ladon calibrate` again"
+        )
+    return found
 
 
 def _build(family: str, num_heads: int, hidden_size: int, vocab_size: int, options: Mapping[str, int | str]) -> Heads:

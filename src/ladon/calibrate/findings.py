@@ -1,0 +1,150 @@
+"""From a recorded trace to a calibration."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ladon.calibrate.lattice_trace import LatticeTrace
+from ladon.calibrate.ranks import hit_rates, marginal_hit_rates
+from ladon.calibrate.simulate import SimulatedRun, simulate, simulate_budgets
+from ladon.calibrate.step_times import StepTimes
+from ladon.calibrate.temperatures import BINS, calibration_errors, fit_temperatures
+from ladon.calibration import Calibration
+from ladon.errors import InputError
+from ladon.fixed_tree import best_fixed_tree
+
+SIZES = (8, 16, 32, 64)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Halves:
+    """A trace in two: what is fitted on the one is judged on the other, every second answer each.
+
+    Attributes:
+        known: the trace to fit on.
+        unseen: the trace to judge on.
+        temperatures: fitted on `known`, [K].
+    """
+
+    known: LatticeTrace
+    unseen: LatticeTrace
+    temperatures: list[float]
+
+    @classmethod
+    def of(cls, trace: LatticeTrace) -> Halves:
+        """Split a trace.
+
+        Raises:
+            InputError: a half has no position.
+        """
+        known, unseen = (trace.of_rows(range(first, trace.num_rows, 2)) for first in (0, 1))
+        if known.num_positions == 0 or unseen.num_positions == 0:
+            raise InputError(
+                f"the model's answers to {trace.num_rows} prompts have {trace.num_positions} tokens to guess, too few "
+                "to fit on one half and judge on the other; give 2 prompts or more (about 100) and more new tokens"
+            )
+        return cls(known=known, unseen=unseen, temperatures=fit_temperatures(known))
+
+
+def calibrate(
+    trace: LatticeTrace,
+    *,
+    budgets: Sequence[int] = SIZES,
+    step_times: StepTimes | None = None,
+    place: dict[str, Any] | None = None,
+) -> Calibration:
+    """Everything that `ladon calibrate` finds out.
+
+    Temperatures, hit rates and fixed trees are those of the whole trace. Calibration errors and simulated runs are
+    honest: they are those of half of the answers, with temperatures and fixed trees of the other half.
+
+    Args:
+        trace: the recorded answers.
+        budgets: sizes of the simulated trees, root included.
+        step_times: measured on this machine; None leaves the times out.
+        place: the machine, as `ladon.environment` describes it.
+
+    Raises:
+        InputError: too little was recorded.
+    """
+    halves = Halves.of(trace)
+    ranks = trace.ranks()
+    rates = hit_rates(ranks, trace.num_candidates)
+    trees = {str(size): best_fixed_tree(rates, size) for size in SIZES}
+    return Calibration(
+        heads=trace.heads,
+        temperatures=fit_temperatures(trace),
+        hit_rates=rates,
+        marginal_hit_rates=marginal_hit_rates(ranks, trace.num_candidates),
+        error=_errors(halves),
+        fixed_trees={size: [list(path) for path in tree.paths] for size, tree in trees.items()},
+        simulated=_simulated(halves, budgets),
+        step_times={} if step_times is None else _times(halves, step_times, place or {}),
+        measured_on={**trace.about, "answers": trace.num_rows, "positions": trace.num_positions},
+    )
+
+
+def _errors(halves: Halves) -> dict[str, Any]:
+    before = calibration_errors(halves.unseen)
+    after = calibration_errors(halves.unseen, halves.temperatures)
+    return {
+        "bins": BINS,
+        "positions": [error.positions for error in before],
+        "temperatures": halves.temperatures,
+        **{
+            name: {"top": [_finite(e.top) for e in errors], "all": [_finite(e.all) for e in errors]}
+            for name, errors in (("before", before), ("after", after))
+        },
+    }
+
+
+def _simulated(halves: Halves, budgets: Sequence[int]) -> list[dict[str, Any]]:
+    """The chain, then of each budget the fixed tree and the dynamic one, the latter without and with temperatures."""
+    unseen = halves.unseen
+    found = [_entry("chain", False, simulate(unseen, "chain", unseen.num_heads + 1))]
+    if not budgets:
+        return found
+    rates = hit_rates(halves.known.ranks(), halves.known.num_candidates)
+    plain, fitted = (
+        simulate_budgets(unseen, "dynamic", budgets, temperatures=temperatures)
+        for temperatures in (None, halves.temperatures)
+    )
+    for budget, without, with_ in zip(budgets, plain, fitted, strict=True):
+        tree = best_fixed_tree(rates, budget)
+        found.append(_entry("fixed", False, simulate(unseen, tree, budget)))
+        found += [_entry("dynamic", False, without), _entry("dynamic", True, with_)]
+    return found
+
+
+def _entry(tree: str, temperatures: bool, run: SimulatedRun) -> dict[str, Any]:
+    return {
+        "tree": tree,
+        "nodes": run.nodes,
+        "temperatures": temperatures,
+        "acceptance_length": _finite(run.acceptance_length),
+        "accepted": [round(share, 4) for share in run.accepted],
+    }
+
+
+def _times(halves: Halves, times: StepTimes, place: dict[str, Any]) -> dict[str, Any]:
+    """Times with their machine, and what the dynamic tree of each size would gain: tokens per step / relative time."""
+    unseen = halves.unseen
+    runs = simulate_budgets(unseen, "dynamic", times.nodes, temperatures=halves.temperatures)
+    gains = [run.acceptance_length / relative for run, relative in zip(runs, times.relative, strict=True)]
+    best = max(range(len(gains)), key=lambda i: gains[i])
+    return {
+        "place": place,
+        "measured": [{**asdict(times), "relative": [round(relative, 3) for relative in times.relative]}],
+        "projected": {
+            "acceptance_length": [_finite(run.acceptance_length) for run in runs],
+            "speedup": [_finite(gain) for gain in gains],
+            "best_budget": times.nodes[best],
+        },
+    }
+
+
+def _finite(value: float) -> float | None:
+    return round(value, 4) if math.isfinite(value) else None

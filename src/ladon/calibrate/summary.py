@@ -1,0 +1,90 @@
+"""A calibration for people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from ladon.calibration import Calibration
+from ladon.fixed_tree import FixedTree
+from ladon.viz.outline import outline
+
+_RANKS = 5
+
+
+def summary(calibration: Calibration) -> Iterable[RenderableType]:
+    """Tables and lines: depths, trees, simulated runs and step times, as far as the calibration has them."""
+    yield _depths(calibration)
+    if calibration.error:
+        yield Text(
+            "calibration error: on the prompts left out of the fit, without → with temperatures; 0 % is truthful", "dim"
+        )
+    for size, paths in calibration.fixed_trees.items():
+        tree = FixedTree(tuple(tuple(path) for path in paths))
+        yield Text.assemble((f"best fixed tree of {size} nodes  ", "bold"), outline(tree))
+    if calibration.simulated:
+        yield _acceptance(calibration.simulated)
+    if calibration.step_times:
+        yield from _times(calibration.step_times)
+
+
+def _depths(calibration: Calibration) -> Table:
+    table = Table(title="Heads", title_justify="left")
+    columns = ["head", f"right, rank 1-{_RANKS}, all positions", "given the prefix is right", "temperature"]
+    for name in [*columns, "error, best candidate", "error, all candidates"]:
+        table.add_column(name, justify="left" if "right" in name else "right")
+    marginal = calibration.marginal_hit_rates or [[]] * len(calibration.temperatures)
+    for depth, temperature in enumerate(calibration.temperatures):
+        errors = [_change(calibration.error, kind, depth) for kind in ("top", "all")] if calibration.error else ["", ""]
+        rates = [_shares(rows[depth]) for rows in (marginal, calibration.hit_rates)]
+        table.add_row(str(depth + 1), *rates, f"{temperature:.3f}", *errors)
+    return table
+
+
+def _shares(rates: Sequence[float]) -> str:
+    return " ".join(f"{100 * rate:4.1f}" for rate in rates[:_RANKS])
+
+
+def _change(error: Mapping[str, Any], kind: str, depth: int) -> str:
+    before, after = (error[when][kind][depth] for when in ("before", "after"))
+    return "" if before is None else f"{before:.1%} → {after:.1%}"
+
+
+def _acceptance(simulated: Sequence[Mapping[str, Any]]) -> Table:
+    """One line per size: the fixed tree and the dynamic one, the latter without and with temperatures."""
+    found = {(entry["tree"], entry["nodes"], entry["temperatures"]): entry for entry in simulated}
+    table = Table(title="Tokens per step, simulated on the prompts left out of the fit", title_justify="left")
+    for name in ("nodes", "chain", "fixed", "dynamic", "dynamic, with temperatures"):
+        table.add_column(name, justify="right")
+    columns = [("chain", False), ("fixed", False), ("dynamic", False), ("dynamic", True)]
+    for nodes in sorted({entry["nodes"] for entry in simulated}):
+        entries = [found.get((tree, nodes, temperatures)) for tree, temperatures in columns]
+        table.add_row(str(nodes), *(_length(entry) for entry in entries))
+    return table
+
+
+def _length(entry: Mapping[str, Any] | None) -> str:
+    return "" if entry is None or entry["acceptance_length"] is None else f"{entry['acceptance_length']:.2f}"
+
+
+def _times(step_times: Mapping[str, Any]) -> Iterable[RenderableType]:
+    measured, projected, place = step_times["measured"][0], step_times["projected"], step_times["place"]
+    table = Table(title=f"A decode step at {measured['context']} tokens of context", title_justify="left")
+    for name in ("nodes", "ms", "of a plain step", "tokens per step", "projected speed-up"):
+        table.add_column(name, justify="right")
+    rows = zip(
+        *(measured[name] for name in ("nodes", "ms", "relative")),
+        *(projected[name] for name in ("acceptance_length", "speedup")),
+        strict=True,
+    )
+    for nodes, ms, relative, length, speedup in rows:
+        bold = "bold" if nodes == projected["best_budget"] else ""
+        table.add_row(str(nodes), f"{ms:.2f}", f"{relative:.2f}x", f"{length:.2f}", f"{speedup:.2f}x", style=bold)
+    yield table
+    yield Text(
+        " · ".join(f"{name} {place[name]}" for name in ("device", "cpu", "threads", "dtype") if name in place), "dim"
+    )

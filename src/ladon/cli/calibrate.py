@@ -1,0 +1,227 @@
+"""`ladon calibrate`: how often heads are right on their model, how sure they may be, and what a tree costs here."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from typer import Argument, Option
+
+from ladon.cli import options
+from ladon.cli.output import OutConsole, check_writable, print_json, progress_bar, say
+from ladon.config import BenchOptions
+from ladon.errors import InputError
+
+if TYPE_CHECKING:
+    from ladon.calibrate.lattice_trace import LatticeTrace
+    from ladon.calibration import Calibration
+    from ladon.cli.loading import Loaded
+
+_NEW_TOKENS = BenchOptions().max_new_tokens
+_DEMO_PROMPTS = 120
+_CONTEXT = 256  # tokens in the cache when steps are timed
+
+_PromptsArgument = Annotated[
+    Path | None,
+    Argument(
+        metavar="PROMPTS",
+        help="JSONL with `prompt`, or MT-Bench `turns` (the first is asked); for the bundled model, code that nothing "
+        "else uses.",
+        show_default=False,
+    ),
+]
+_LimitOption = Annotated[int | None, Option("--limit", metavar="N", min=1, help="Use only the first so many prompts.")]
+_BatchOption = Annotated[int, Option("--batch", metavar="N", min=1, help="Prompts answered together.")]
+_TimesOption = Annotated[bool, Option("--step-times/--no-step-times", help="Time decode steps on this machine.")]
+_TraceOption = Annotated[
+    Path | None, Option("--trace", metavar="FILE", help="Write the recorded trace too, a safetensors file.")
+]
+_FromTraceOption = Annotated[
+    Path | None,
+    Option("--from-trace", metavar="FILE", help="Use a trace that was recorded before; the model answers nothing."),
+]
+_SimulateOption = Annotated[
+    str,
+    Option("--simulate", metavar="N,...", help="Sizes of trees to simulate, root included. The chain always is."),
+]
+_OutOption = Annotated[
+    Path | None,
+    Option("--out", metavar="DIR", help="Write calibration.json into this folder, not into the heads' own."),
+]
+_DryRunOption = Annotated[bool, Option("--dry-run", help="Measure and show, but write no calibration.")]
+
+
+def calibrate(
+    prompts: _PromptsArgument = None,
+    model: options.ModelOption = "demo",
+    heads: options.HeadsOption = None,
+    max_new_tokens: options.NewTokensOption = _NEW_TOKENS,
+    limit: _LimitOption = None,
+    batch: _BatchOption = 16,
+    step_times: _TimesOption = True,
+    trace: _TraceOption = None,
+    from_trace: _FromTraceOption = None,
+    simulate: _SimulateOption = "8,16,32,64",
+    out: _OutOption = None,
+    dry_run: _DryRunOption = False,
+    dtype: options.DtypeOption = "auto",
+    device: options.DeviceOption = "auto",
+    threads: options.ThreadsOption = None,
+    trust_remote_code: options.TrustOption = False,
+    as_json: options.JsonOption = False,
+) -> None:
+    """Measure heads on their model: hit rates, temperatures, the best fixed trees, and step times on this machine.
+
+    The result is calibration.json beside the heads, which decoding then uses: dynamic trees are grown from
+    probabilities divided by the temperatures. About 100 prompts of the kind that the model will be asked are enough.
+
+    For example:
+
+        ladon calibrate prompts.jsonl --model path/to/model --heads path/to/heads
+        ladon calibrate --dry-run --limit 20
+    """
+    if from_trace is not None and (prompts is not None or limit is not None or trace is not None):
+        raise InputError("--from-trace has its answers: leave out the prompts, --limit and --trace")
+    budgets = tuple(dict.fromkeys(_sizes(simulate)))
+    folder = _destination(model, heads, out, dry_run)
+    check_writable(trace)
+    from ladon.cli.loading import load, require_heads
+
+    loaded = load(model, heads, dtype=dtype, device=device, threads=threads, trust_remote_code=trust_remote_code)
+    require_heads(loaded, "dynamic")
+    with progress_bar() as progress:
+        if from_trace is not None:
+            recorded = _read(from_trace, loaded, heads)
+        else:
+            recorded = _record(loaded, heads, prompts, limit, max_new_tokens, batch, progress)
+        if trace is not None:
+            recorded.save(trace)
+        found = _findings(loaded, recorded, budgets, step_times, progress)
+    if folder is not None:
+        found.save(folder)
+    _show(found, loaded.name)
+    if folder is not None:
+        say(f"ladon: written to {folder}")
+    if as_json:
+        print_json(found.document())
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    """Numbers of nodes; "chain" may be named, though it is always simulated."""
+    sizes = [part for part in text.split(",") if part.strip() != "chain"]
+    return options.parse_counts("--simulate", ",".join(sizes)) if sizes else ()
+
+
+def _destination(model: str, heads: str | None, out: Path | None, dry_run: bool) -> Path | None:
+    """The folder to write to; None in a dry run."""
+    from ladon.calibration import CALIBRATION_FILE
+    from ladon.cli.loading import DEMO
+
+    if dry_run:
+        return None
+    if out is None:
+        if heads == DEMO or (heads is None and model == DEMO):
+            raise InputError("the bundled heads stay as they are; give --out DIR for the calibration, or --dry-run")
+        if heads is None:
+            raise InputError("no heads; give --heads FOLDER, the heads of this model")
+        out = Path(os.path.expanduser(heads))
+        if not out.is_dir():
+            raise InputError(f"{heads} is no folder here, so nothing can be written beside it; give --out DIR")
+    check_writable(out / CALIBRATION_FILE)
+    return out
+
+
+def _record(
+    loaded: Loaded,
+    heads: str | None,
+    prompts: Path | None,
+    limit: int | None,
+    max_new_tokens: int,
+    batch: int,
+    progress: Any,
+) -> LatticeTrace:
+    """Let the model answer the prompts."""
+    import torch
+
+    from ladon.bench.workloads import Question, make_workload, prompt_ids, read_workload
+    from ladon.bundled import demo_prompts
+    from ladon.calibrate.recording import record
+    from ladon.cli.loading import dtype_name
+
+    if prompts is not None:
+        workload = read_workload(prompts, limit)
+    elif loaded.is_demo:
+        texts = demo_prompts(limit or _DEMO_PROMPTS, "calibration")
+        questions = [Question.to_continue(text, number) for number, text in enumerate(texts, start=1)]
+        workload = make_workload("standard library modules set aside to calibrate", questions)
+    else:
+        raise InputError("no prompts; give a JSONL file with a JSON object with `prompt` or `turns` on each line")
+    about = {"model": loaded.name, "dtype": dtype_name(loaded.model), "max_new_tokens": max_new_tokens}
+    assert loaded.heads is not None  # checked when loaded
+    trace = record(
+        loaded.model,
+        loaded.heads,
+        [torch.tensor(prompt_ids(loaded.tokenizer, question, [])).long() for question in workload.questions],
+        max_new_tokens=max_new_tokens,
+        batch_size=batch,
+        about={**about, "workload": workload.summary()},
+        progress=progress,
+    )
+    return replace(trace, heads=_stored_hash(loaded, heads))
+
+
+def _read(path: Path, loaded: Loaded, heads: str | None) -> LatticeTrace:
+    from ladon.calibrate.lattice_trace import LatticeTrace
+
+    trace = LatticeTrace.load(path)
+    if trace.heads != _stored_hash(loaded, heads):
+        raise InputError(f"{path} was recorded with other heads; record a trace with these, or name the others")
+    return trace
+
+
+def _stored_hash(loaded: Loaded, heads: str | None) -> str:
+    """The hash of the heads as they are stored: float16 keeps less of small weights than the bfloat16 of the hash."""
+    import torch
+
+    from ladon.bundled import demo_path
+    from ladon.cli.loading import DEMO
+    from ladon.heads import load_heads
+
+    assert loaded.heads is not None  # checked when loaded
+    if loaded.model.dtype != torch.float16:
+        return loaded.heads.weights_hash
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # given when they were loaded for the model
+        return load_heads(demo_path() / "heads" if heads is None or heads == DEMO else heads).weights_hash
+
+
+def _findings(
+    loaded: Loaded, trace: LatticeTrace, budgets: tuple[int, ...], step_times: bool, progress: Any
+) -> Calibration:
+    from ladon.calibrate.findings import calibrate as find
+    from ladon.calibrate.step_times import measure_step_times
+    from ladon.cli.loading import dtype_name
+    from ladon.environment import environment
+
+    if not step_times:
+        return find(trace, budgets=budgets)
+    assert loaded.heads is not None  # checked when loaded
+    context = trace.truth[:_CONTEXT, 0].long()
+    times = measure_step_times(loaded.model, loaded.heads, context, progress=progress)
+    place = environment(loaded.model.device) | {"dtype": dtype_name(loaded.model)}
+    return find(trace, budgets=budgets, step_times=times, place=place)
+
+
+def _show(found: Calibration, name: str) -> None:
+    """What was found, on standard output."""
+    from ladon.calibrate.summary import summary
+
+    about = found.measured_on
+    console = OutConsole(highlight=False)
+    title = f"{name} · {about.get('dtype', '')} · {about['answers']} prompts · {about['positions']} positions"
+    console.print(title, style="bold", markup=False)
+    for part in summary(found):
+        console.print(part)
