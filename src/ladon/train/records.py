@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -85,7 +86,7 @@ def _open(source: str, limit: int | None, split: str) -> Iterator[Record]:
 def _starts_list(path: Path) -> bool:
     try:
         with path.open("rb") as file:
-            return file.read(256).lstrip()[:1] == b"["
+            return file.read(256).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}; give {_KINDS}") from error
 
