@@ -147,14 +147,14 @@ def test_every_byte(tmp_path, monkeypatch):
     """The same at each byte there is, with a model that takes no time: nothing is asked twice, nothing left out."""
     monkeypatch.setattr(os, "fsync", lambda file: None)  # thousands of them take a minute
     out = tmp_path / "out.jsonl"
-    distill(PROMPTS, out, Echo(), GREEDY)
+    distill(PROMPTS[:3], out, Echo(), GREEDY)
     data = out.read_bytes()
     for kept in range(len(data) + 1):
         out.write_bytes(data[:kept])
-        echo, lines = Echo(batch=3), []
-        distill(PROMPTS, out, echo, GREEDY, notice=lines.append)
+        echo, lines = Echo(batch=1), []
+        distill(PROMPTS[:3], out, echo, GREEDY, notice=lines.append)
         assert out.read_bytes() == data
-        assert echo.asked == [prompt.id for prompt in PROMPTS[data[:kept].count(b"\n") :]]
+        assert echo.asked == [prompt.id for prompt in PROMPTS[data[:kept].count(b"\n") : 3]]
         torn = kept - data[:kept].rfind(b"\n") - 1
         assert len(lines) == bool(torn) and all(f"{torn} bytes cut off" in line for line in lines)
 

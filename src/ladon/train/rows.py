@@ -69,7 +69,14 @@ class DistilledRow:
 
 
 def repair(path: Path) -> int:
-    """Cut off a last line that was not written to its end; the number of bytes cut, 0 if there is no such line."""
+    """Cut off a last line that was not written to its end.
+
+    Returns:
+        The number of bytes cut, 0 if there is no such line, or no file.
+
+    Raises:
+        InputError: the file cannot be changed.
+    """
     try:
         with path.open("r+b") as file:
             size = file.seek(0, os.SEEK_END)
@@ -80,6 +87,8 @@ def repair(path: Path) -> int:
             return size - end
     except FileNotFoundError:
         return 0
+    except OSError as error:
+        raise InputError(f"cannot go on with {path}: {error.strerror}; give another place") from error
 
 
 def _end_of_lines(file: Any, size: int, block: int = 1 << 16) -> int:
