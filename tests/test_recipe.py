@@ -1,4 +1,4 @@
-"""The recipe of the bundled model: what is held out, what the heads learn, resuming, calibration, the one command."""
+"""The recipe of the bundled model: what is held out, the base, the texts and prompts, the one command."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from ladon.fixed_tree import FixedTree
-from ladon.heads import load_heads, new_heads
+from ladon.heads import load_heads
 
 RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "tiny"
 pytestmark = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="the recipe needs torch 2.9 or later")
@@ -43,22 +42,6 @@ def tiny_base(arch: str = "llama", vocab_size: int = 64, **options: Any) -> Any:
         max_positions=64,
         batch_tokens=256,
         short_length=32,
-        warmup_steps=2,
-        **options,
-    )
-
-
-def tiny_heads(**options: Any) -> Any:
-    return recipe("heads").HeadsTraining(batch_tokens=256, length=32, chunk_rows=96, warmup_steps=2, **options)
-
-
-def tiny_joint(**options: Any) -> Any:
-    return recipe("joint").JointTraining(
-        batch_tokens=256,
-        short_length=32,
-        long_length=64,
-        long_share=0.2,
-        heads_positions=128,
         warmup_steps=2,
         **options,
     )
@@ -141,132 +124,72 @@ def test_every_architecture_learns(arch: str, tmp_path: Path) -> None:
     assert model.config.model_type == arch and last < first < np.log(64)
 
 
-@pytest.mark.parametrize("from_base", [False, True])
-def test_head_k_learns_the_token_k_plus_one_places_on(from_base: bool, tmp_path: Path) -> None:
-    """On counting text, token t is followed by t + 1: the base says t + 1 and head k must say t + k + 1."""
-    base, heads_module = recipe("base"), recipe("heads")
-    text = text_of(counting(4000))
-    model, _ = base.train_base(tiny_base(steps=60, save_every=60), text, 0, tmp_path / "base.pt")
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    heads = new_heads(model, 3)
-    training = tiny_heads(steps=60, save_every=60, from_base=from_base)
-    heads_module.train_heads(training, model, heads, text, tmp_path / "heads.pt")
-    with torch.no_grad():
-        hidden = model.base_model(input_ids=torch.arange(10, 30)[None]).last_hidden_state[0]
-        said, guessed = model.lm_head(hidden[-1]).argmax(-1), heads(hidden[-1]).argmax(-1)
-    assert said == 30 and guessed.tolist() == [31, 32, 33]
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    result = heads.training_record["history"][-1]
-    assert all(rates[0] > 0.9 and rates == sorted(rates) for rates in result["accuracy"])
-
-
-def test_joint_training_moves_base_and_heads_towards_the_text(tmp_path: Path) -> None:
-    base, joint = recipe("base"), recipe("joint")
-    text = text_of(counting(4000))
-    model, _ = base.train_base(tiny_base(steps=20, save_every=20), text, 0, tmp_path / "base.pt")
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    record = joint.train_jointly(
-        tiny_joint(steps=60, save_every=20), model, new_heads(model, 3), text, tmp_path / "j.pt"
-    )
-    first, last = record["history"][0], record["history"][-1]
-    assert last["held_out_loss"] < first["held_out_loss"]
-    assert sum(last["heads"]["loss"]) < sum(first["heads"]["loss"])
-    assert any(not torch.equal(value, before[name]) for name, value in model.state_dict().items())
-
-
-def test_the_heads_loss_reaches_the_base() -> None:
-    base, joint = recipe("base"), recipe("joint")
-    model = base.new_model(tiny_base(), 0)
-    heads = new_heads(model, 3)
-    losses = joint.joint_losses(model, heads, torch.randint(64, (2, 36)), torch.arange(0, 64, 4))
-    assert losses.shape == (4,)
-    losses[3].backward()
-    assert all(layer.mlp.up_proj.weight.grad.abs().sum() > 0 for layer in model.base_model.layers)
-
-
-def test_targets_of_both_kinds_line_up() -> None:
-    """Head k's target after place t: the text's token t + k + 1, or what the base says at place t + k."""
-    heads_module, base = recipe("heads"), recipe("base")
-    model = base.new_model(tiny_base(), 0).requires_grad_(False)
-    batch = torch.randint(64, (2, 36))
-    hidden = heads_module.hidden_states(model, batch[:, :35])
-    targets = heads_module.later(batch, 32, 3, first=2)
-    goals = heads_module.later(hidden, 32, 3, first=1)
-    assert targets.shape == (64, 3) and goals.shape == (64, 3, 32)
-    for k in (1, 2, 3):
-        assert torch.equal(targets[:, k - 1].view(2, 32), batch[:, k + 1 : k + 33])
-        assert torch.equal(goals[:, k - 1].view(2, 32, 32), hidden[:, k : k + 32])
-
-
-def test_learning_from_a_sure_base_is_learning_from_its_tokens() -> None:
-    """With probabilities that are 1 for one token, both losses are the same number."""
-    heads_module, base = recipe("heads"), recipe("base")
-    heads = new_heads(base.new_model(tiny_base(), 0), 3)
-    hidden, targets = torch.randn(16, 32), torch.randint(64, (16, 3))
-    sure = torch.nn.functional.one_hot(targets, 64).float()
-    torch.testing.assert_close(
-        heads_module.heads_losses(heads, hidden, targets), heads_module.heads_losses(heads, hidden, sure)
-    )
-
-
-def test_narrowed_heads_keep_the_units_that_matter() -> None:
-    heads_module, base = recipe("heads"), recipe("base")
-    model = base.new_model(tiny_base(), 0)
-    wide = new_heads(model, 3, expansion=4)
-    with torch.no_grad():
-        used = torch.stack([torch.randperm(128)[:64] for _ in range(3)])  # the other units add nothing
-        for head, units in enumerate(used):
-            wide.down_weight[head, units] = torch.randn(64, 32)
-    narrow = heads_module.narrowed(wide, model, expansion=2)
-    hidden = torch.randn(5, 32)
-    assert narrow.expansion == 2
-    torch.testing.assert_close(narrow(hidden), wide(hidden))
-
-
-def test_chunks_do_not_change_the_gradient() -> None:
-    heads_module, base = recipe("heads"), recipe("base")
-    model = base.new_model(tiny_base(), 0).requires_grad_(False)
-    hidden, targets = torch.randn(64, 32), torch.randint(64, (64, 3))
-    gradients = []
-    for rows in (64, 16):
-        heads = new_heads(model, 3)
-        for part, goal in zip(hidden.split(rows), targets.split(rows), strict=True):
-            (heads_module.heads_losses(heads, part, goal) * (len(part) / 64)).sum().backward()
-        gradients.append(heads.down_weight.grad)
-    torch.testing.assert_close(gradients[0], gradients[1], rtol=2e-2, atol=1e-4)  # bfloat16 products
-
-
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    base, heads_module, joint, training = (recipe(name) for name in ("base", "heads", "joint", "training"))
-    text = text_of(counting(3000))
-    options = {"steps": 8, "save_every": 3}
-
-    def build(folder: Path) -> tuple[list[Any], dict[str, torch.Tensor]]:
-        folder.mkdir(exist_ok=True)
-        model, base_record = base.train_base(tiny_base(**options), text, 0, folder / "base.pt")
-        heads = new_heads(model, 3)
-        heads_module.train_heads(tiny_heads(**options), model, heads, text, folder / "heads.pt")
-        records = [base_record, heads.training_record]
-        records.append(joint.train_jointly(tiny_joint(**options), model, heads, text, folder / "joint.pt"))
-        return records, {**model.state_dict(), **heads.state_dict()}
-
-    whole_records, whole = build(tmp_path / "whole")
+def test_a_killed_base_training_goes_on_as_if_nothing_had_happened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, training = recipe("base"), recipe("training")
+    text, config = text_of(counting(3000)), tiny_base(steps=8, save_every=3)
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "whole").mkdir()
+    whole, whole_record = base.train_base(config, text, 0, tmp_path / "whole" / "base.pt")
     scale = training.Schedule.rate_scale
-    for stage in (base.BaseConfig, heads_module.HeadsTraining, joint.JointTraining):
 
-        def stopping(schedule: Any, step: int, stage: type = stage) -> float:
-            if type(schedule) is stage and step == 5:
-                raise KeyboardInterrupt
-            return scale(schedule, step)
+    def stopping(schedule: Any, step: int) -> float:
+        if step == 5:
+            raise KeyboardInterrupt
+        return scale(schedule, step)
 
-        with monkeypatch.context() as patch:
-            patch.setattr(training.Schedule, "rate_scale", stopping)
-            with pytest.raises(KeyboardInterrupt):
-                build(tmp_path / "parts")
-    parts_records, parts = build(tmp_path / "parts")
-    assert whole_records == parts_records
-    for name, value in whole.items():
-        assert torch.equal(value, parts[name]), name
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training.Schedule, "rate_scale", stopping)
+        base.train_base(config, text, 0, tmp_path / "parts" / "base.pt")
+    parts, parts_record = base.train_base(config, text, 0, tmp_path / "parts" / "base.pt")
+    assert whole_record == parts_record
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, parts.state_dict()[name]), name
+
+
+def sources(count: int) -> list[Any]:
+    lines = "".join(f"value_{number} = {number}\n" for number in range(120))
+    return [recipe("corpus").SourceFile(path=f"{i}.py", text=lines, sha256=str(i)) for i in range(count)]
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_prompts_are_whole_lines_by_share_and_seed(tmp_path: Path) -> None:
+    prompts = recipe("prompts")
+    files = sources(2)
+    prompts.write_prompts(tmp_path / "a.jsonl", files, [0.9, 0.1], 200, seed=1)
+    prompts.write_prompts(tmp_path / "b.jsonl", files, [0.9, 0.1], 200, seed=1)
+    rows = rows_of(tmp_path / "a.jsonl")
+    assert rows == rows_of(tmp_path / "b.jsonl") and len({row["id"] for row in rows}) == len(rows) == 200
+    assert 150 < sum(":0.py:" in row["id"] for row in rows) < 200
+    text = f"\n{files[0].text}"
+    for row in rows:
+        assert f"\n{row['prompt']}\n" in text and len(row["prompt"]) < 2 * prompts.CHARS[1]
+
+
+def test_lines_that_no_model_can_go_on_with_are_left_out(tmp_path: Path) -> None:
+    long = recipe("corpus").SourceFile(path="long.py", text="x" * 9000, sha256="")
+    recipe("prompts").write_prompts(tmp_path / "a.jsonl", [long], [1.0], 3, seed=0)
+    assert rows_of(tmp_path / "a.jsonl") == []
+
+
+def test_texts_hold_every_line_once(tmp_path: Path) -> None:
+    files = [*sources(2), recipe("corpus").SourceFile(path="blank.py", text="\n \n", sha256="")]
+    recipe("prompts").write_texts(tmp_path / "t.jsonl", files)
+    rows = rows_of(tmp_path / "t.jsonl")
+    for i in range(2):
+        assert "\n".join(row["text"] for row in rows if row["id"].startswith(f"{i}.py")) + "\n" == files[i].text
+    assert not [row for row in rows if row["id"].startswith("blank")]
+
+
+def test_files_are_drawn_by_kind_and_size() -> None:
+    corpus = recipe("build").Corpus(library=sources(3), wheels=sources(1))
+    weights = corpus.weights((0.6, 0.4, 0.0))
+    assert len(weights) == len(corpus.files) == 4
+    np.testing.assert_allclose(weights, [0.2, 0.2, 0.2, 0.4])
 
 
 def build_command(arch: str, run: Path, out: Path, *more: str) -> subprocess.CompletedProcess[str]:
@@ -289,19 +212,19 @@ def test_the_one_command(arch: str, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(out)
     assert model.config.model_type == arch and model.dtype == torch.bfloat16
     heads = load_heads(out / "heads", model)
-    first, last = heads.training_record["history"]
-    assert sum(last["loss"]) < sum(first["loss"])
-    trees = json.loads((out / "fixed_trees.json").read_text(encoding="utf-8"))["trees"]
-    for size, paths in trees.items():
-        assert FixedTree(tuple(map(tuple, paths))).num_nodes == int(size)
+    assert heads.calibration is not None and len(heads.calibration.temperatures) == heads.num_heads
     card = (out / "README.md").read_text(encoding="utf-8")
-    steps = "--base-steps 60 --first-heads-steps 20 --joint-steps 20 --heads-steps 20"
-    assert f"build.py --arch {arch} {steps} --tiny" in card and "{" not in card
+    assert "ladon distill prompts.jsonl --model joint/model" in card and "{" not in card
+    assert str(tmp_path) not in card
 
     weights = (out / "heads" / "heads.safetensors").read_bytes()
     again = build_command(arch, run, tmp_path / "again")  # every stage is kept: nothing is trained a second time
     assert again.returncode == 0 and "step 10/" not in again.stdout
     assert (tmp_path / "again" / "heads" / "heads.safetensors").read_bytes() == weights
+
+    kept = build_command(arch, tmp_path / "kept", tmp_path / "new", "--model", str(out))
+    assert kept.returncode == 0, kept.stderr
+    assert (tmp_path / "new" / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
 
     refused = build_command(arch, run, out, "--base-steps", "7")
     assert refused.returncode != 0 and "other settings" in refused.stderr

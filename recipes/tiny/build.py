@@ -1,45 +1,35 @@
 """Build a small language model with decoding heads from the running Python's standard library, offline, on a CPU.
 
-    python recipes/tiny/build.py --arch llama --out my_model
+    python recipes/tiny/build.py --out my_model
 
-Stages: tokenizer; base; heads on the frozen base; both together; heads once more, on the base as it is then, frozen;
-fixed trees; export. Each keeps its result in the run folder; killed and started again with the same arguments, the
-command goes on where it stopped.
+Tokenizer and base model are trained here; everything about the heads is a call of `ladon train`, `ladon distill` and
+`ladon calibrate`, as for any other model. Each stage keeps its result in the run folder; killed and started again with
+the same arguments, the command goes on where it stopped. `--model FOLDER` takes a finished model instead of training
+one, and makes new heads for it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from base import BaseConfig, train_base
-from calibrate import calibrate
-from corpus import (
-    CALIBRATION_MODULES,
-    PROMPT_MODULES,
-    SourceFile,
-    held_out_files,
-    is_test,
-    provenance,
-    training_files,
-    wheel_files,
-)
-from export import Bundle, export
-from heads import HeadsTraining, narrowed, train_heads
-from joint import JointTraining, train_jointly
+from commands import Commands, calibrate_command, distill_command, heads_command, joint_command
+from corpus import CALIBRATION_MODULES, PROMPT_MODULES, SourceFile, held_out_files, is_test, provenance, wheel_files
+from corpus import training_files as library_files
+from export import Bundle, StageRecord, export, read_stages
+from prompts import write_prompts, write_texts
 from tokens import cached_tokens, train_tokenizer
-from training import Schedule, Text
+from training import Text
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ladon.bundled import module_prompts
-from ladon.heads import new_heads
 
 ARCHITECTURES = ("llama", "gpt_neox", "qwen3")
-STAGES = ("base", "first_heads", "joint", "heads")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,39 +37,29 @@ class Plan:
     """Everything that decides the result."""
 
     base: BaseConfig
-    first_heads: HeadsTraining
-    joint: JointTraining
-    heads: HeadsTraining
-    num_heads: int = 4
-    expansion: int = 2  # of the heads that are exported; they are twice as wide until the last stage
-    library_share: float = 0.37  # of the text after the base's own stage; the wheels and the tests have the rest
-    tests_share: float = 0.30
+    commands: Commands = field(default_factory=Commands)
+    shares: tuple[float, float, float] = (0.37, 0.33, 0.30)  # of the text: library, wheels, the library's tests
+    prompts: int = 10_000
     calibration_prompts: int = 120
-    every_nth_file: int = 1  # train on every n-th file of the corpus only
+    every_nth_file: int = 1  # use every n-th file of the corpus only
 
 
 def full_plan(arch: str) -> Plan:
     """What the bundled model was made with."""
-    return Plan(
-        base=BaseConfig(arch=arch),
-        first_heads=HeadsTraining(),
-        joint=JointTraining(),
-        heads=HeadsTraining(steps=400, matrix_lr=0.01, vector_lr=2e-3, decay_share=1.0, from_base=True),
-    )
+    return Plan(base=BaseConfig(arch=arch))
 
 
 def tiny_plan(arch: str) -> Plan:
-    """A toy: minutes become seconds. It shows that the recipe runs; the model is useless."""
+    """A toy: hours become a minute. It shows that the recipe runs; the model is useless."""
     base = BaseConfig(
         arch=arch, vocab_size=512, hidden_size=64, num_layers=2, num_heads=2, intermediate_size=128, max_positions=1024
     )
-    heads = HeadsTraining(steps=20, batch_tokens=2048, length=128, warmup_steps=5, save_every=10)
-    joint = JointTraining(steps=20, batch_tokens=2048, short_length=128, long_length=1024, heads_positions=512)
     return Plan(
         base=replace(base, steps=60, batch_tokens=2048, short_length=128, warmup_steps=10, save_every=30),
-        first_heads=heads,
-        joint=replace(joint, warmup_steps=5, save_every=10),
-        heads=replace(heads, from_base=True),
+        commands=Commands(
+            joint_steps=20, joint_heads_steps=10, heads_steps=20, batch_size=4, length=256, new_tokens=32, batch=8
+        ),
+        prompts=32,
         calibration_prompts=4,
         every_nth_file=40,
     )
@@ -97,24 +77,33 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--arch", choices=ARCHITECTURES, default="llama")
     parser.add_argument("--out", type=Path, required=True, help="folder for the finished model, heads and card")
     parser.add_argument("--run", type=Path, help="folder for unfinished work (default: runs/ARCH beside this file)")
-    for name in STAGES:
-        parser.add_argument(f"--{name.replace('_', '-')}-steps", type=_positive, help="training steps of this stage")
-    parser.add_argument("--tiny", action="store_true", help="a toy model, in under a minute")
+    parser.add_argument("--model", type=Path, help="a folder that this recipe made: keep its model, make new heads")
+    parser.add_argument("--base-steps", type=_positive, help="training steps of the base model")
+    parser.add_argument("--joint-steps", type=_positive, help="steps of base and heads together")
+    parser.add_argument("--heads-steps", type=_positive, help="steps of the final heads")
+    parser.add_argument("--prompts", type=_positive, help="prompts that the model answers for its heads")
+    parser.add_argument("--tiny", action="store_true", help="a toy model, in about a minute")
     parser.add_argument("--threads", type=_positive, help="CPU threads (default: torch's choice)")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the training; needs a C++ compiler")
+    parser.add_argument(
+        "--compile", action="store_true", help="torch.compile the base's training; needs a C++ compiler"
+    )
     return parser.parse_args()
 
 
 def make_plan(arguments: argparse.Namespace) -> Plan:
     """Defaults, or the toy's, changed by the arguments."""
     plan = tiny_plan(arguments.arch) if arguments.tiny else full_plan(arguments.arch)
-    stages: dict[str, Schedule] = {}
-    for name in STAGES:
-        stage: Schedule = getattr(plan, name)
-        stages[name] = replace(
-            stage, steps=getattr(arguments, f"{name}_steps") or stage.steps, compile=arguments.compile
-        )
-    return replace(plan, **stages)
+    base, commands = plan.base, plan.commands
+    return replace(
+        plan,
+        base=replace(base, steps=arguments.base_steps or base.steps, compile=arguments.compile),
+        commands=replace(
+            commands,
+            joint_steps=arguments.joint_steps or commands.joint_steps,
+            heads_steps=arguments.heads_steps or commands.heads_steps,
+        ),
+        prompts=arguments.prompts or plan.prompts,
+    )
 
 
 def check_same_plan(plan: Plan, corpus_sha256: object, run: Path) -> None:
@@ -133,51 +122,75 @@ def check_same_plan(plan: Plan, corpus_sha256: object, run: Path) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """The text as the stages take it, its tokenizer and its record."""
+    """The files that are trained on: the library's, its tests among them, and the wheels'."""
 
-    tokenizer: PreTrainedTokenizerBase
-    library_only: Text
-    everything: Text
-    record: dict[str, object]
+    library: Sequence[SourceFile]
+    wheels: Sequence[SourceFile]
+
+    @property
+    def kinds(self) -> list[list[SourceFile]]:
+        """Library without tests, wheels, tests."""
+        tests = [source for source in self.library if is_test(source)]
+        return [[source for source in self.library if not is_test(source)], list(self.wheels), tests]
+
+    @property
+    def files(self) -> list[SourceFile]:
+        """All of them, kind by kind."""
+        return [source for kind in self.kinds for source in kind]
+
+    def weights(self, shares: Sequence[float]) -> list[float]:
+        """How often each file is drawn, so that each kind has its share and each file one by its size."""
+        sizes = [sum(len(source.text) for source in kind) for kind in self.kinds]
+        return [
+            share * len(source.text) / size
+            for kind, share, size in zip(self.kinds, shares, sizes, strict=True)
+            for source in kind
+        ]
 
 
-def prepare_corpus(plan: Plan, run: Path) -> Corpus:
-    """Tokenizer, token ids and record; kept in the run folder."""
-    library = list(training_files())[:: plan.every_nth_file]
-    wheels = wheel_files()[:: plan.every_nth_file]
-    record = provenance([*library, *wheels])
-    check_same_plan(plan, record["sha256"], run)
+def read_corpus(plan: Plan) -> Corpus:
+    """The sources of the running Python's library and of the wheels in its `ensurepip`."""
+    step = plan.every_nth_file
+    return Corpus(library=list(library_files())[::step], wheels=wheel_files()[::step])
+
+
+def base_model(plan: Plan, corpus: Corpus, run: Path) -> tuple[Path, StageRecord]:
+    """Tokenizer and base model, trained on the library and saved as a folder of transformers."""
+    folder, record = run / "base", run / "base.json"
+    if record.exists():
+        return folder, StageRecord(**json.loads(record.read_text(encoding="utf-8")))
+    library = corpus.library
     if not (run / "tokenizer").exists():
         print(f"training the tokenizer on {len(library)} files", flush=True)
         trained = train_tokenizer(library, plan.base.vocab_size, plan.base.max_positions)
         trained.save_pretrained(run / "tokenizer.partial")
         (run / "tokenizer.partial").rename(run / "tokenizer")
-    tokenizer = AutoTokenizer.from_pretrained(run / "tokenizer")
-
-    def ids(name: str, sources: list[SourceFile]) -> np.ndarray:
-        return cached_tokens(run / f"{name}.npy", tokenizer, sources)
-
-    held_out = ids("held_out", held_out_files([*CALIBRATION_MODULES, *PROMPT_MODULES]))
-    kinds = {
-        "library": (ids("library", [s for s in library if not is_test(s)]), plan.library_share),
-        "wheels": (ids("wheels", wheels), 1 - plan.library_share - plan.tests_share if wheels else 0.0),
-        "tests": (ids("tests", [s for s in library if is_test(s)]), plan.tests_share),
-    }
-    sizes = {name: len(text) for name, (text, _) in kinds.items()}
-    print(f"tokens: {sizes}, held out: {len(held_out)}", flush=True)
-    texts, shares = zip(*((text, share) for text, share in kinds.values() if share), strict=True)
-    return Corpus(
-        tokenizer=tokenizer,
-        library_only=Text(kinds=[ids("train", library)], shares=[1.0], held_out=held_out),
-        everything=Text(kinds=texts, shares=[share / sum(shares) for share in shares], held_out=held_out),
-        record=record,
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(run / "tokenizer")
+    held_out = cached_tokens(run / "held_out.npy", tokenizer, held_out_files([*CALIBRATION_MODULES, *PROMPT_MODULES]))
+    text = Text(kinds=[cached_tokens(run / "train.npy", tokenizer, library)], shares=[1.0], held_out=held_out)
+    model, found = train_base(plan.base, text, tokenizer.eos_token_id, run / "base.pt")
+    round_weights(model)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    last = found["history"][-1]
+    stage = StageRecord(
+        name="base, on the standard library",
+        steps=plan.base.steps,
+        tokens=plan.base.steps * plan.base.batch_tokens,
+        train_loss=last["train_loss"],
+        held_out_loss=last["held_out_loss"],
     )
+    record.write_text(json.dumps(asdict(stage)) + "\n", encoding="utf-8")
+    return folder, stage
 
 
-def command_line(plan: Plan, tiny: bool) -> str:
-    """What to type to get the same model again."""
-    steps = " ".join(f"--{name.replace('_', '-')}-steps {getattr(plan, name).steps}" for name in STAGES)
-    return f"python recipes/tiny/build.py --arch {plan.base.arch} {steps}" + (" --tiny" if tiny else "")
+def joint_stage(settings: Commands) -> StageRecord:
+    """The card's row of base and heads together; what it reached is in the log of `ladon train`."""
+    return StageRecord(
+        name="base and heads together, on all text",
+        steps=settings.joint_steps,
+        tokens=settings.joint_steps * settings.batch_size * settings.length,
+    )
 
 
 @torch.no_grad()
@@ -194,34 +207,38 @@ def main() -> None:
     arguments = parse()
     plan = make_plan(arguments)
     default_run = Path(__file__).parent / "runs" / (arguments.arch + ("-tiny" if arguments.tiny else ""))
-    run = arguments.run or default_run
+    run: Path = arguments.run or default_run
     run.mkdir(parents=True, exist_ok=True)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    corpus = prepare_corpus(plan, run)
-    model, base_record = train_base(plan.base, corpus.library_only, corpus.tokenizer.eos_token_id, run / "base.pt")
-    round_weights(model)
-    heads = new_heads(model.requires_grad_(False), plan.num_heads, seed=plan.base.seed, expansion=2 * plan.expansion)
-    train_heads(plan.first_heads, model, heads, corpus.library_only, run / "first_heads.pt")
-    first_record = heads.training_record
-    joint_record = train_jointly(plan.joint, model, heads, corpus.everything, run / "joint.pt")
-    round_weights(model)
-    heads = narrowed(heads, model, plan.expansion)
-    train_heads(plan.heads, model, heads, corpus.everything, run / "heads.pt")
-    heads.base_name = f"the {plan.base.arch} model of recipes/tiny"
-    prompts = module_prompts(CALIBRATION_MODULES, plan.calibration_prompts)
-    bundle = Bundle(
-        model=model,
-        tokenizer=corpus.tokenizer,
-        heads=heads,
-        corpus=corpus.record,
-        fixed_trees=calibrate(model, corpus.tokenizer, heads, prompts),
-        base_record=base_record,
-        first_record=first_record,
-        joint_record=joint_record,
-        command=command_line(plan, arguments.tiny),
+    corpus = read_corpus(plan)
+    record = provenance([*corpus.library, *corpus.wheels])
+    check_same_plan(plan, record["sha256"], run)
+    if not (run / "prompts.jsonl").exists():
+        write_texts(run / "text.jsonl", corpus.files)
+        calibration = module_prompts(CALIBRATION_MODULES, plan.calibration_prompts)
+        rows = [json.dumps({"prompt": prompt}) + "\n" for prompt in calibration]
+        (run / "calibration.jsonl").write_text("".join(rows), encoding="utf-8")
+        write_prompts(run / "prompts.jsonl", corpus.files, corpus.weights(plan.shares), plan.prompts, plan.base.seed)
+    if arguments.model:
+        model, stages = arguments.model, read_stages(arguments.model)
+    else:
+        base, base_stage = base_model(plan, corpus, run)
+        joint_command(plan.commands, base, run).run(arguments.threads)
+        model, stages = run / "joint" / "model", [base_stage, joint_stage(plan.commands)]
+    commands = [command(plan.commands, model, run) for command in (distill_command, heads_command, calibrate_command)]
+    for command in commands:
+        command.run(arguments.threads)
+    export(
+        Bundle(
+            model=model,
+            heads=run / "heads" / "heads",
+            corpus=record,
+            stages=stages,
+            commands=[command.shown for command in commands],
+        ),
+        arguments.out,
     )
-    export(bundle, arguments.out)
 
 
 if __name__ == "__main__":

@@ -1,70 +1,108 @@
-"""Write the bundle: model, tokenizer, heads, fixed trees, provenance and the model card."""
+"""Write the bundle: model, tokenizer, heads with their calibration, provenance and the model card."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from ladon.heads import Heads
+from ladon.heads import Heads, load_heads
 
 MAX_BYTES = 25_000_000
+RECORD = "training.json"  # how the model itself came about: kept where new heads are made for it
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageRecord:
+    """One stage of the model's own training, as the card shows it. Losses are in nats per token."""
+
+    name: str
+    steps: int
+    tokens: int
+    train_loss: float | None = None
+    held_out_loss: float | None = None
+
+    @property
+    def row(self) -> str:
+        """Its row of the card's table."""
+        losses = ["" if loss is None else f"{loss:.3f}" for loss in (self.train_loss, self.held_out_loss)]
+        return f"| {self.name} | {self.steps} | {self.tokens / 1e6:.1f} | {' | '.join(losses)} |"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bundle:
-    """Everything that is exported."""
+    """Everything that is exported.
 
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    heads: Heads
-    corpus: dict[str, object]
-    fixed_trees: dict[str, object]
-    base_record: dict[str, object]
-    first_record: dict[str, object]
-    joint_record: dict[str, object]
-    command: str
+    Attributes:
+        model: folder of the model and its tokenizer.
+        heads: folder of its calibrated heads.
+        corpus: provenance of the text.
+        stages: the model's own training.
+        commands: what made the heads.
+    """
+
+    model: Path
+    heads: Path
+    corpus: dict[str, Any]
+    stages: Sequence[StageRecord]
+    commands: Sequence[str]
+
+
+def read_stages(folder: Path) -> list[StageRecord]:
+    """The stages of a model that this recipe exported before."""
+    path = folder / RECORD
+    if not path.exists():
+        raise SystemExit(f"{path} is missing: --model takes a folder that this recipe made")
+    return [StageRecord(**stage) for stage in json.loads(path.read_text(encoding="utf-8"))]
 
 
 def export(bundle: Bundle, folder: Path) -> None:
     """Write all files into `folder`; files there that are not the recipe's stay."""
     folder.mkdir(parents=True, exist_ok=True)
-    bundle.model.config._name_or_path = ""
-    bundle.model.to(torch.bfloat16).save_pretrained(folder)  # rotary buffers are not saved, so they lose nothing
+    model = AutoModelForCausalLM.from_pretrained(bundle.model, dtype=torch.bfloat16)
+    tokenizer = AutoTokenizer.from_pretrained(bundle.model)
+    heads = load_heads(bundle.heads, model).to(torch.bfloat16)
+    if heads.calibration is None:
+        raise SystemExit(f"{bundle.heads} holds no calibration that fits its heads")
+    heads.base_name = f"the {model.config.model_type} model of recipes/tiny"
+    model.config._name_or_path = ""
     for name in ("is_local", "local_files_only"):  # how it was loaded here says nothing about it
-        bundle.tokenizer.init_kwargs.pop(name, None)
-    bundle.tokenizer.save_pretrained(folder)
-    bundle.heads.to(torch.bfloat16).save(folder / "heads")
+        tokenizer.init_kwargs.pop(name, None)
+    model.save_pretrained(folder)  # rotary buffers are not saved, so they lose nothing
+    tokenizer.save_pretrained(folder)
+    heads.save(folder / "heads")
     _write_json(folder / "corpus.json", bundle.corpus)
-    _write_json(folder / "fixed_trees.json", bundle.fixed_trees)
-    (folder / "README.md").write_text(model_card(bundle), encoding="utf-8")
+    _write_json(folder / RECORD, [stage.__dict__ for stage in bundle.stages])
+    (folder / "README.md").write_text(model_card(bundle, model, heads), encoding="utf-8")
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     print(f"exported {size / 1e6:.1f} MB to {folder}")
     if size > MAX_BYTES:
         raise SystemExit(f"the bundle has {size} bytes, more than {MAX_BYTES}. Train a smaller model")
 
 
-def model_card(bundle: Bundle) -> str:
+def model_card(bundle: Bundle, model: PreTrainedModel, heads: Heads) -> str:
     """What the model is, from what, how good, and what it is not good for."""
-    config, training = bundle.model.config, bundle.heads.training_record
-    result = training["history"][-1]
+    config, held_out = model.config, bundle.corpus["held_out"]
+    calibration = heads.calibration
+    assert calibration is not None  # `export` looks
     rows = [
-        f"| {k} | {loss:.3f} | {' | '.join(f'{value:.3f}' for value in accuracy)} |"
-        for k, (loss, accuracy) in enumerate(zip(result["loss"], result["accuracy"], strict=True), start=1)
+        f"| {depth} | {' | '.join(f'{sum(rates[:top]):.3f}' for top in (1, 2, 3, 4, 5))} |"
+        for depth, rates in enumerate(calibration.marginal_hit_rates, start=1)
     ]
-    held_out = bundle.corpus["held_out"]
     return CARD.format(
         arch=config.model_type,
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
         vocab=config.vocab_size,
         context=config.max_position_embeddings,
-        million=sum(p.numel() for p in bundle.model.parameters()) / 1e6,
-        heads_million=sum(p.numel() for p in bundle.heads.parameters()) / 1e6,
-        num_heads=bundle.heads.num_heads,
+        million=sum(p.numel() for p in model.parameters()) / 1e6,
+        heads_million=sum(p.numel() for p in heads.parameters()) / 1e6,
+        num_heads=heads.num_heads,
         python=bundle.corpus["python"],
         files=bundle.corpus["files"],
         megabytes=bundle.corpus["bytes"] / 1e6,
@@ -72,26 +110,12 @@ def model_card(bundle: Bundle) -> str:
         calibration=", ".join(held_out["calibration"]),
         prompts=", ".join(held_out["prompts"]),
         unused=" and ".join(bundle.corpus["not_used"]),
-        stages="\n".join(
-            (
-                _stage_row("base, on the standard library", bundle.base_record),
-                _stage_row("heads, base frozen, on the standard library", bundle.first_record),
-                _stage_row("base and heads together, on all text", bundle.joint_record),
-                _stage_row("heads, base frozen, against what the base says of all text", training),
-            )
-        ),
+        stages="\n".join(stage.row for stage in bundle.stages),
+        commands="\n".join(bundle.commands),
         table="\n".join(rows),
-        calibration_prompts=bundle.fixed_trees["prompts"],
-        calibration_positions=bundle.fixed_trees["positions"],
-        command=bundle.command,
+        calibration_prompts=calibration.measured_on["prompts"],
+        calibration_positions=calibration.measured_on["positions"],
     )
-
-
-def _stage_row(name: str, record: dict) -> str:
-    last = record["history"][-1]
-    tokens = last["step"] * record["settings"]["batch_tokens"] / 1e6
-    losses = [f"{last[kind]:.3f}" if kind in last else "" for kind in ("train_loss", "held_out_loss")]
-    return f"| {name} | {last['step']} | {tokens:.1f} | {' | '.join(losses)} |"
 
 
 CARD = """\
@@ -109,8 +133,7 @@ and measured offline. It completes Python source text; it is no assistant.
 - Model: {million:.1f}M parameters, {layers} layers, hidden size {hidden}, vocabulary {vocab} (byte-level BPE), context
   {context} tokens, bfloat16.
 - Heads: `heads/`, {heads_million:.1f}M parameters, family "shared": a residual MLP per head on the model's own output
-  projection.
-- Fixed trees: `fixed_trees.json`, the best fixed trees of several sizes for these heads.
+  projection; with their calibration.
 
 ## Data
 
@@ -119,27 +142,33 @@ The sources of Python {python}'s standard library and of the wheels in its `ensu
 Never trained on, nor are their tests: {calibration} (used to calibrate) and {prompts} (used as prompts); nor {unused},
 which are used for nothing, because other files hold pieces of them.
 
-## Training
+## Training of the model
 
-`{command}`
+By `recipes/tiny`; losses in nats per token, the held-out ones over evenly spaced windows of the held-out modules.
 
 | stage | steps | tokens (M) | train loss | held-out loss |
 |---|---|---|---|---|
 {stages}
 
-In the third stage the heads' loss reaches the base, as in MEDUSA-2 (arXiv 2401.10774, section 2.2.2). The model then
-foretells more of its own text than one that never had heads: expect a lower acceptance length from heads on a model
-that was trained alone.
+Where base and heads learn together, the heads' loss reaches the base, as in MEDUSA-2 (arXiv 2401.10774, section 2.2.2).
+The model then foretells more of its own text than one that never had heads: expect a lower acceptance length from heads
+on a model that was trained alone.
 
-Losses are in nats per token, over evenly spaced windows of the held-out modules. Head k guesses the token k + 1 places
-after the one it reads; accuracy is the share of positions where the text's own token is among the best 1 to 5:
+## Training of the heads
 
-| head | held-out loss | top 1 | top 2 | top 3 | top 4 | top 5 |
-|---|---|---|---|---|---|---|
+On the model's own answers to beginnings of the training files, the model frozen:
+
+```text
+{commands}
+```
+
+Head k guesses the token k + 1 places after the one it reads; the share of positions where the token that the model
+itself goes on to say is among its best 1 to 5, over {calibration_positions} positions in greedy continuations of
+{calibration_prompts} calibration prompts:
+
+| head | top 1 | top 2 | top 3 | top 4 | top 5 |
+|---|---|---|---|---|---|
 {table}
-
-The fixed trees come from {calibration_positions} positions in the model's own greedy continuations of
-{calibration_prompts} calibration prompts.
 
 ## Limits
 
@@ -157,5 +186,5 @@ Weights: Apache-2.0, as the rest of Ladon. The training text is part of CPython,
 """
 
 
-def _write_json(path: Path, document: dict[str, object]) -> None:
+def _write_json(path: Path, document: object) -> None:
     path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")

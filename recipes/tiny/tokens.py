@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 END_OF_TEXT = "<|endoftext|>"
 
 
-def train_tokenizer(sources: list[SourceFile], vocab_size: int, max_length: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(sources: Sequence[SourceFile], vocab_size: int, max_length: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer with one special token, which separates files and ends a text."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -33,7 +34,7 @@ def train_tokenizer(sources: list[SourceFile], vocab_size: int, max_length: int)
     )
 
 
-def encode_files(tokenizer: PreTrainedTokenizerFast, sources: list[SourceFile]) -> np.ndarray:
+def encode_files(tokenizer: PreTrainedTokenizerFast, sources: Sequence[SourceFile]) -> np.ndarray:
     """All files end to end, each followed by the end-of-text id: [num_tokens] uint16."""
     parts: list[int] = []
     for source in sources:
@@ -42,7 +43,7 @@ def encode_files(tokenizer: PreTrainedTokenizerFast, sources: list[SourceFile]) 
     return np.asarray(parts, dtype=np.uint16)
 
 
-def cached_tokens(path: Path, tokenizer: PreTrainedTokenizerFast, sources: list[SourceFile]) -> np.ndarray:
+def cached_tokens(path: Path, tokenizer: PreTrainedTokenizerFast, sources: Sequence[SourceFile]) -> np.ndarray:
     """`encode_files`, kept on disk between runs; a kill leaves the whole file or none."""
     if not path.exists():
         partial = path.with_suffix(".partial.npy")
