@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import PreTrainedModel
 
-from ladon import lattice
-from ladon.calibration import CALIBRATION_FILE, Calibration, read_calibration
+from ladon import Decoder, lattice
+from ladon.calibration import CALIBRATION_FILE, FORMAT, Calibration, read_calibration
 from ladon.errors import HeadsError
-from ladon.heads import load_heads, new_heads
+from ladon.heads import Heads, load_heads, new_heads
 
 
 def calibration(heads: str, num_heads: int = 2) -> Calibration:
@@ -41,12 +42,23 @@ def test_other_heads_calibration_is_left_aside(tiny_llama: PreTrainedModel, tmp_
 
 @pytest.mark.parametrize(
     "text",
-    ["{", "[]", '{"format": "ladon-calibration", "version": 2}', '{"format": "ladon-calibration", "version": 1}'],
+    [
+        "{",
+        "[]",
+        "\ud800",
+        '{"format": "ladon-calibration", "version": 2}',
+        '{"format": "ladon-calibration", "version": 1}',
+        *(
+            json.dumps({"format": FORMAT, "version": 1, "heads": "0", "temperatures": temperatures, "hit_rates": [[1]]})
+            for temperatures in ([math.nan], [math.inf], [0], [-1.0], ["1"], [True], 1.0, [1.0, 1.0])
+        ),
+    ],
 )
 def test_damaged_files_are_named(tmp_path: Path, text: str) -> None:
-    (tmp_path / CALIBRATION_FILE).write_text(text, encoding="utf-8")
-    with pytest.raises(HeadsError, match="ladon calibrate"):
+    (tmp_path / CALIBRATION_FILE).write_text(text, encoding="utf-8", errors="surrogatepass")
+    with pytest.raises(HeadsError, match="Remove the file, and run `ladon calibrate` again") as error:
         read_calibration(tmp_path)
+    assert "\n" not in str(error.value)
 
 
 def test_temperatures_flatten_or_sharpen_each_depth() -> None:
@@ -60,3 +72,99 @@ def test_tokens_of_a_vocabulary_of_the_heads_own() -> None:
     logits = torch.tensor([[[0.0, 3.0, 1.0]]])
     found = lattice.from_logits(logits, 2, token_ids=torch.tensor([40, 7, 99]))
     assert found.tokens.tolist() == [[[[7, 99]]]]
+
+
+def test_a_temperature_for_each_head(tiny_llama: PreTrainedModel, tmp_path: Path) -> None:
+    heads = new_heads(tiny_llama, 2)
+    heads.save(tmp_path)
+    calibration(heads.weights_hash, num_heads=3).save(tmp_path)
+    with pytest.raises(HeadsError, match="has 3 temperatures for 2 heads"):
+        load_heads(tmp_path, tiny_llama)
+
+
+def test_heads_take_their_calibration_along(tiny_llama: PreTrainedModel, tmp_path: Path) -> None:
+    heads = new_heads(tiny_llama, 2)
+    heads.calibration = calibration(heads.weights_hash)
+    heads.save(tmp_path / "a")
+    copied = load_heads(tmp_path / "a")
+    copied.save(tmp_path / "b")
+    assert read_calibration(tmp_path / "b") == read_calibration(tmp_path / "a") is not None
+
+
+def test_heads_that_were_trained_further_leave_it(tiny_llama: PreTrainedModel, tmp_path: Path) -> None:
+    heads = new_heads(tiny_llama, 2)
+    heads.calibration = calibration(heads.weights_hash)
+    with torch.no_grad():
+        next(heads.parameters()).add_(1.0)
+    heads.save(tmp_path)
+    assert not (tmp_path / CALIBRATION_FILE).exists()
+
+
+@pytest.mark.parametrize("family", ["shared", "medusa", "lowrank"])
+def test_the_hash_is_that_of_the_stored_weights(tiny_llama: PreTrainedModel, tmp_path: Path, family: str) -> None:
+    """In whatever dtype they are loaded, stored in bfloat16 they are the same heads."""
+    options = {"rank": 8} if family == "lowrank" else {}
+    heads = new_heads(tiny_llama.bfloat16(), 2, family, **options)
+    for parameter in heads.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    expected = heads.weights_hash
+    heads.save(tmp_path / "stored")
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        loaded = load_heads(tmp_path / "stored", tiny_llama.to(dtype))
+        assert next(loaded.parameters()).dtype == dtype
+        assert loaded.weights_hash == expected
+        loaded.save(tmp_path / "again")
+        assert load_heads(tmp_path / "again").weights_hash == expected
+    with torch.no_grad():
+        next(loaded.parameters())[0] += 1.0
+    assert loaded.weights_hash != expected
+
+
+def test_decoding_divides_by_the_temperatures_and_stays_exact(decoder: Decoder) -> None:
+    """Paths of the tree have the probabilities of the divided logits; the text is the model's own."""
+    model, heads = decoder.model, decoder.heads
+    assert isinstance(heads, Heads)
+    prompt = torch.tensor([[5, 6, 7, 8]])
+    temperatures = [0.5, 2.0, 3.0]
+
+    def first_tree() -> dict[tuple[int, ...], float]:
+        trace = Decoder(model, heads, budget=8).trace(prompt[0], max_new_tokens=30)
+        step = next(trace)
+        return dict(zip(zip(step.depths, step.tokens, strict=True), step.log_probs, strict=True))
+
+    plain = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=30, do_sample=False)
+    before = first_tree()
+    heads.calibration = Calibration(heads=heads.weights_hash, temperatures=temperatures, hit_rates=[])
+    after = first_tree()
+    assert before != after
+    with torch.no_grad():
+        hidden = model.base_model(prompt).last_hidden_state[:, -1]
+        best = (heads(hidden)[0, 0].float() / temperatures[0]).log_softmax(-1)
+    depth_1 = {token: log_prob for (depth, token), log_prob in after.items() if depth == 1}
+    assert depth_1 == pytest.approx({token: float(best[token]) for token in depth_1}, abs=1e-4)
+    for tree in ("dynamic", "chain"):
+        output = Decoder(model, heads, tree=tree).generate(
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=30, do_sample=False
+        )
+        assert torch.equal(output, plain)
+
+
+def test_a_folder_that_cannot_be_written_to(tmp_path: Path) -> None:
+    with pytest.raises(HeadsError, match="cannot write"):
+        calibration("0").save(tmp_path / "missing")
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calibration("0").save(tmp_path)
+    old = (tmp_path / CALIBRATION_FILE).read_bytes()
+    write_text = Path.write_text
+
+    def full_disk(self: Path, text: str, **options: str) -> int:
+        write_text(self, text[:20], **options)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full_disk)
+    with pytest.raises(HeadsError, match="No space left on device"):
+        calibration("1").save(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [CALIBRATION_FILE]
+    assert (tmp_path / CALIBRATION_FILE).read_bytes() == old
