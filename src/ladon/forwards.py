@@ -1,4 +1,4 @@
-"""One forward of a model at a time, and what its output projection receives in it.
+"""One forward of a model at a time, and what its output projection receives in it, or a layer gives.
 
 Hooks sit on modules that every thread shares, so whoever hooks into a forward holds the model's lock while it runs.
 """
@@ -8,11 +8,17 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+
+from ladon.errors import UnsupportedModelError
+from ladon.heads.early_exit import decoder_layers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _locks: WeakKeyDictionary[nn.Module, threading.Lock] = WeakKeyDictionary()
 _making = threading.Lock()
@@ -51,6 +57,41 @@ def projection_inputs(projection: nn.Module, only: Tensor | None = None) -> Iter
         return None if only is None else (at(inputs[0], only), *inputs[1:])
 
     handle = projection.register_forward_pre_hook(note)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def layer_output(model: PreTrainedModel, layer: int) -> Iterator[list[Tensor]]:
+    """While this lasts, note the hidden states after a decoder layer of `model`, [b, T, H].
+
+    Args:
+        model: whose forward it is. Calls from other threads are left out.
+        layer: counted from 1.
+
+    Yields:
+        A list that gets the hidden states of each call.
+
+    Raises:
+        UnsupportedModelError: in the forward, if the layer gives more than one state per token.
+    """
+    seen: list[Tensor] = []
+    owner = threading.get_ident()
+
+    def note(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+        if threading.get_ident() != owner:
+            return
+        hidden = output[0] if isinstance(output, tuple) else output
+        if hidden.ndim != 3:
+            raise UnsupportedModelError(
+                f"the layers of {type(model).__name__} give states of shape {list(hidden.shape)}, several per token; "
+                "an early exit needs one"
+            )
+        seen.append(hidden)
+
+    handle = decoder_layers(model)[layer - 1].register_forward_hook(note)
     try:
         yield seen
     finally:

@@ -10,6 +10,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from ladon.heads.fingerprint import SAMPLES, Fingerprint
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "heads.safetensors"
+EARLY_EXIT_FILES = ("early_exit.json", "early_exit.safetensors")
 FORMAT = "ladon-heads"
 VERSION = 1
 
@@ -55,8 +57,7 @@ class HeadsConfig:
 
 
 def write_heads(folder: Path, config: HeadsConfig, tensors: Mapping[str, Tensor]) -> None:
-    """Write both files; each is written beside its place and then renamed, the config last."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write both files, as `write_pair` does."""
     document = {
         "format": FORMAT,
         "version": VERSION,
@@ -71,14 +72,31 @@ def write_heads(folder: Path, config: HeadsConfig, tensors: Mapping[str, Tensor]
         },
         "training": dict(config.training),
     }
-    text = json.dumps(document, indent=2) + "\n"
-    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    weights_part = folder / f"{WEIGHTS_FILE}.partial"
-    save_file(contiguous, weights_part)
-    weights_part.replace(folder / WEIGHTS_FILE)
-    config_part = folder / f"{CONFIG_FILE}.partial"
-    config_part.write_text(text, encoding="utf-8")
-    config_part.replace(folder / CONFIG_FILE)
+    write_pair(folder, WEIGHTS_FILE, tensors, CONFIG_FILE, document)
+
+
+def write_pair(
+    folder: Path, weights: str, tensors: Mapping[str, Tensor], config: str, document: Mapping[str, Any]
+) -> None:
+    """Write a safetensors file and its JSON into `folder`, which is made if needed.
+
+    Both are written beside their places and then renamed, the config last: if there is no room, the old ones stay.
+
+    Raises:
+        HeadsError: the folder cannot be written to.
+    """
+    weights_part, config_part = folder / f"{weights}.partial", folder / f"{config}.partial"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, weights_part)
+        config_part.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        weights_part.replace(folder / weights)
+        config_part.replace(folder / config)
+    except (OSError, SafetensorError) as error:
+        for part in (weights_part, config_part):
+            with suppress(OSError):
+                part.unlink()
+        raise HeadsError(f"cannot write {folder}: {error}. Make room or give another folder") from error
 
 
 def find_folder(path: str | Path, revision: str | None = None) -> Path:
@@ -96,7 +114,11 @@ def find_folder(path: str | Path, revision: str | None = None) -> Path:
 
     try:
         return Path(
-            snapshot_download(name, revision=revision, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE, CALIBRATION_FILE])
+            snapshot_download(
+                name,
+                revision=revision,
+                allow_patterns=[CONFIG_FILE, WEIGHTS_FILE, CALIBRATION_FILE, *EARLY_EXIT_FILES],
+            )
         )
     except (OSError, HFValidationError) as error:  # every network and hub error of huggingface_hub is an OSError
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -133,22 +155,26 @@ def read_config(folder: Path) -> HeadsConfig:
     )
 
 
-def read_tensors(folder: Path, expected: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+def read_tensors(
+    folder: Path, expected: Mapping[str, torch.Size], weights: str = WEIGHTS_FILE, config: str = CONFIG_FILE
+) -> dict[str, Tensor]:
     """The tensors named in `expected`, on the CPU; every name or shape that differs is listed in the error."""
-    path = folder / WEIGHTS_FILE
+    path = folder / weights
     try:
         with safe_open(path, framework="pt") as file:
             found = {name: torch.Size(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-            _check_names_and_shapes(path, expected, found)
+            _check_names_and_shapes(path, expected, found, config)
             # Copied: tensors in the mapped file are not aligned, and products of unaligned ones round differently.
             return {name: file.get_tensor(name).clone() for name in expected}
     except OSError as error:
-        raise HeadsError(f"{path} cannot be read. A heads folder holds {CONFIG_FILE} and {WEIGHTS_FILE}") from error
+        raise HeadsError(f"{path} cannot be read. A heads folder holds {config} and {weights}") from error
     except SafetensorError as error:
         raise HeadsError(f"{path} is no safetensors file ({error}). Save or download the heads again") from error
 
 
-def _check_names_and_shapes(path: Path, expected: Mapping[str, torch.Size], found: Mapping[str, torch.Size]) -> None:
+def _check_names_and_shapes(
+    path: Path, expected: Mapping[str, torch.Size], found: Mapping[str, torch.Size], config: str
+) -> None:
     problems = [f"missing {name} {list(shape)}" for name, shape in expected.items() if name not in found]
     problems += [f"unexpected {name} {list(shape)}" for name, shape in found.items() if name not in expected]
     problems += [
@@ -157,7 +183,7 @@ def _check_names_and_shapes(path: Path, expected: Mapping[str, torch.Size], foun
         if name in found and found[name] != shape
     ]
     if problems:
-        raise HeadsError(f"{path} does not fit its {CONFIG_FILE}: {'; '.join(problems)}. Save or download it again")
+        raise HeadsError(f"{path} does not fit its {config}: {'; '.join(problems)}. Save or download it again")
 
 
 def _typed(document: Mapping[str, Any], name: str, kind: type, path: Path) -> Any:
