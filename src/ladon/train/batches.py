@@ -1,4 +1,4 @@
-"""Training examples as batches: which tokens each head learns, and documents that share rows without seeing each other.
+"""Batches of packed documents: which tokens each head learns, and where.
 
 Head k (from 1) reading position t of a document learns token t + k + 1, and only if that token and the next one,
 t + 1, are of the document and learned: in decoding the next token is the root, which the model itself has said.
@@ -6,109 +6,16 @@ t + 1, are of the document and learned: in decoding the next token is the root, 
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ladon.errors import InputError
-from ladon.train.rows import Example
+from ladon.train.documents import Document
 
 NO_PLACE = -1
-
-
-@dataclass(frozen=True, slots=True)
-class Document:
-    """An example as it is trained on.
-
-    Attributes:
-        id: the example's.
-        tokens: [T] int32.
-        learned: [T] bool.
-    """
-
-    id: str
-    tokens: NDArray[np.int32]
-    learned: NDArray[np.bool_]
-
-
-def documents_from(examples: Sequence[Example], vocab_size: int, length: int) -> tuple[list[Document], dict[str, int]]:
-    """The examples that have something to learn, cut to `length` tokens, and how many were cut or dropped and why.
-
-    Raises:
-        InputError: no example, none with anything to learn, or one with a token that the model does not know.
-    """
-    if not examples:
-        raise InputError("the data set has no row; give rows with a text or an answer to learn from")
-    documents, notes = [], Counter[str]()
-    for example in examples:
-        tokens = np.asarray(example.token_ids, dtype=np.int64)
-        if len(tokens) and not 0 <= tokens.min() <= tokens.max() < vocab_size:
-            wrong = int(tokens[(tokens < 0) | (tokens >= vocab_size)][0])
-            raise InputError(
-                f"row {example.id} has the token id {wrong}, but the model's vocabulary has {vocab_size}; encode with "
-                "this model's tokenizer"
-            )
-        learned = np.asarray(example.learned, dtype=np.bool_)
-        reason = _nothing_to_learn(learned, length)
-        if reason:
-            notes[f"dropped: {reason}"] += 1
-            continue
-        if len(tokens) > length:
-            notes[f"cut to {length} tokens"] += 1
-        documents.append(Document(example.id, tokens[:length].astype(np.int32), learned[:length]))
-    if not documents:
-        counts = ", ".join(f"{count} {reason}" for reason, count in notes.items())
-        raise InputError(f"no row has anything to learn ({counts}); look at the rows' mask, or give a longer --length")
-    return documents, dict(notes)
-
-
-def _nothing_to_learn(learned: NDArray[np.bool_], length: int) -> str:
-    """Why no head learns anything from a document; "" if one does."""
-
-    def has_two(mask: NDArray[np.bool_]) -> bool:  # a next token and one after it, both learned, and one to read before
-        return bool((mask[1:-1] & mask[2:]).any())
-
-    if has_two(learned[:length]):
-        return ""
-    if has_two(learned):
-        return f"its answer comes after the first {length} tokens"
-    return "fewer than two learned tokens in a row" if learned.any() else "no learned token"
-
-
-def packed(sizes: Sequence[int], length: int) -> list[list[int]]:
-    """Rows of documents: the longest first, each into the fullest row that has room (best fit).
-
-    Args:
-        sizes: tokens of each document, at most `length`.
-        length: tokens of a row.
-
-    Returns:
-        Indices into `sizes`, each once.
-    """
-    rows: list[list[int]] = []
-    with_room: list[list[int]] = [[] for _ in range(length + 1)]  # rows by the tokens that are free in them
-    rooms = 0  # bit n is set while there is a row with n free tokens
-    for place in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-        size = sizes[place]
-        fitting = rooms >> size
-        if fitting:
-            free = size + (fitting & -fitting).bit_length() - 1
-            row = with_room[free].pop()
-            if not with_room[free]:
-                rooms &= ~(1 << free)
-        else:
-            free, row = length, len(rows)
-            rows.append([])
-        rows[row].append(place)
-        with_room[free - size].append(row)
-        rooms |= 1 << (free - size)
-    return rows
 
 
 class RowOrder(Dataset[list[Document]]):

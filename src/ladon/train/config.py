@@ -10,7 +10,7 @@ from ladon.errors import InputError
 REPORT_SHARES = (0.01, 0.1, 1.0)  # of the training, after which the held-out rows are looked at
 LEARNING_RATES = {"adamw": 1e-3, "muon": 1e-2}
 # What a resumed run may change: nothing of it reaches the weights.
-_FREE = {"save_every", "eval_every", "log_every", "report_to", "resume"}
+_FREE = {"save_every", "eval_every", "log_every", "report_to", "resume", "speedup"}
 
 
 def _setting(default: Any, text: str) -> Any:
@@ -62,6 +62,7 @@ class TrainOptions:
 
     held_out: str = _setting("0.02", "rows for the reports: a share of the rows, or a file")
     eval_every: int = _setting(0, "updates between further reports; 0: none beside those at 1, 10 and 100 %")
+    speedup: bool = _setting(True, "time decode steps once, for the projected speed-up in the reports")
     save_every: int = _setting(500, "updates between checkpoints")
     log_every: int = _setting(20, "updates between lines about the loss")
     report_to: str = _setting("none", "none, tensorboard or wandb")

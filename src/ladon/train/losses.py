@@ -80,7 +80,8 @@ class SoftLabels:
     @torch.no_grad()
     def of(self, rows: Tensor) -> Callable[[Tensor, int], Tensor]:
         """See `Labels`."""
-        places, which = self.places[rows].unique(return_inverse=True)  # each place once, whichever heads guess it
+        # Each place once, however many heads guess it.
+        places, which = torch.unique(self.places[rows], return_inverse=True)
         logits = self.logits_of(self.hidden[places])
         if self.token_ids is not None:
             logits = logits[:, self.token_ids]
@@ -162,22 +163,29 @@ class _Job:
         gradients = _Gradients(
             torch.zeros_like(hidden) if with_hidden else None, [torch.zeros_like(p) for p in self.parameters]
         )
-        for rows in torch.arange(len(hidden), device=hidden.device).split(self.chunk_rows):
-            if not len(rows):
-                continue
-            losses, logits, slopes, inputs = self._forward(hidden, rows, with_hidden)
-            finite = torch.isfinite(losses).all(-1)
-            if not finite.all():
+        for rows in torch.split(torch.arange(len(hidden), device=hidden.device), self.chunk_rows):
+            if len(rows):
+                losses, finite = self._chunk(hidden, rows, gradients)
+                weights = self.weights[rows[finite]]
+                loss += (losses * weights).sum()
+                sums += (losses * (weights > 0)).sum(0)
                 skipped += (~finite).sum()
-                if not finite.any():
-                    continue
-                rows = rows[finite]
-                losses, logits, slopes, inputs = self._forward(hidden, rows, with_hidden)
-            loss += (losses * self.weights[rows]).sum()
-            sums += (losses * (self.weights[rows] > 0)).sum(0)
-            if self.with_gradients:
-                gradients.add(rows, logits, slopes, inputs, self.parameters)
         return loss, sums, skipped, gradients
+
+    def _chunk(self, hidden: Tensor, rows: Tensor, gradients: _Gradients) -> tuple[Tensor, Tensor]:
+        """Losses [f, K] of the rows that have finite ones, and which [c] these are; adds to the gradients."""
+        with_hidden = gradients.hidden is not None
+        losses, logits, slopes, inputs = self._forward(hidden, rows, with_hidden)
+        finite = torch.isfinite(losses).all(-1)
+        if not finite.all():
+            del logits, slopes, inputs
+            rows = rows[finite]
+            if not len(rows):
+                return losses[finite], finite
+            losses, logits, slopes, inputs = self._forward(hidden, rows, with_hidden)
+        if self.with_gradients:
+            gradients.add(rows, logits, slopes, inputs, self.parameters)
+        return losses, finite
 
     def _forward(self, hidden: Tensor, rows: Tensor, with_hidden: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Losses [c, K], logits [c, K, D] with their graph, the gradient by them, and the graph's input [c, H]."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,10 +13,12 @@ from torch import Tensor, nn
 from ladon.forwards import lock_of, projection_inputs
 from ladon.heads import Heads
 from ladon.heads.ends import output_projection
-from ladon.train.losses import Labels, SoftLabels, TokenLabels, chunked_loss, rows_per_chunk
+from ladon.train.losses import Labels, Outcome, SoftLabels, TokenLabels, chunked_loss, rows_per_chunk
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Batch = dict[str, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +43,13 @@ class LossOptions:
 class HeadsModule(nn.Module):
     """Heads on a frozen model (MEDUSA-1). The model is no submodule: it is neither saved, moved nor trained.
 
+    Args:
+        model: the target, in evaluation mode.
+        heads: bound to it, in their training dtype.
+        loss_options: how the losses are made.
+
     Attributes:
-        heads: the heads, in their training dtype.
+        heads: the heads.
         loss_options: how the losses are made.
         skipped_rows: scalar int64, rows left out so far because something in them was not finite; saved.
         skipped_steps: scalar int64, updates left out because the gradient was not finite; saved.
@@ -49,6 +57,7 @@ class HeadsModule(nn.Module):
 
     skipped_rows: Tensor
     skipped_steps: Tensor
+    _depth_weights: Tensor
 
     def __init__(self, model: PreTrainedModel, heads: Heads, loss_options: LossOptions) -> None:
         super().__init__()
@@ -56,17 +65,25 @@ class HeadsModule(nn.Module):
         self.heads = heads
         self.loss_options = loss_options
         device = next(heads.parameters()).device
-        self.register_buffer("skipped_rows", torch.zeros((), dtype=torch.int64, device=device))
-        self.register_buffer("skipped_steps", torch.zeros((), dtype=torch.int64, device=device))
+        for name in ("skipped_rows", "skipped_steps"):
+            self.register_buffer(name, torch.zeros((), dtype=torch.int64, device=device))
         depths = torch.arange(1, heads.num_heads + 1, device=device)
         self.register_buffer("_depth_weights", loss_options.decay**depths, persistent=False)
-        self._head_sums = torch.zeros(heads.num_heads, device=device)  # losses and positions since the last log
-        self._head_counts = torch.zeros(heads.num_heads, device=device)
+        self._step = 0
+        self._tallies: dict[str, tuple[Tensor, Tensor]] = {}  # losses and positions since the last log
 
     @property
     def model(self) -> PreTrainedModel:
         """The target."""
         return self._model[0]
+
+    def set_step(self, step: int) -> None:
+        """Say how many updates were made."""
+        self._step = step
+
+    def groups(self, *, heads: float, base: float) -> list[dict[str, Any]]:
+        """What is trained, at which learning rate, for `make_optimizer`."""
+        return [group("heads", self.named_parameters(), heads)]
 
     def forward(self, counts: Tensor | None = None, **batch: Tensor) -> Tensor:
         """The loss of a batch.
@@ -76,11 +93,15 @@ class HeadsModule(nn.Module):
                 losses are divided by them. None: those of this batch.
             **batch: what a `Collator` makes.
         """
-        if counts is None:
-            counts = learned_counts([batch])
-        with self.autocast(), torch.no_grad():
-            hidden = self.hidden_states(batch).flatten(0, 1)
+        counts = learned_counts([batch]) if counts is None else counts
+        with torch.no_grad():
+            hidden = self.read(batch)
         return self.heads_loss(hidden, batch, counts)
+
+    def finish(self, out: Path, tokenizer: PreTrainedTokenizerBase, record: dict[str, Any]) -> None:
+        """Save what was trained in `out`, the heads in float32, with a record of how."""
+        self.heads.training_record = record
+        self.heads.save(out)
 
     def autocast(self) -> torch.autocast:
         """The context of all products. Casts are not cached: one made without gradients would be used with them."""
@@ -88,20 +109,17 @@ class HeadsModule(nn.Module):
         kind = next(self.heads.parameters()).device.type
         return torch.autocast(kind, dtype or torch.bfloat16, enabled=dtype is not None, cache_enabled=False)
 
-    def hidden_states(self, batch: dict[str, Tensor]) -> Tensor:
-        """What the output projection receives at each token, [B, T, H]."""
-        inputs = {"input_ids": batch["input_ids"]}
-        if self.loss_options.packed:
-            inputs["position_ids"] = batch["position_ids"]
-        return hidden_states(self.model, **inputs)
+    def read(self, batch: Batch) -> Tensor:
+        """What the output projection receives at each token, [B T, H]."""
+        with self.autocast():
+            return hidden_states(self.model, batch, self.loss_options.packed).flatten(0, 1)
 
-    def heads_loss(self, hidden: Tensor, batch: dict[str, Tensor], counts: Tensor) -> Tensor:
+    def heads_loss(self, hidden: Tensor, batch: Batch, counts: Tensor) -> Tensor:
         """The sum over heads of decay ** k times the mean loss of head k, from hidden states [B T, H]."""
-        heads, options = self.heads, self.loss_options
-        scale = self._depth_weights / counts[: heads.num_heads].clamp(min=1)
+        heads = self.heads
         following = batch["following"] if heads.is_conditioned else None
         labels: Labels = TokenLabels(batch["labels"])
-        if options.soft:
+        if self.loss_options.soft:
             depths = torch.arange(1, heads.num_heads + 1, device=hidden.device)
             places = (batch["rows"][:, None] + depths).clamp(max=len(hidden) - 1)  # beyond the end nothing is learned
             labels = SoftLabels(heads.project, hidden.detach(), places, heads.token_ids)
@@ -110,37 +128,58 @@ class HeadsModule(nn.Module):
                 lambda rows, which: heads(rows, None if following is None else following[which]),
                 hidden[batch["rows"]],
                 labels,
-                batch["mask"] * scale,
+                batch["mask"] * (self._depth_weights / counts[:-1].clamp(min=1)),
                 [*heads.parameters(), *self.projection_parameters()],
-                rows_per_chunk(heads.num_heads, heads.vocab_size, options.chunk_rows),
+                rows_per_chunk(heads.num_heads, heads.vocab_size, self.loss_options.chunk_rows),
             )
-        self.skipped_rows += outcome.skipped
-        self._head_sums += outcome.sums
-        self._head_counts += batch["mask"].sum(0)
+        self.count("head", outcome, batch["mask"].sum(0))
         return outcome.loss
 
     def projection_parameters(self) -> list[nn.Parameter]:
         """The output projection's, where they are trained."""
         return [p for p in output_projection(self.model).module.parameters() if p.requires_grad]
 
-    def take_head_losses(self) -> list[float]:
-        """Mean loss in nats of each head since the last call."""
-        losses = (self._head_sums / self._head_counts.clamp(min=1)).tolist()
-        self._head_sums.zero_()
-        self._head_counts.zero_()
-        return [float(loss) for loss in losses]
+    def count(self, name: str, outcome: Outcome, positions: Tensor) -> None:
+        """Add to the losses since the last log; `positions` [K] belong to the outcome's sums."""
+        self.skipped_rows += outcome.skipped
+        losses, before = self._tallies.get(name, (0, 0))
+        self._tallies[name] = (losses + outcome.sums, before + positions)
+
+    def take_losses(self) -> dict[str, float]:
+        """The mean losses in nats since the last call, by name, as this process saw them."""
+        found: dict[str, float] = {}
+        for name, (losses, positions) in self._tallies.items():
+            means = (losses / positions.clamp(min=1)).tolist()
+            numbered = len(means) > 1 or name == "head"
+            found |= {f"loss_{name}_{k}" if numbered else f"loss_{name}": x for k, x in enumerate(means, start=1)}
+        self._tallies.clear()
+        return found
 
 
-def hidden_states(model: PreTrainedModel, **inputs: Any) -> Tensor:
-    """What the model's output projection receives at each token, [B, T, H]; it maps only the first of each row."""
-    first = torch.zeros(len(inputs["input_ids"]), dtype=torch.int64, device=inputs["input_ids"].device)
+def group(name: str, parameters: Any, rate: float) -> dict[str, Any]:
+    """Those of named parameters that are trained, as `make_optimizer` takes them."""
+    trained = [(key, parameter) for key, parameter in parameters if parameter.requires_grad]
+    return {"name": name, "lr": rate, "names": [key for key, _ in trained], "params": [value for _, value in trained]}
+
+
+def hidden_states(model: PreTrainedModel, batch: Batch, packed: bool) -> Tensor:
+    """What the model's output projection receives at each token, [B, T, H]; it maps only the first of each row.
+
+    Args:
+        model: the target.
+        batch: its `input_ids`, and `position_ids` if the model is told where documents begin.
+        packed: whether it is.
+    """
+    ids = batch["input_ids"]
+    inputs = {"position_ids": batch["position_ids"]} if packed else {}
+    first = torch.zeros(len(ids), dtype=torch.int64, device=ids.device)
     with lock_of(model), projection_inputs(output_projection(model).module, first) as seen:
-        model(**inputs, use_cache=False)
+        model(input_ids=ids, use_cache=False, **inputs)
     return seen[0]
 
 
-def learned_counts(batches: Sequence[dict[str, Tensor]]) -> Tensor:
+def learned_counts(batches: Sequence[Batch]) -> Tensor:
     """Learned positions of each head, and of the next token, in some batches: [K + 1] float32."""
-    heads = sum(batch["mask"].sum(0) for batch in batches)
+    heads = torch.stack([batch["mask"].sum(0) for batch in batches]).sum(0)
     following = sum(len(batch["next_rows"]) for batch in batches)
-    return torch.cat([torch.as_tensor(heads), torch.tensor([following], device=batches[0]["mask"].device)]).float()
+    return torch.cat([heads, heads.new_tensor([following])]).float()

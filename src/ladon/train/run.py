@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ladon.errors import InputError
 from ladon.heads import Heads, load_heads, new_heads
 from ladon.heads.ends import output_projection
-from ladon.train.batches import Collator, Document, RowOrder, documents_from, packed
+from ladon.train.batches import Collator, RowOrder
+from ladon.train.checkpoints import remove_checkpoints, to_resume
 from ladon.train.config import TrainOptions
+from ladon.train.documents import Document, data_hash, documents_from, shown, split
 from ladon.train.modules import HeadsModule, LossOptions
-from ladon.train.rows import Example
-from ladon.train.trainer import HeadsTrainer, training_arguments
+from ladon.train.packing import keeps_apart, rows_of
+from ladon.train.reports import Reports, batches_of, history
+from ladon.train.rows import Example, read_rows
+from ladon.train.trainer import HeadsTrainer, LossLines, training_arguments
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -31,6 +36,8 @@ def train(
 ) -> dict[str, Any]:
     """Train heads for `model` and save them in `out`.
 
+    Started by `torchrun` or `accelerate launch`, several processes share the rows; the first alone speaks and saves.
+
     Args:
         model: the target, on its device.
         tokenizer: its tokenizer, for the example that is shown.
@@ -42,50 +49,69 @@ def train(
     Returns:
         The report, as JSON values.
     """
+    if os.environ.get("RANK", "0") != "0":
+        say = _silent
     length = min(options.length, _longest(model))
-    documents, notes = documents_from(examples, output_projection(model).vocab_size, length)
+    learning, held_out, notes = _documents(examples, tokenizer, options, output_projection(model).vocab_size, length)
     for reason, count in notes.items():
         say(f"{count} of {len(examples)} rows {reason}")
-    learning, held_out = split(documents, options.held_out)
     say(shown(learning[0], tokenizer))
-    model.requires_grad_(False)
-    heads = start_heads(model, options)
-    module = HeadsModule(model, heads, loss_options(options, model))
-    rows = packed([len(document.tokens) for document in learning], length)
+    module = make_module(model, options)
+    heads, share_rows = module.heads, module.loss_options.packed
+    rows = rows_of([len(document.tokens) for document in learning], length, share_rows)
     arguments = training_arguments(options, out, len(rows), model.device)
-    order = RowOrder(learning, rows, _rows_of_run(arguments), options.seed)
+    settings = {
+        **options.binding(),
+        "updates": arguments.max_steps,
+        "processes": arguments.world_size,
+        "heads": heads.weights_hash,
+        "model": heads.base_fingerprint and heads.base_fingerprint.as_dict(),
+        "data": data_hash([*learning, *held_out]),
+    }
+    checkpoint = _checkpoint(options, out, settings)
+    if checkpoint is not None:
+        say(f"going on from {checkpoint}")
     say(
-        f"{len(learning)} documents in {len(rows)} rows of {length} tokens, {len(held_out)} held out; "
-        f"{arguments.max_steps} updates of {sum(p.numel() for p in heads.parameters()):,} parameters"
+        f"{len(learning)} documents in {len(rows)} rows of at most {length} tokens, {len(held_out)} held out; "
+        f"{arguments.max_steps} updates of {sum(p.numel() for p in module.parameters() if p.requires_grad):,} numbers"
     )
-    trainer = HeadsTrainer(
-        module, arguments, options, order, Collator(heads.num_heads, heads.vocab_size, heads.token_ids), say
+    collator = Collator(heads.num_heads, heads.vocab_size, heads.token_ids)
+    held_out_rows = rows_of([len(document.tokens) for document in held_out], length, share_rows)
+    reports = Reports(
+        batches_of(held_out, held_out_rows, collator, options.batch_size), options.eval_every, options.speedup, say
     )
-    trainer.train()
-    heads.training_record = {"settings": options.binding(), "rows": len(learning), **notes}
-    heads.save(out)
-    return {"out": str(out), "steps": trainer.state.global_step, "settings": options.binding()}
+    order = RowOrder(learning, rows, _rows_of_run(arguments), options.seed)
+    callbacks = [LossLines(say), *([reports] if held_out else [])]
+    trainer = HeadsTrainer(module, arguments, options, settings, order, collator, callbacks)
+    reports.trainer = trainer
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    found = history(trainer.state.log_history)
+    skipped = {"skipped_rows": int(module.skipped_rows), "skipped_steps": int(module.skipped_steps)}
+    for name, count in skipped.items():
+        if count:
+            say(f"{name.replace('_', ' ')}: {count}, because something in them was not finite")
+    record = {"settings": settings, "rows": len(learning), "notes": notes, **skipped, "history": found}
+    if arguments.should_save:
+        module.finish(out, tokenizer, record)
+    return {"out": str(out), "steps": trainer.state.global_step, **record}
 
 
-def split(documents: Sequence[Document], held_out: str) -> tuple[list[Document], list[Document]]:
-    """Documents to learn from, and a share of them, 1 at least, chosen by the hash of their ids, to look at."""
-    share = float(held_out)
-    count = min(len(documents) - 1, max(1, round(share * len(documents)))) if share > 0 else 0
-    ranked = sorted(documents, key=lambda document: hashlib.sha256(document.id.encode()).digest())
-    chosen = {id(document) for document in ranked[:count]}
-    return [d for d in documents if id(d) not in chosen], [d for d in documents if id(d) in chosen]
-
-
-def shown(document: Document, tokenizer: PreTrainedTokenizerBase, most: int = 400) -> str:
-    """The beginning of a document as text, what is learned between double angle brackets."""
-    parts, start = [], 0
-    edges = (document.learned[1:] != document.learned[:-1]).nonzero()[0] + 1
-    for stop in [*edges.tolist(), len(document.tokens)]:
-        text = tokenizer.decode(document.tokens[start:stop].tolist())
-        parts.append(f"«{text}»" if document.learned[start] else text)
-        start = stop
-    text = "".join(parts)
-    return f"row {document.id}, learned between « and »: {text if len(text) <= most else text[:most] + '…'}"
+def make_module(model: PreTrainedModel, options: TrainOptions) -> HeadsModule:
+    """Heads, and what else is trained, ready for the Trainer."""
+    share_rows = options.packing != "off" and keeps_apart(model)
+    if options.packing == "on" and not share_rows:
+        raise InputError(
+            f"packing is on, but in {type(model).__name__} documents that share a row see each other; use --packing off"
+        )
+    losses = LossOptions(
+        soft=options.labels == "target",
+        decay=options.decay,
+        autocast=_autocast(options, model),
+        chunk_rows=options.chunk_rows,
+        packed=share_rows,
+    )
+    model.requires_grad_(False)
+    return HeadsModule(model.eval(), start_heads(model, options), losses)
 
 
 def start_heads(model: PreTrainedModel, options: TrainOptions) -> Heads:
@@ -94,19 +120,55 @@ def start_heads(model: PreTrainedModel, options: TrainOptions) -> Heads:
         heads = load_heads(options.init_heads, model)
     else:
         heads = new_heads(model, options.num_heads, options.family, seed=options.seed, **dict(options.family_options))
-    return heads.to(torch.float64 if model.dtype == torch.float64 else torch.float32).train()
+    return heads.to(_master(model))
 
 
-def loss_options(options: TrainOptions, model: PreTrainedModel) -> LossOptions:
-    """The losses' part of the options."""
-    half = options.precision == "bf16" or (options.precision == "auto" and model.dtype == torch.bfloat16)
-    return LossOptions(
-        soft=options.labels == "target",
-        decay=options.decay,
-        autocast=torch.bfloat16 if half else None,
-        chunk_rows=options.chunk_rows,
-        packed=True,
-    )
+def _master(model: PreTrainedModel) -> torch.dtype:
+    return torch.float64 if model.dtype == torch.float64 else torch.float32
+
+
+def _autocast(options: TrainOptions, model: PreTrainedModel) -> torch.dtype | None:
+    """The dtype of the products where it is not that of the weights."""
+    if options.precision == "fp32":
+        if model.dtype not in (torch.float32, torch.float64):
+            raise InputError(f"precision is fp32, but the model is in {model.dtype}; load it in float32, or use bf16")
+        return None
+    has_bf16 = model.dtype == torch.bfloat16 or (model.device.type == "cuda" and torch.cuda.is_bf16_supported())
+    if options.precision == "auto" and (not has_bf16 or model.dtype == torch.float64):
+        return None
+    return torch.bfloat16
+
+
+def _documents(
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    options: TrainOptions,
+    vocab_size: int,
+    length: int,
+) -> tuple[list[Document], list[Document], dict[str, int]]:
+    """Documents to learn from and for the reports, and what became of the other rows."""
+    documents, notes = documents_from(examples, vocab_size, length)
+    try:
+        share = float(options.held_out)
+    except ValueError:
+        held_out, _ = documents_from(read_rows(options.held_out, tokenizer), vocab_size, length)
+        return documents, held_out, notes
+    if not 0 <= share < 1:
+        raise InputError(f"held_out is {options.held_out}; give a share of the rows, below 1, or a file")
+    return *split(documents, share), notes
+
+
+def _checkpoint(options: TrainOptions, out: Path, settings: dict[str, Any]) -> Path | None:
+    """The checkpoint to go on from. `out` is there afterwards."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write to {out}: {error.strerror}; give another --out") from error
+    if not options.resume:
+        if os.environ.get("RANK", "0") == "0":
+            remove_checkpoints(out)
+        return None
+    return to_resume(out, settings)
 
 
 def _longest(model: PreTrainedModel) -> int:
@@ -118,3 +180,7 @@ def _rows_of_run(arguments: Any) -> int:
     """Rows that all processes see together in the whole run."""
     per_update = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     return int(arguments.max_steps * per_update)
+
+
+def _silent(_: str) -> None:
+    """Take a line of a process that does not speak."""

@@ -8,16 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from ladon.train.batches import Collator, RowOrder
+from ladon.train.checkpoints import read_state, whole, write_state
 from ladon.train.config import TrainOptions
 from ladon.train.modules import HeadsModule, learned_counts
-
-STATE_FILE = "trained.safetensors"
+from ladon.train.optimizer import make_optimizer
 
 
 class HeadsTrainer(Trainer):
@@ -26,16 +25,28 @@ class HeadsTrainer(Trainer):
     Means are taken over all learned positions that share an update: the Trainer hands over every micro-batch of it at
     once, and the counts of all processes are added up before the first forward. Data-parallel gradients are averages
     over processes, hence the factor in `compute_loss`.
+
+    Args:
+        module: what is trained.
+        arguments: the Trainer's own.
+        options: how to train.
+        settings: what a resumed run must share; kept with every checkpoint.
+        rows: the rows of the whole run.
+        collator: makes batches of them.
+        callbacks: the Trainer's, beside its own.
     """
+
+    optimizer: torch.optim.Optimizer | None
+    lr_scheduler: LambdaLR | None
 
     def __init__(
         self,
         module: HeadsModule,
         arguments: TrainingArguments,
         options: TrainOptions,
+        settings: dict[str, Any],
         rows: RowOrder,
         collator: Collator,
-        say: Callable[[str], None],
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
         super().__init__(
@@ -43,11 +54,12 @@ class HeadsTrainer(Trainer):
             args=arguments,
             train_dataset=rows,
             data_collator=collator,
-            callbacks=[_LossLines(say), *callbacks],
+            callbacks=[SkipWildSteps(), *callbacks],
         )
         self.remove_callback(PrinterCallback)  # it prints on standard output
-        self.options = options
-        self.model_accepts_loss_kwargs = True  # the loss is that of the whole update: not to be divided once more
+        self.options, self.settings = options, settings
+        self.model_accepts_loss_kwargs = True  # the loss is a share of the update's: not to be divided once more
+        self._saving_below: Path | None = None
 
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler[int]:
         return torch.utils.data.SequentialSampler(self.train_dataset)  # the rows' order is in RowOrder
@@ -68,47 +80,74 @@ class HeadsTrainer(Trainer):
         num_items_in_batch: Tensor | None = None,
     ) -> Any:
         """The loss of one micro-batch, as its share of the update's."""
+        self.model.set_step(self.state.global_step)
         loss = model(counts=num_items_in_batch, **inputs) * self.accelerator.num_processes
         return (loss, None) if return_outputs else loss
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """One group for the heads, and one for the model where it is trained."""
         if self.optimizer is None:
-            self.optimizer = torch.optim.AdamW(
-                [
-                    {
-                        "params": [p for p in self.model.heads.parameters() if p.requires_grad],
-                        "lr": self.options.heads_rate,
-                        "name": "heads",
-                    }
-                ],
-                weight_decay=self.options.weight_decay,
+            groups = self.model.groups(heads=self.options.heads_rate, base=self.options.base_rate)
+            self.optimizer = make_optimizer(
+                groups, self.options.optimizer, self.options.weight_decay, vocab_size=self.model.heads.vocab_size
             )
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
-        """Warm-up, then the schedule."""
+        """The schedule of each group; the model's begins when the model joins."""
         if self.lr_scheduler is None:
             optimizer = optimizer or self.optimizer
-            self.lr_scheduler = LambdaLR(optimizer, schedule(self.options, num_training_steps))
+            starts = {"base": self.options.heads_warmup_steps}
+            self.lr_scheduler = LambdaLR(
+                optimizer,
+                [
+                    schedule(self.options, num_training_steps, starts.get(group["name"], 0))
+                    for group in optimizer.param_groups
+                ],
+            )
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
+    def _get_output_dir(self, trial: Any = None) -> str:
+        return str(self._saving_below or self.args.output_dir)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
+        """A checkpoint appears under its name when all of it is written."""
+        with whole(
+            Path(self.args.output_dir), f"checkpoint-{self.state.global_step}", self.args.should_save
+        ) as self._saving_below:
+            super()._save_checkpoint(model, trial)
+        self._saving_below = None
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """Write what is trained, as it is in training."""
-        folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file({k: v.detach().cpu().contiguous() for k, v in self.model.state_dict().items()}, folder / STATE_FILE)
+        write_state(Path(output_dir or self.args.output_dir), self.model, self.settings)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        read_state(Path(resume_from_checkpoint), self.model)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the heads' own losses to the line about the loss."""
+        """Add the single losses to the line about the loss."""
         if "loss" in logs:
-            losses = self.model.take_head_losses()
-            logs |= {f"loss_head_{k}": loss for k, loss in enumerate(losses, start=1)}
+            logs |= self.model.take_losses()
         super().log(logs, start_time)
 
 
-class _LossLines(TrainerCallback):
+class SkipWildSteps(TrainerCallback):
+    """Leaves out an update whose gradient is not finite, and counts it."""
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        """Drop the gradients, so that no optimizer moves anything."""
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        if not gradients:
+            return
+        norms = torch.stack([norm.float().to(args.device) for norm in torch._foreach_norm(gradients)])
+        if not torch.isfinite(norms).all():
+            model.skipped_steps += 1
+            for parameter in model.parameters():
+                parameter.grad = None
+
+
+class LossLines(TrainerCallback):
     """Lines about the loss."""
 
     def __init__(self, say: Callable[[str], None]) -> None:
@@ -117,9 +156,9 @@ class _LossLines(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         """Say what has been logged."""
         if logs and "loss" in logs and state.is_world_process_zero:
-            heads = [f"{value:.3f}" for name, value in logs.items() if name.startswith("loss_head_")]
+            single = [f"{name.removeprefix('loss_')} {value:.3f}" for name, value in logs.items() if "loss_" in name]
             self._say(
-                f"step {state.global_step}/{state.max_steps}: loss {logs['loss']:.4f}, by head {', '.join(heads)}; "
+                f"step {state.global_step}/{state.max_steps}: loss {logs['loss']:.4f} ({', '.join(single)}), "
                 f"learning rate {logs['learning_rate']:.2e}"
             )
 
@@ -141,7 +180,6 @@ def training_arguments(options: TrainOptions, out: Path, num_rows: int, device: 
         max_grad_norm=options.clip,
         save_strategy="steps",
         save_steps=options.save_every,
-        save_total_limit=1,
         logging_steps=options.log_every,
         logging_nan_inf_filter=False,
         report_to=options.report_to,
@@ -174,11 +212,9 @@ def schedule(options: TrainOptions, steps: int, start: int = 0) -> Callable[[int
         step -= start
         if step < warmup:
             return max(0, step + 1) / (warmup + 1)
-        done = (step - warmup) / max(1, steps - start - warmup)
+        done = min(1.0, (step - warmup) / max(1, steps - start - warmup))
         if options.schedule == "constant":
             return 1.0
-        return max(
-            0.0, 1.0 - done if options.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))
-        )
+        return 1.0 - done if options.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
 
     return share
