@@ -1,6 +1,7 @@
 """Acceptance length of every kind of tree at several budgets, on held-out code, with the bundled model. No timing.
 
     python benchmarks/acceptance.py --prompts 100 --output benchmarks/results/NAME.json
+    python benchmarks/acceptance.py --prompts 100 --heads FOLDER
 
 Every output is compared with plain decoding of the same engine. Fixed trees are the best of their size, calibrated on
 other modules than the prompts come from. The last line is one JSON document; docs/metrics.md defines its keys.
@@ -21,8 +22,10 @@ from ladon.bench.repetition import Repetition
 from ladon.bench.report import finite
 from ladon.bench.systems import LadonSystem, merged
 from ladon.bench.workloads import demo_workload, prompt_ids
-from ladon.bundled import demo_fixed_tree, load_demo
+from ladon.bundled import load_demo
 from ladon.environment import environment, load
+from ladon.fixed_tree import best_fixed_tree
+from ladon.heads import load_heads
 
 BUDGETS = (8, 16, 32, 64)
 
@@ -57,20 +60,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=100)
     parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--heads", type=Path, help="other heads of the bundled model, calibrated or not")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--output", type=Path, help="also write the JSON document here")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     load_before = load()
     model, tokenizer, heads = load_demo(getattr(torch, arguments.dtype))
+    if arguments.heads:
+        heads = load_heads(arguments.heads, model)
     workload = demo_workload(arguments.prompts)
     prompts = [prompt_ids(tokenizer, question, []) for question in workload.questions]
     plain_system = LadonSystem(model, heads, mode="plain", budget=1, profile=True)
     plain = [plain_system.run([ids], arguments.max_new_tokens).outputs[0] for ids in prompts]
     systems = [plain_system, LadonSystem(model, heads, mode="chain", budget=max(BUDGETS), profile=True)]
     for size in BUDGETS:
-        tree = demo_fixed_tree(size)
-        systems.append(LadonSystem(model, heads, mode="fixed", budget=size, fixed_tree=tree, profile=True))
+        if heads.calibration is not None:
+            tree = best_fixed_tree(heads.calibration.hit_rates, size)
+            systems.append(LadonSystem(model, heads, mode="fixed", budget=size, fixed_tree=tree, profile=True))
         systems.append(LadonSystem(model, heads, mode="dynamic", budget=size, profile=True))
     rows = []
     for system in systems:
@@ -80,7 +87,7 @@ def main() -> None:
         "environment": environment(model.device) | {"load_before": load_before, "load_after": load()},
         "model": "demo",
         "dtype": arguments.dtype,
-        "heads": {"family": heads.family, "num": heads.num_heads},
+        "heads": {"family": heads.family, "num": heads.num_heads, "training": heads.training_record},
         "workload": workload.summary(),
         "max_new_tokens": arguments.max_new_tokens,
         "results": rows,

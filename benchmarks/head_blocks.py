@@ -3,8 +3,8 @@
     python benchmarks/head_blocks.py answers.jsonl --work FOLDER --output benchmarks/results/NAME.json
 
 Every block is trained by `ladon train` on the same rows in the same order, and measured by `ladon calibrate` on
-held-out code. Draft times are medians over alternating rounds, on one thread: run nothing beside it. `answers.jsonl` comes from
-`ladon distill`. Killed and started again, it goes on where it stopped. The last line is one JSON document.
+held-out code. Draft times are medians over alternating rounds, on one thread: run nothing beside it. `answers.jsonl`
+comes from `ladon distill`. Killed and started again, it goes on where it stopped. The last line is one JSON document.
 """
 
 from __future__ import annotations
