@@ -15,7 +15,16 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 from ladon.errors import HeadsError
 from ladon.heads import Heads, load_heads, new_heads
 
-FAMILIES = [("shared", {"expansion": 2}), ("medusa", {"num_blocks": 2})]
+FAMILIES = [
+    ("shared", {"expansion": 2}),
+    ("medusa", {"num_blocks": 2}),
+    ("medusa", {"projection": "shared"}),
+    ("medusa", {"draft_vocab_size": 11}),
+    ("medusa", {"projection": "shared", "draft_vocab_size": 11}),
+    ("medusa", {"projection_bias": 1}),
+    ("hydra", {"num_blocks": 1}),
+    ("hydra", {"num_blocks": 3}),
+]
 
 
 @pytest.fixture
@@ -32,7 +41,7 @@ def edit_config(folder: Path, **changes: Any) -> None:
 
 
 @pytest.mark.parametrize(("family", "options"), FAMILIES)
-def test_round_trip(tiny_llama: PreTrainedModel, tmp_path: Path, family: str, options: dict[str, int]) -> None:
+def test_round_trip(tiny_llama: PreTrainedModel, tmp_path: Path, family: str, options: dict[str, Any]) -> None:
     heads = new_heads(tiny_llama, 3, family, **options)
     with torch.no_grad():
         for parameter in heads.parameters():
@@ -41,8 +50,8 @@ def test_round_trip(tiny_llama: PreTrainedModel, tmp_path: Path, family: str, op
     heads.save(tmp_path)
     loaded = load_heads(tmp_path, tiny_llama)
     assert type(loaded) is type(heads) and loaded.config == heads.config
-    hidden = torch.randn(2, 32, dtype=torch.float64)
-    assert torch.equal(loaded(hidden), heads(hidden))
+    hidden, root = torch.randn(2, 32, dtype=torch.float64), torch.tensor([3, 90])
+    assert torch.equal(loaded.draft(hidden, root), heads.draft(hidden, root))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "heads.safetensors"]
 
 
@@ -86,7 +95,7 @@ def test_every_tensor_that_does_not_fit_is_named(saved: Path) -> None:
     [
         ({"format": "other"}, "format 'other', expected 'ladon-heads'"),
         ({"version": 2}, "version 2, this Ladon reads 1"),
-        ({"family": "hydra"}, "'hydra' is unknown; known: shared, medusa"),
+        ({"family": "eagle"}, "'eagle' is unknown; known: shared, medusa, lowrank, hydra"),
         ({"family": None}, "family is None, expected str"),
         ({"num_heads": 0}, "num_heads is 0, expected an integer >= 1"),
         ({"num_heads": True}, "num_heads is True"),
@@ -125,6 +134,9 @@ def test_damaged_and_missing_files(saved: Path, tmp_path: Path) -> None:
         with pytest.raises(HeadsError, match="is no JSON"):
             load_heads(saved)
     (saved / "config.json").write_text("[]", encoding="utf-8")
+    with pytest.raises(HeadsError, match="holds a list, expected an object"):
+        load_heads(saved)
+    (saved / "heads.safetensors").write_bytes(weights)
     with pytest.raises(HeadsError, match="format 'list'"):
         load_heads(saved)
     (saved / "config.json").unlink()
@@ -159,8 +171,11 @@ def test_paths_that_are_no_heads(tmp_path: Path) -> None:
     with pytest.raises(HeadsError, match="does not exist"):
         load_heads("a/b/c")
     (tmp_path / "file").touch()
-    with pytest.raises(HeadsError, match="is a file"):
+    with pytest.raises(HeadsError, match="is no checkpoint; give a folder, or a file that ends in"):
         load_heads(tmp_path / "file")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(HeadsError, match="holds no weights"):
+        load_heads(tmp_path / "empty")
 
 
 def test_hub_ids_go_through_the_hub_client(
@@ -177,9 +192,68 @@ def test_hub_ids_go_through_the_hub_client(
     assert calls == [
         (
             "someone/some-heads",
-            {"revision": "v1", "allow_patterns": ["config.json", "heads.safetensors", "calibration.json"]},
+            {
+                "revision": "v1",
+                "allow_patterns": [
+                    "config.json",
+                    "heads.safetensors",
+                    "calibration.json",
+                    "early_exit.json",
+                    "early_exit.safetensors",
+                    "medusa_lm_head.safetensors",
+                    "medusa_lm_head.pt",
+                    "hydra_lm_head.safetensors",
+                    "hydra_lm_head.pt",
+                    "model.safetensors.index.json",
+                    "pytorch_model.bin.index.json",
+                ],
+            },
         )
     ]
+
+
+def test_a_whole_model_is_fetched_only_if_it_speaks_of_heads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+
+    def download(repo_id: str, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append(allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
+    with pytest.raises(HeadsError, match="'someone/model' holds no heads"):
+        load_heads("someone/model")
+    assert len(asked) == 1
+    (tmp_path / "config.json").write_text('{"medusa_num_heads": 3}', encoding="utf-8")
+    with pytest.raises(HeadsError, match="holds no weights"):
+        load_heads("someone/model")
+    assert [patterns for patterns in asked[2:] if "*.safetensors" in patterns or "*.bin" in patterns] == asked[2:]
+
+
+def test_the_path_of_the_weights_stands_for_their_folder(tiny_llama: PreTrainedModel, saved: Path) -> None:
+    assert load_heads(saved / "heads.safetensors", tiny_llama).weights_hash == load_heads(saved).weights_hash
+
+
+def test_files_written_before_medusa_had_options_still_load(tiny_llama: PreTrainedModel, tmp_path: Path) -> None:
+    heads = new_heads(tiny_llama, 2, "medusa")
+    heads.save(tmp_path)
+    edit_config(tmp_path, options={"num_blocks": 1})
+    assert load_heads(tmp_path, tiny_llama).config == heads.config
+    assert set(load_file(tmp_path / "heads.safetensors")) == {"block_weight", "block_bias", "projection"}
+
+
+@pytest.mark.parametrize(
+    ("ids", "problem"),
+    [([0, 1, 1], "2 of them distinct"), ([0, 1, 97], "from 0 to 97"), ([-1, 0, 1], "from -1 to 1")],
+)
+def test_a_token_map_must_name_tokens(
+    tiny_llama: PreTrainedModel, tmp_path: Path, ids: list[int], problem: str
+) -> None:
+    heads = new_heads(tiny_llama, 2, "medusa", draft_vocab_size=3)
+    heads.token_map.copy_(torch.tensor(ids))  # type: ignore[union-attr, operator]
+    heads.save(tmp_path)
+    with pytest.raises(HeadsError, match=problem):
+        load_heads(tmp_path)
 
 
 def test_hub_ids_that_cannot_be_read_are_one_line() -> None:

@@ -16,7 +16,7 @@ SOURCE = ROOT / "src" / "ladon"
 BASE_INSTALL = {"torch", "transformers", "safetensors", "numpy", "typer", "rich"}
 
 # A module may import only modules that stand before it here; a package is one entry.
-CORE = ["errors", "config", "tree", "lattice", "fixed_tree", "growth", "sampling", "accept", "stats"]
+CORE = ["errors", "config", "tree", "lattice", "fixed_tree", "tree_notations", "growth", "sampling", "accept", "stats"]
 MODEL_SIDE = [
     "calibration",
     "heads",

@@ -35,6 +35,7 @@ from ladon.stats import DecodeStats, StageClock
 from ladon.stopping import stop_string_rule
 from ladon.target import Target
 from ladon.trace import Trace
+from ladon.tree_notations import TreeSize
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
@@ -59,7 +60,7 @@ class Decoder:
         model: PreTrainedModel,
         heads: Heads | None = None,
         *,
-        tree: str | FixedTree = _DEFAULTS.tree,
+        tree: str | FixedTree | TreeSize = _DEFAULTS.tree,
         budget: int | str = _DEFAULTS.budget,
         num_candidates: int = _DEFAULTS.num_candidates,
         profile: bool = False,
@@ -71,8 +72,8 @@ class Decoder:
             heads: decoding heads for it; None decodes plainly. Decoders of several models may share heads if they run
                 one after the other.
             tree: "dynamic" (grown anew at each step from the heads' joint probabilities), "chain" (each head's best
-                token), "off" (plain decoding) or a `FixedTree`. A model that verifies chains but no trees (its
-                self-test says so) gets the chain instead of the dynamic tree.
+                token), "off" (plain decoding), a `FixedTree` or a `TreeSize`. A model that verifies chains but no trees
+                (its self-test says so) gets the chain instead of the dynamic tree.
             budget: nodes verified per step and row, root included; "auto" is the size of a fixed tree, and 16 for
                 others until sizes are chosen from measured cost. A smaller budget cuts a fixed tree.
             num_candidates: candidates kept per head.
@@ -84,10 +85,11 @@ class Decoder:
             TreeError: an unknown tree option, a budget below 1, or a fixed tree that the heads cannot fill or that
                 branches where the model verifies chains only.
         """
-        num_candidates = DecoderOptions(num_candidates=num_candidates).num_candidates  # checked there
-        self._tree = _check_tree_option(tree, heads, num_candidates)
+        if isinstance(tree, TreeSize):
+            tree, budget, num_candidates = tree.options(budget)
+        self._num_candidates = DecoderOptions(num_candidates=num_candidates).num_candidates  # checked there
+        self._tree = _check_tree_option(tree, heads, self._num_candidates)
         self._budget = _check_budget(budget, self._tree)
-        self._num_candidates = num_candidates
         self._profile = profile
         self.model = model
         self.heads = None if heads is None else heads.bind(model)

@@ -18,7 +18,10 @@ from ladon.cli.bench import bench
 from ladon.cli.calibrate import calibrate
 from ladon.cli.demo import demo
 from ladon.cli.distill import distill
+from ladon.cli.export import export
 from ladon.cli.generate import generate
+from ladon.cli.imports import import_heads
+from ladon.cli.inspect import inspect
 from ladon.cli.trace import trace
 from ladon.cli.train import train
 from ladon.errors import LadonError
@@ -34,8 +37,9 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (demo, generate, bench, distill, train, calibrate, trace):
+for command in (demo, generate, bench, distill, train, calibrate, export, inspect, trace):
     app.command()(command)
+app.command("import")(import_heads)  # the word is taken in Python
 
 
 def _show_version(wanted: bool) -> None:

@@ -14,6 +14,7 @@ from ladon.errors import InputError
 
 if TYPE_CHECKING:
     from ladon.fixed_tree import FixedTree
+    from ladon.tree_notations import TreeSize
 
 ModelOption = Annotated[
     str,
@@ -92,15 +93,15 @@ def parse_modes(text: str) -> tuple[str, ...]:
     return modes
 
 
-def parse_tree(text: str) -> str | FixedTree:
-    """A tree option's name, or the fixed tree in a file."""
+def parse_tree(text: str) -> str | FixedTree | TreeSize:
+    """A tree option's name, or the tree in a file, in any of the notations of `ladon.tree_notations`."""
     if text in TREES:
         return text
     if not os.path.isfile(text):  # also false for a name that is too long, such as the paths themselves
         raise InputError(f"--tree is {shortened(text)!r}; give {', '.join(TREES)}, or a JSON file of rank paths")
-    from ladon.fixed_tree import FixedTree
+    from ladon.tree_notations import read_tree
 
-    return FixedTree.load(text)
+    return read_tree(text)
 
 
 def shortened(text: str) -> str:

@@ -2,8 +2,9 @@
 
 from ladon.heads.base import Heads
 from ladon.heads.factory import load_heads, new_heads
+from ladon.heads.hydra import HydraHeads
 from ladon.heads.lowrank import LowRankHeads
 from ladon.heads.medusa import MedusaHeads
 from ladon.heads.shared import SharedHeads
 
-__all__ = ["Heads", "LowRankHeads", "MedusaHeads", "SharedHeads", "load_heads", "new_heads"]
+__all__ = ["Heads", "HydraHeads", "LowRankHeads", "MedusaHeads", "SharedHeads", "load_heads", "new_heads"]

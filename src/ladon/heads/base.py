@@ -155,7 +155,7 @@ class Heads(nn.Module, ABC):
                 "model or train new ones"
             )
         if self._projection[:1] != (projection.module,) and not force:
-            self._check_base(model)
+            self.check_base(model)
         self._projection = (projection.module,)
         self._embedding = (input_embedding_module(model),)
         for device in (projection.weight.device, model.device):
@@ -198,7 +198,8 @@ class Heads(nn.Module, ABC):
         embedded: Tensor = self._embedding[0](tokens)
         return embedded
 
-    def _check_base(self, model: PreTrainedModel) -> None:
+    def check_base(self, model: PreTrainedModel) -> None:
+        """Raise `HeadsError` if `model` is another than these heads' own; warn where that cannot be told."""
         name = self.base_name or "an unnamed model"
         if self.base_fingerprint is None:
             _warn("the heads carry no fingerprint of the model they were trained on")

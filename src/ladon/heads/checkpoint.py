@@ -23,8 +23,8 @@ from torch import Tensor
 from ladon.calibration import CALIBRATION_FILE
 from ladon.errors import HeadsError
 from ladon.heads.fingerprint import SAMPLES, Fingerprint
+from ladon.heads.formats.reading import CONFIG_FILE, HEADS_FILES, INDEX_FILES, read_json
 
-CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "heads.safetensors"
 EARLY_EXIT_FILES = ("early_exit.json", "early_exit.safetensors")
 FORMAT = "ladon-heads"
@@ -36,7 +36,7 @@ class HeadsConfig:
     """What config.json holds.
 
     Attributes:
-        family: name of the head family, "shared" or "medusa".
+        family: name of the head family, such as "shared".
         num_heads: K, how many tokens are guessed beyond the target's own next token.
         hidden_size: H, width of the hidden state that goes into the target's output projection.
         vocab_size: V, rows of the target's output projection.
@@ -99,27 +99,59 @@ def write_pair(
         raise HeadsError(f"cannot write {folder}: {error}. Make room or give another folder") from error
 
 
-def find_folder(path: str | Path, revision: str | None = None) -> Path:
-    """The folder itself, or the local copy of the hub repository of that name."""
+def find_heads(path: str | Path, revision: str | None = None) -> Path:
+    """The folder or file of that name, or the local copy of the hub repository of that name.
+
+    Of a repository, files of heads alone are fetched; a whole model only if its config or index says that heads are in
+    it.
+    """
     local = Path(os.path.expanduser(path))  # Path.expanduser raises for an unknown user
-    if local.is_dir():
+    if local.exists():
         return local
     name = str(path)
-    if local.exists():
-        raise HeadsError(f"heads path {name!r} is a file. Give the folder that holds {CONFIG_FILE} and {WEIGHTS_FILE}")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
-        raise HeadsError(f"heads folder {name!r} does not exist. Give a folder or the id of a hub repository")
+        raise HeadsError(f"heads folder {name!r} does not exist. Give a folder, a file or the id of a hub repository")
+    own = [CONFIG_FILE, WEIGHTS_FILE, CALIBRATION_FILE, *EARLY_EXIT_FILES]
+    folder = _fetch(name, revision, [*own, *HEADS_FILES, *INDEX_FILES])
+    if any((folder / file).is_file() for file in (WEIGHTS_FILE, *HEADS_FILES)):
+        return folder
+    if not _speaks_of_heads(folder):
+        raise HeadsError(
+            f"hub repository {name!r} holds no heads: none of {', '.join((WEIGHTS_FILE, *HEADS_FILES))}, and its "
+            f"{CONFIG_FILE} names none. Give the id of a repository with heads"
+        )
+    folder = _fetch(name, revision, ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"])
+    if not any(folder.glob("*.safetensors")):
+        folder = _fetch(name, revision, ["*.bin"])
+    return folder
+
+
+def find_folder(path: str | Path, revision: str | None = None) -> Path:
+    """The folder of the heads that `find_heads` finds."""
+    found = find_heads(path, revision)
+    return found.parent if found.is_file() else found
+
+
+def is_own(path: Path) -> bool:
+    """Whether a folder or file is in Ladon's own format; then its folder is to be read."""
+    if path.is_file():
+        return path.name == WEIGHTS_FILE
+    return (path / WEIGHTS_FILE).is_file() or "format" in read_json(path)
+
+
+def _speaks_of_heads(folder: Path) -> bool:
+    config = read_json(folder)
+    keys = [str(key) for file in INDEX_FILES for key in read_json(folder, file).get("weight_map", {})]
+    named = any(re.match("medusa|hydra", key) for key in (*config, *keys))
+    return named or config.get("model_type") == "medusa" or "Medusa" in str(config.get("architectures"))
+
+
+def _fetch(name: str, revision: str | None, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
     try:
-        return Path(
-            snapshot_download(
-                name,
-                revision=revision,
-                allow_patterns=[CONFIG_FILE, WEIGHTS_FILE, CALIBRATION_FILE, *EARLY_EXIT_FILES],
-            )
-        )
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except (OSError, HFValidationError) as error:  # every network and hub error of huggingface_hub is an OSError
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise HeadsError(

@@ -12,8 +12,11 @@ import torch
 from ladon.calibration import CALIBRATION_FILE, Calibration, read_calibration
 from ladon.errors import HeadsError
 from ladon.heads.base import Heads
-from ladon.heads.checkpoint import find_folder, read_config, read_tensors
+from ladon.heads.checkpoint import find_heads, is_own, read_config, read_tensors
 from ladon.heads.ends import output_projection
+from ladon.heads.formats.detect import detect
+from ladon.heads.formats.reading import open_checkpoint
+from ladon.heads.hydra import HydraHeads
 from ladon.heads.lowrank import LowRankHeads
 from ladon.heads.medusa import MedusaHeads
 from ladon.heads.shared import SharedHeads
@@ -21,7 +24,7 @@ from ladon.heads.shared import SharedHeads
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-FAMILIES: Mapping[str, type[Heads]] = {cls.family: cls for cls in (SharedHeads, MedusaHeads, LowRankHeads)}
+FAMILIES: Mapping[str, type[Heads]] = {cls.family: cls for cls in (SharedHeads, MedusaHeads, LowRankHeads, HydraHeads)}
 
 
 def new_heads(
@@ -33,8 +36,10 @@ def new_heads(
         model: the target; it is not changed.
         num_heads: K, how many tokens beyond the target's own next token are guessed.
         family: "shared" (a wide residual MLP per head on the target's projection; options `expansion`, 4, and
-            `activation`, "silu" or "swiglu"), "medusa" (residual blocks and a projection per head; option `num_blocks`,
-            1) or "lowrank" (a wide MLP and a thin projection per head; options `expansion`, 2, and `rank`, 64).
+            `activation`, "silu" or "swiglu"), "medusa" (residual blocks and a projection per head; options
+            `num_blocks`, 1, `projection`, "own" or "shared", `draft_vocab_size`, 0 for all, and `projection_bias`, 0),
+            "lowrank" (a wide MLP and a thin projection per head; options `expansion`, 2, and `rank`, 64) or "hydra"
+            (each head reads the tokens before the one it guesses; option `num_blocks`, 1).
         seed: decides the random start values.
         **options: the family's own settings.
 
@@ -54,22 +59,47 @@ def new_heads(
 def load_heads(
     path: str | Path, model: PreTrainedModel | None = None, force: bool = False, *, revision: str | None = None
 ) -> Heads:
-    """Heads from a folder or a hub repository, checked strictly.
+    """Heads from a folder, a file or a hub repository, in whatever format, checked strictly.
+
+    The format is told by keys and shapes: Ladon's own, MEDUSA's (v0.1, v2, or a v1.0 model with heads in it), TGI's,
+    vLLM's, TensorRT-LLM's, Model-Optimizer's or Hydra's. No pickled code is ever run.
 
     Args:
-        path: a folder with `heads.safetensors` and `config.json`, or the id of a hub repository that holds them.
-        model: the target to bind them to; without it, call `heads.bind(model)` later (a `Decoder` does).
+        path: a folder or the id of a hub repository, or one file such as `medusa_lm_head.pt`.
+        model: the target to bind them to; without it, call `heads.bind(model)` later (a `Decoder` does). Needed here
+            where the files do not tell the size of the vocabulary (heads on a shared projection in other formats).
         force: accept a model other than the one they were trained for. The text stays exact, fewer guesses are right.
         revision: branch, tag or commit of the hub repository.
 
     Returns:
-        Heads in the saved dtype, or, with `model`, in its dtype and on its device.
+        Heads in the saved dtype, or, with `model`, in its dtype and on its device. Other formats carry no fingerprint
+        of their model, or part of one: binding then warns that it cannot be verified.
 
     Raises:
-        HeadsError: files missing or damaged, tensors missing, unexpected or of a wrong shape (each named), or heads of
-            another model.
+        HeadsError: files missing or damaged, an unknown format, tensors missing, unexpected or of a wrong shape (each
+            named), or heads of another model.
     """
-    folder = find_folder(path, revision)
+    heads = read_heads(path, model, force, revision=revision)
+    return heads if model is None else heads.bind(model, force)
+
+
+def read_heads(
+    path: str | Path, model: PreTrainedModel | None = None, force: bool = False, *, revision: str | None = None
+) -> Heads:
+    """As `load_heads`, but unbound and in the saved dtype; `model` only tells what the files do not."""
+    place = find_heads(path, revision)
+    if is_own(place):
+        heads = _read_own(place if place.is_dir() else place.parent)
+    else:
+        found = detect(open_checkpoint(place, str(path)))
+        heads = found.heads(None if model is None else output_projection(model).vocab_size)
+        if model is not None and not force:
+            found.refuse_other_base(heads, model)
+    _check_token_ids(str(path), heads)
+    return heads
+
+
+def _read_own(folder: Path) -> Heads:
     config = read_config(folder)
     with torch.device("meta"):
         heads = _build(config.family, config.num_heads, config.hidden_size, config.vocab_size, config.options)
@@ -78,7 +108,21 @@ def load_heads(
     heads.base_name, heads.base_fingerprint = config.base_name, config.base_fingerprint
     heads.training_record = dict(config.training)
     heads.calibration = _own_calibration(folder, heads)
-    return heads if model is None else heads.bind(model, force)
+    return heads
+
+
+def _check_token_ids(name: str, heads: Heads) -> None:
+    """A draft vocabulary must name tokens of the target, each once: the heads would index past its end otherwise."""
+    ids = heads.token_ids
+    if ids is None:
+        return
+    values = ids.tolist()
+    distinct = set(values)
+    if ids.is_floating_point() or len(distinct) < len(values) or not 0 <= min(values) <= max(values) < heads.vocab_size:
+        raise HeadsError(
+            f"{name}: the token map has {len(values)} ids, {len(distinct)} of them distinct, from {min(values)} to "
+            f"{max(values)}; expected distinct ids below {heads.vocab_size}. Save or download the heads again"
+        )
 
 
 def _own_calibration(folder: Path, heads: Heads) -> Calibration | None:

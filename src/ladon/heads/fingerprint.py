@@ -69,14 +69,27 @@ def _share_of_equal(left: str, right: str) -> float:
     return sum(a == b for a, b in pairs) / SAMPLES
 
 
+def samples_of(matrix: Tensor) -> str:
+    """The samples of one matrix, such as a copy of the embedding that lies beside heads."""
+    return _sample([matrix])
+
+
+def places(sizes: Sequence[int]) -> list[tuple[int, int]]:
+    """Where the samples lie: which of the matrices of these numbers of entries, and the place in it, flattened."""
+    matrices = [i * len(sizes) // SAMPLES for i in range(SAMPLES)]
+    return [(matrix, i * 2_654_435_761 % sizes[matrix]) for i, matrix in enumerate(matrices)]
+
+
+def digits(values: Sequence[Tensor]) -> str:
+    """Scalars as the digits of a `Fingerprint`."""
+    bits = torch.stack([value.to("cpu", torch.bfloat16) for value in values]).view(torch.int16).tolist()
+    return "".join(f"{value & 0xFFFF:04x}" for value in bits)
+
+
 def _sample(matrices: Sequence[Tensor]) -> str:
     """`SAMPLES` weights spread over the matrices, or "" when any of them cannot be read as plain numbers."""
     readable = all(m.dtype in PLAIN_DTYPES and not m.is_meta and m.numel() > 0 for m in matrices)
     if not matrices or not readable:
         return ""
-    values = []
-    for i in range(SAMPLES):
-        flat = matrices[i * len(matrices) // SAMPLES].detach().reshape(-1)
-        values.append(flat[i * 2_654_435_761 % flat.numel()].to("cpu", torch.bfloat16))
-    bits = torch.stack(values).view(torch.int16).tolist()
-    return "".join(f"{value & 0xFFFF:04x}" for value in bits)
+    found = places([m.numel() for m in matrices])
+    return digits([matrices[matrix].detach().reshape(-1)[place] for matrix, place in found])

@@ -15,47 +15,116 @@ from ladon.heads.ends import output_projection
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_PROJECTIONS = ("own", "shared")
+
 
 class MedusaHeads(Heads):
     """Head k: x = h, then x = x + SiLU(W_lk x + b_lk) for each block l, then logits U_k x.
 
-    Parameters are block_weight [L, K, H, H], block_bias [L, K, H] and projection [K, V, H]; the blocks of a head are
+    Parameters are block_weight [L, K, H, H], block_bias [L, K, H] and projection [K, D, H]; the blocks of a head are
     distinct (MEDUSA's code repeats one). Blocks start at zero and the projections as copies of the target's, so an
-    untrained head equals the target's own projection, its bias aside: these heads have none. K projections of their own
-    cost K times the target's output projection, in memory and in time: `SharedHeads` is the cheaper family.
+    untrained head equals the target's own projection, its bias aside: these heads have none unless `projection_bias`
+    says so. K projections of their own cost K times the target's output projection, in memory and in time:
+    `SharedHeads` is the cheaper family. With the projection "shared" U_k is the target's own, bias included, and there
+    is no parameter for it (MEDUSA's files of version 2).
+
+    With a draft vocabulary the logits are those of D tokens only, which the buffer token_map [D] int64 names. It
+    starts as the first D ids, which in a byte-pair vocabulary are the commonest; to choose others, set
+    `heads.token_map` and call `initialise` again.
 
     Attributes:
         num_blocks: L, residual blocks per head.
+        draft_vocab_size: D; 0 for the whole vocabulary.
+        projection_bias: 1 if the projections have biases [K, D] of their own, else 0.
     """
 
     family = "medusa"
-    option_names = ("num_blocks",)
+    option_names = ("num_blocks", "projection", "draft_vocab_size", "projection_bias")
+    projection: nn.Parameter | None
+    own_bias: nn.Parameter | None
+    token_map: Tensor | None
 
-    def __init__(self, *, num_heads: int, hidden_size: int, vocab_size: int, num_blocks: int = 1) -> None:
+    def __init__(
+        self,
+        *,
+        num_heads: int,
+        hidden_size: int,
+        vocab_size: int,
+        num_blocks: int = 1,
+        projection: str = "own",
+        draft_vocab_size: int = 0,
+        projection_bias: int = 0,
+    ) -> None:
         super().__init__(num_heads=num_heads, hidden_size=hidden_size, vocab_size=vocab_size)
         check_count("num_blocks", num_blocks)
+        if projection not in _PROJECTIONS:
+            raise HeadsError(f"projection is {projection!r}; medusa heads know {', '.join(_PROJECTIONS)}")
+        if draft_vocab_size != 0:
+            check_count("draft_vocab_size", draft_vocab_size)
+        if draft_vocab_size > vocab_size:
+            raise HeadsError(f"draft_vocab_size is {draft_vocab_size}, more than the vocabulary of {vocab_size} tokens")
+        if projection_bias not in (0, 1) or (projection_bias and projection == "shared"):
+            raise HeadsError(
+                f"projection_bias is {projection_bias!r} with the projection {projection!r}; give 0, or 1 with 'own'"
+            )
         self.num_blocks = num_blocks
+        self.draft_vocab_size = draft_vocab_size
+        self.projection_bias = projection_bias
+        entries = draft_vocab_size or vocab_size
         self.block_weight = nn.Parameter(torch.empty(num_blocks, num_heads, hidden_size, hidden_size))
         self.block_bias = nn.Parameter(torch.empty(num_blocks, num_heads, hidden_size))
-        self.projection = nn.Parameter(torch.empty(num_heads, vocab_size, hidden_size))
+        is_own = projection == "own"
+        self.register_parameter(
+            "projection", nn.Parameter(torch.empty(num_heads, entries, hidden_size)) if is_own else None
+        )
+        self.register_parameter("own_bias", nn.Parameter(torch.empty(num_heads, entries)) if projection_bias else None)
+        self.register_buffer("token_map", torch.arange(draft_vocab_size) if draft_vocab_size else None)
+
+    @property
+    def options(self) -> dict[str, int | str]:
+        """The family's own settings, as its constructor takes them."""
+        return {
+            "num_blocks": self.num_blocks,
+            "projection": "shared" if self.projection is None else "own",
+            "draft_vocab_size": self.draft_vocab_size,
+            "projection_bias": self.projection_bias,
+        }
+
+    @property
+    def token_ids(self) -> Tensor | None:
+        """The token of each entry of the logits, [D] int64; None: D = V."""
+        return self.token_map
 
     @torch.no_grad()
     def initialise(self, model: PreTrainedModel, seed: int) -> None:
         """Zero blocks and copies of the target's projection; nothing random, `seed` is not used."""
-        weight = output_projection(model).weight
-        if weight.shape != self.projection.shape[1:]:
-            raise HeadsError(
-                f"medusa heads start as copies of the output projection, but this model's is packed to "
-                f"{list(weight.shape)} {weight.dtype} (quantised). Use family='shared'"
-            )
+        target = output_projection(model)
         self.block_weight.zero_()
         self.block_bias.zero_()
-        self.projection.copy_(weight)
+        if self.projection is None:
+            return
+        if target.weight.shape != (self.vocab_size, self.hidden_size):
+            raise HeadsError(
+                f"medusa heads start as copies of the output projection, but this model's is packed to "
+                f"{list(target.weight.shape)} {target.weight.dtype} (quantised). Use family='shared'"
+            )
+        rows = slice(None) if self.token_map is None else self.token_map.to(target.weight.device)
+        self.projection.copy_(target.weight[rows])
+        if self.own_bias is not None:
+            bias = getattr(target.module, "bias", None)
+            self.own_bias.copy_(bias[rows]) if bias is not None else self.own_bias.zero_()
 
     def forward(self, hidden: Tensor, following: Tensor | None = None) -> Tensor:
-        """Logits of every head, [..., H] to [..., K, V]; see `Heads.forward`."""
+        """Logits of every head, [..., H] to [..., K, D]; see `Heads.forward`."""
         rows = hidden.reshape(1, -1, self.hidden_size).expand(self.num_heads, -1, -1)  # [K, T, H]
         for weight, bias in zip(self.block_weight, self.block_bias, strict=True):
             rows = rows + functional.silu(torch.baddbmm(bias[:, None], rows, weight.mT))
-        logits = torch.bmm(rows, self.projection.mT).transpose(0, 1)  # [T, K, V]
-        return logits.reshape(*hidden.shape[:-1], self.num_heads, self.vocab_size)
+        if self.projection is None:
+            # Two dimensions: on a strided [T, K, H] torch would copy the projection's weight once per row.
+            logits = self.project(rows.transpose(0, 1).reshape(-1, self.hidden_size))  # [T K, V]
+            logits = logits if self.token_map is None else logits[:, self.token_map]
+        elif self.own_bias is None:
+            logits = torch.bmm(rows, self.projection.mT).transpose(0, 1)  # [T, K, D]
+        else:
+            logits = torch.baddbmm(self.own_bias[:, None], rows, self.projection.mT).transpose(0, 1)
+        return logits.reshape(*hidden.shape[:-1], self.num_heads, self.draft_vocab_size or self.vocab_size)

@@ -1,0 +1,87 @@
+"""`ladon export`: heads as other systems read them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from typer import Argument, Option
+
+from ladon.cli import options
+from ladon.cli.output import print_json, say
+from ladon.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ladon.fixed_tree import FixedTree
+
+_NAMES = "medusa, medusa-v2, tgi, vllm, tensorrt-llm, modelopt or own"
+_Heads = Annotated[str, Argument(metavar="HEADS", help="Folder, file or hub id of the heads, in any format.")]
+_Format = Annotated[str, Option("--format", metavar="NAME", help=f"{_NAMES}.")]
+_Out = Annotated[Path, Option("--out", metavar="DIR", help="A new folder for them.")]
+_Model = Annotated[
+    str | None, Option("--model", metavar="NAME", help="Their model, where the format holds weights of it.")
+]
+_Tree = Annotated[
+    Path | None,
+    Option("--tree", metavar="FILE", help="Rank paths for tensorrt-llm; the best calibrated tree if left out."),
+]
+
+
+def export(
+    heads: _Heads,
+    format: _Format,
+    out: _Out,
+    model: _Model = None,
+    tree: _Tree = None,
+    trust_remote_code: options.TrustOption = False,
+    as_json: options.JsonOption = False,
+) -> None:
+    """Write heads in another system's format, exactly as they are; what a format cannot hold is refused.
+
+    Formats other than own hold MEDUSA's blocks alone: train heads of the family medusa for them. Some hold a copy of
+    the model's output projection for each head, or the whole model, and need --model then.
+
+    For example:
+
+        ladon export heads --format vllm --model path/to/model --out heads-vllm
+        ladon export heads --format tensorrt-llm --tree tree.json --out heads-trt
+    """
+    from ladon.heads.factory import read_heads
+    from ladon.heads.formats.exporting import export_heads
+
+    base, tokenizer = (None, None) if model is None else _stored(model, trust_remote_code)
+    shape = None if tree is None else _rank_paths(tree)
+    found = read_heads(heads, base)
+    files = export_heads(found, format, out, model=base, tree=shape)
+    if tokenizer is not None and format == "modelopt":
+        tokenizer.save_pretrained(out)  # a model's folder is of no use without one
+    if as_json:
+        print_json({"heads": heads, "format": format, "out": str(out), "files": files})
+    else:
+        say(f"{found.num_heads} {found.family} heads as {format}: {out} ({', '.join(files)})")
+
+
+def _stored(name: str, trust_remote_code: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Tokenizer and model, this in the dtype of its checkpoint, whatever is fast here: its weights go into files."""
+    from transformers import AutoConfig
+
+    from ladon.bundled import demo_path
+    from ladon.cli.loading import DEMO, load
+
+    loaded = load(name, None, dtype="auto", device="cpu", trust_remote_code=trust_remote_code)
+    source = str(demo_path()) if name == DEMO else name
+    config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    stored = getattr(config.get_text_config(decoder=True), "dtype", None)
+    return loaded.model.to(stored or loaded.model.dtype), loaded.tokenizer
+
+
+def _rank_paths(path: Path) -> FixedTree:
+    from ladon.fixed_tree import FixedTree
+    from ladon.tree_notations import read_tree
+
+    tree = read_tree(path)
+    if not isinstance(tree, FixedTree):
+        raise InputError(f"--tree {path} gives the size of a tree that is grown anew; give rank paths")
+    return tree
