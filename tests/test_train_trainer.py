@@ -5,13 +5,14 @@ from __future__ import annotations
 import errno
 import gc
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel
 
 import ladon.train.checkpoints as checkpoints
 from families import build
@@ -20,50 +21,10 @@ from ladon.heads import load_heads
 from ladon.train.config import TrainOptions
 from ladon.train.modules import HeadsModule, hidden_states
 from ladon.train.packing import keeps_apart
-from ladon.train.rows import Example
 from ladon.train.run import make_module, train
-from ladon.train.trainer import HeadsTrainer, schedule
+from ladon.train.trainer import schedule
+from training_runs import OPTIONS, examples, run, run_until
 from user_side import make_tokenizer
-
-OPTIONS: dict[str, Any] = {
-    "num_heads": 2,
-    "steps": 6,
-    "batch_size": 2,
-    "length": 24,
-    "log_every": 2,
-    "save_every": 2,
-    "held_out": "0.2",
-    "speedup": False,
-}
-
-
-class Stop(Exception):
-    """Raised where a training is killed."""
-
-
-class Kill(TrainerCallback):
-    """Ends the process, as far as the Trainer is concerned, after an update."""
-
-    def __init__(self, step: int) -> None:
-        self._step = step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step == self._step:
-            raise Stop
-
-
-def examples(count: int = 11) -> list[Example]:
-    generator = torch.Generator().manual_seed(1)
-    found = []
-    for i in range(count):
-        ids = torch.randint(3, 97, (7 + i % 9,), generator=generator).tolist()
-        found.append(Example(f"row {i}", ids, [False] * 2 + [True] * (len(ids) - 2)))
-    return found
-
-
-def run(model: PreTrainedModel, out: Path, said: list[str] | None = None, **options: Any) -> dict[str, Any]:
-    lines = [] if said is None else said
-    return train(model, make_tokenizer(), examples(), TrainOptions(**OPTIONS | options), out, lines.append)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -73,22 +34,6 @@ def _quick_collections() -> Iterator[None]:
     gc.freeze()
     yield
     gc.unfreeze()
-
-
-@pytest.fixture
-def killed(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Have every later training die after an update."""
-
-    def at(step: int) -> None:
-        plain = HeadsTrainer.__init__
-
-        def with_kill(self: HeadsTrainer, *arguments: Any) -> None:
-            plain(self, *arguments)
-            self.add_callback(Kill(step))
-
-        monkeypatch.setattr(HeadsTrainer, "__init__", with_kill)
-
-    return at
 
 
 def test_heads_are_trained_saved_and_reported(tiny_llama: PreTrainedModel, tmp_path: Path) -> None:
@@ -118,19 +63,13 @@ def test_training_lowers_the_loss_on_what_it_sees(tiny_llama: PreTrainedModel, t
 def test_killed_and_resumed_is_uninterrupted_bit_for_bit(
     tiny_llama: PreTrainedModel,
     tmp_path: Path,
-    killed: Callable[[int], None],
     monkeypatch: pytest.MonkeyPatch,
     optimizer: str,
     accumulation: int,
 ) -> None:
     options = {"optimizer": optimizer, "accumulation": accumulation}
     whole = run(tiny_llama, tmp_path / "whole", **options)
-    with monkeypatch.context() as patch:
-        patch.setattr(HeadsTrainer, "__init__", HeadsTrainer.__init__)
-        killed(3)
-        with pytest.raises(Stop):
-            run(tiny_llama, tmp_path / "parts", **options)
-    monkeypatch.undo()
+    run_until(3, monkeypatch, lambda: run(tiny_llama, tmp_path / "parts", **options))
     said: list[str] = []
     parts = run(tiny_llama, tmp_path / "parts", said, **options)
     assert any("going on from" in line and "checkpoint-2" in line for line in said)
@@ -268,15 +207,15 @@ def test_nothing_is_learned_from_filling(tiny_llama: PreTrainedModel) -> None:
     module = make_module(tiny_llama, TrainOptions(num_heads=2, packing="off"))
     short = {"input_ids": torch.tensor([[5, 6, 7, 8]]), "position_ids": torch.arange(4)[None]}
     long = {"input_ids": torch.tensor([[5, 6, 7, 8, 0, 0]]), "position_ids": torch.arange(6)[None]}
-    torch.testing.assert_close(module.read(short), module.read(long)[:4])
+    torch.testing.assert_close(module.read(short)[0], module.read(long)[0][:4])
 
 
 @pytest.mark.parametrize("name", ["cosine", "linear", "constant"])
 def test_schedules_rise_then_fall(name: str) -> None:
     share = schedule(TrainOptions(schedule=name, warmup=0.1), 100)
     values = [share(step) for step in range(101)]
-    assert all(a < b for a, b in zip(values[:10], values[1:11], strict=True)) and values[10] == 1.0
-    assert all(a >= b for a, b in zip(values[10:], values[11:], strict=False))
+    assert all(a < b for a, b in pairwise(values[:11])) and values[10] == 1.0
+    assert all(a >= b for a, b in pairwise(values[10:]))
     assert values[100] == pytest.approx(1.0 if name == "constant" else 0.0)
     late = schedule(TrainOptions(schedule=name, warmup=0.1), 100, start=20)
     assert [late(step) for step in range(20)] == [0.0] * 20 and 0 < late(20) < 1
@@ -295,5 +234,5 @@ def test_bfloat16_products_leave_float32_weights(tiny_llama: PreTrainedModel, tm
     model = tiny_llama.to(torch.bfloat16)
     run(model, tmp_path, precision="bf16", steps=2)
     assert all(p.dtype == torch.float32 for p in load_heads(tmp_path).parameters())
-    with pytest.raises(InputError, match="precision is fp32, but the model is in torch.bfloat16"):
+    with pytest.raises(InputError, match=r"precision is fp32, but the model is in torch\.bfloat16"):
         run(model, tmp_path / "other", precision="fp32")

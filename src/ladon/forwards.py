@@ -32,7 +32,7 @@ def lock_of(model: nn.Module) -> threading.Lock:
 
 def at(hidden: Tensor, only: Tensor) -> Tensor:
     """The position `only` [b] of each row of `hidden` [b, T, H], [b, 1, H]."""
-    return hidden[torch.arange(len(only), device=hidden.device), only][:, None]
+    return hidden[torch.arange(len(only), device=hidden.device), only.to(hidden.device)][:, None]
 
 
 @contextmanager

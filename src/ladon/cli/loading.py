@@ -5,11 +5,11 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -48,6 +48,7 @@ def load(
     threads: int | None = None,
     trust_remote_code: bool = False,
     ignore_generation_config: bool = False,
+    placement: Mapping[str, Any] | None = None,
 ) -> Loaded:
     """Load a model and its heads.
 
@@ -59,6 +60,7 @@ def load(
         threads: CPU threads of torch; None leaves its choice.
         trust_remote_code: run code that comes with the checkpoint.
         ignore_generation_config: forget how the checkpoint wants its text generated; its special tokens stay.
+        placement: further arguments of `from_pretrained` that put the model in its place, such as device_map.
 
     Raises:
         InputError: the model cannot be loaded, or dtype or device is unknown.
@@ -73,12 +75,13 @@ def load(
     _check_length("--model", model)
     _check_length("--heads", heads or "")
     place = _device(device)
-    if model == DEMO:
+    if model == DEMO and not placement:
         target, tokenizer, own_heads = load_demo(_dtype(dtype, torch.bfloat16, place))
         target = target.to(place)
         found: Heads | None = own_heads.bind(target) if heads in (None, DEMO) else load_heads(str(heads), target)
     else:
-        target, tokenizer = _from_transformers(model, dtype, place, trust_remote_code)
+        source = str(demo_path()) if model == DEMO else model
+        target, tokenizer = _from_transformers(source, dtype, place, trust_remote_code, placement or {})
         found = None if heads is None else load_heads(demo_path() / "heads" if heads == DEMO else heads, target)
     if ignore_generation_config:
         own = target.generation_config
@@ -113,7 +116,7 @@ def dtype_name(model: PreTrainedModel) -> str:
 
 
 def _from_transformers(
-    name: str, dtype: str, device: torch.device, trust_remote_code: bool
+    name: str, dtype: str, device: torch.device, trust_remote_code: bool, placement: Mapping[str, Any]
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -122,10 +125,10 @@ def _from_transformers(
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
         stored = getattr(config.get_text_config(decoder=True), "dtype", None) or torch.float32
         model = AutoModelForCausalLM.from_pretrained(
-            source, config=config, dtype=_dtype(dtype, stored, device), trust_remote_code=trust_remote_code
+            source, config=config, dtype=_dtype(dtype, stored, device), trust_remote_code=trust_remote_code, **placement
         )
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-    return model.to(device).eval(), tokenizer
+    return (model if placement else model.to(device)).eval(), tokenizer
 
 
 def _source(name: str) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from ladon.forwards import lock_of, projection_inputs
 from ladon.heads import Heads
+from ladon.heads.early_exit import EarlyExit, decoder_layers
 from ladon.heads.ends import output_projection
 from ladon.train.losses import Labels, Outcome, SoftLabels, TokenLabels, chunked_loss, rows_per_chunk
 
@@ -47,10 +49,13 @@ class HeadsModule(nn.Module):
         model: the target, in evaluation mode.
         heads: bound to it, in their training dtype.
         loss_options: how the losses are made.
+        early_exit: a head in the middle of the model, trained beside them on what the model says at the end.
 
     Attributes:
         heads: the heads.
         loss_options: how the losses are made.
+        early_exit: the early-exit head, or None.
+        total_steps: updates of the whole training; set before it begins.
         skipped_rows: scalar int64, rows left out so far because something in them was not finite; saved.
         skipped_steps: scalar int64, updates left out because the gradient was not finite; saved.
     """
@@ -59,16 +64,23 @@ class HeadsModule(nn.Module):
     skipped_steps: Tensor
     _depth_weights: Tensor
 
-    def __init__(self, model: PreTrainedModel, heads: Heads, loss_options: LossOptions) -> None:
+    def __init__(
+        self, model: PreTrainedModel, heads: Heads, loss_options: LossOptions, early_exit: EarlyExit | None = None
+    ) -> None:
         super().__init__()
         self._model = (model,)
         self.heads = heads
         self.loss_options = loss_options
-        device = next(heads.parameters()).device
+        device, dtype = next(heads.parameters()).device, next(heads.parameters()).dtype
+        self.early_exit = None if early_exit is None else early_exit.to(device)
+        if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
+            # Two names on one device tell Trainer and accelerate to leave this module where it is.
+            self.hf_device_map = {"heads": device, "early_exit": device}
         for name in ("skipped_rows", "skipped_steps"):
             self.register_buffer(name, torch.zeros((), dtype=torch.int64, device=device))
         depths = torch.arange(1, heads.num_heads + 1, device=device)
-        self.register_buffer("_depth_weights", loss_options.decay**depths, persistent=False)
+        self.register_buffer("_depth_weights", loss_options.decay ** depths.to(dtype), persistent=False)
+        self.total_steps = 1
         self._step = 0
         self._tallies: dict[str, tuple[Tensor, Tensor]] = {}  # losses and positions since the last log
 
@@ -83,7 +95,8 @@ class HeadsModule(nn.Module):
 
     def groups(self, *, heads: float, base: float) -> list[dict[str, Any]]:
         """What is trained, at which learning rate, for `make_optimizer`."""
-        return [group("heads", self.named_parameters(), heads)]
+        own = [(name, p) for name, p in self.named_parameters() if name.startswith(("heads.", "early_exit."))]
+        return [group("heads", own, heads)]
 
     def forward(self, counts: Tensor | None = None, **batch: Tensor) -> Tensor:
         """The loss of a batch.
@@ -95,13 +108,18 @@ class HeadsModule(nn.Module):
         """
         counts = learned_counts([batch]) if counts is None else counts
         with torch.no_grad():
-            hidden = self.read(batch)
-        return self.heads_loss(hidden, batch, counts)
+            hidden, early = self.read(batch)
+        batch, counts = self.beside_heads(batch), counts.to(hidden.device)
+        loss = self.heads_loss(hidden, batch, counts)
+        return loss if early is None else loss + self.exit_loss(early, hidden, batch, counts)
 
     def finish(self, out: Path, tokenizer: PreTrainedTokenizerBase, record: dict[str, Any]) -> None:
         """Save what was trained in `out`, the heads in float32, with a record of how."""
         self.heads.training_record = record
         self.heads.save(out)
+        if self.early_exit is not None:
+            self.early_exit.training_record = {"settings": record["settings"]}
+            self.early_exit.save(out)
 
     def autocast(self) -> torch.autocast:
         """The context of all products. Casts are not cached: one made without gradients would be used with them."""
@@ -109,10 +127,18 @@ class HeadsModule(nn.Module):
         kind = next(self.heads.parameters()).device.type
         return torch.autocast(kind, dtype or torch.bfloat16, enabled=dtype is not None, cache_enabled=False)
 
-    def read(self, batch: Batch) -> Tensor:
-        """What the output projection receives at each token, [B T, H]."""
-        with self.autocast():
-            return hidden_states(self.model, batch, self.loss_options.packed).flatten(0, 1)
+    def read(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """At each token what the output projection receives, and what the early exit reads, [B T, H] both."""
+        layer = None if self.early_exit is None else self.early_exit.layer
+        with self.autocast(), layer_output(self.model, layer) as seen:
+            hidden = hidden_states(self.model, batch, self.loss_options.packed)
+        device = self._depth_weights.device
+        early = seen[0].flatten(0, 1).to(device) if seen else None
+        return hidden.flatten(0, 1).to(device), early
+
+    def beside_heads(self, batch: Batch) -> Batch:
+        """The batch on the heads' device, which is that of the last layer where several hold the model."""
+        return {name: tensor.to(self._depth_weights.device) for name, tensor in batch.items()}
 
     def heads_loss(self, hidden: Tensor, batch: Batch, counts: Tensor) -> Tensor:
         """The sum over heads of decay ** k times the mean loss of head k, from hidden states [B T, H]."""
@@ -133,6 +159,22 @@ class HeadsModule(nn.Module):
                 rows_per_chunk(heads.num_heads, heads.vocab_size, self.loss_options.chunk_rows),
             )
         self.count("head", outcome, batch["mask"].sum(0))
+        return outcome.loss
+
+    def exit_loss(self, early: Tensor, hidden: Tensor, batch: Batch, counts: Tensor) -> Tensor:
+        """The mean divergence of the early exit from what the model says at the same place, from [B T, H] of both."""
+        assert self.early_exit is not None
+        rows, head, project = batch["next_rows"], self.early_exit, self.heads.project
+        with self.autocast():
+            outcome = chunked_loss(
+                lambda part, _: project(head(part))[:, None],
+                early[rows],
+                SoftLabels(project, hidden, rows[:, None]),
+                torch.ones_like(rows, dtype=self._depth_weights.dtype)[:, None] / counts[-1].clamp(min=1),
+                list(head.parameters()),
+                rows_per_chunk(1, self.heads.vocab_size, self.loss_options.chunk_rows),
+            )
+        self.count("exit", outcome, torch.tensor([len(rows)], device=rows.device))
         return outcome.loss
 
     def projection_parameters(self) -> list[nn.Parameter]:
@@ -160,6 +202,24 @@ def group(name: str, parameters: Any, rate: float) -> dict[str, Any]:
     """Those of named parameters that are trained, as `make_optimizer` takes them."""
     trained = [(key, parameter) for key, parameter in parameters if parameter.requires_grad]
     return {"name": name, "lr": rate, "names": [key for key, _ in trained], "params": [value for _, value in trained]}
+
+
+@contextmanager
+def layer_output(model: PreTrainedModel, layer: int | None) -> Iterator[list[Tensor]]:
+    """While this lasts, note the hidden states after decoder layer `layer`, counted from 1, [B, T, H] per forward."""
+    seen: list[Tensor] = []
+    if layer is None:
+        yield seen
+        return
+
+    def note(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+        seen.append(output[0] if isinstance(output, tuple) else output)
+
+    handle = decoder_layers(model)[layer - 1].register_forward_hook(note)
+    try:
+        yield seen
+    finally:
+        handle.remove()
 
 
 def hidden_states(model: PreTrainedModel, batch: Batch, packed: bool) -> Tensor:

@@ -8,14 +8,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
+from transformers import set_seed
 
-from ladon.errors import InputError
+from ladon.errors import HeadsError, InputError
 from ladon.heads import Heads, load_heads, new_heads
+from ladon.heads.early_exit import new_early_exit
 from ladon.heads.ends import output_projection
 from ladon.train.batches import Collator, RowOrder
 from ladon.train.checkpoints import remove_checkpoints, to_resume
 from ladon.train.config import TrainOptions
 from ladon.train.documents import Document, data_hash, documents_from, shown, split
+from ladon.train.joint import JointModule
 from ladon.train.modules import HeadsModule, LossOptions
 from ladon.train.packing import keeps_apart, rows_of
 from ladon.train.reports import Reports, batches_of, history
@@ -82,6 +86,7 @@ def train(
     )
     order = RowOrder(learning, rows, _rows_of_run(arguments), options.seed)
     callbacks = [LossLines(say), *([reports] if held_out else [])]
+    module.total_steps = arguments.max_steps
     trainer = HeadsTrainer(module, arguments, options, settings, order, collator, callbacks)
     reports.trainer = trainer
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -92,7 +97,12 @@ def train(
             say(f"{name.replace('_', ' ')}: {count}, because something in them was not finite")
     record = {"settings": settings, "rows": len(learning), "notes": notes, **skipped, "history": found}
     if arguments.should_save:
-        module.finish(out, tokenizer, record)
+        try:
+            module.finish(out, tokenizer, record)
+        except (OSError, SafetensorError, HeadsError) as error:
+            raise InputError(
+                f"cannot write to {out}: {error}; the checkpoint is intact. Make room and run the same command again"
+            ) from error
     return {"out": str(out), "steps": trainer.state.global_step, **record}
 
 
@@ -110,8 +120,14 @@ def make_module(model: PreTrainedModel, options: TrainOptions) -> HeadsModule:
         chunk_rows=options.chunk_rows,
         packed=share_rows,
     )
-    model.requires_grad_(False)
-    return HeadsModule(model.eval(), start_heads(model, options), losses)
+    set_seed(options.seed)
+    model.requires_grad_(False).eval()
+    heads, early_exit = start_heads(model, options), None
+    if options.early_exit is not None:
+        early_exit = new_early_exit(model, options.early_exit, seed=options.seed).to(_master(model))
+    if options.joint == "off":
+        return HeadsModule(model, heads, losses, early_exit)
+    return JointModule(model, heads, losses, options, early_exit)
 
 
 def start_heads(model: PreTrainedModel, options: TrainOptions) -> Heads:

@@ -81,7 +81,7 @@ class HeadsTrainer(Trainer):
     ) -> Any:
         """The loss of one micro-batch, as its share of the update's."""
         self.model.set_step(self.state.global_step)
-        loss = model(counts=num_items_in_batch, **inputs) * self.accelerator.num_processes
+        loss = model(counts=num_items_in_batch, **inputs).to(self.args.device) * self.accelerator.num_processes
         return (loss, None) if return_outputs else loss
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
