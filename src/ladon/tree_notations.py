@@ -140,7 +140,7 @@ _KNOWN = (
 
 
 def _from_mapping(data: Mapping[Any, Any]) -> FixedTree | TreeSize:
-    named = {str(key).removeprefix("speculative_").replace("-", "_"): value for key, value in data.items()}
+    named = {str(key).replace("-", "_").removeprefix("speculative_"): value for key, value in data.items()}
     for key in ("medusa_choices", "token_tree"):
         if key in named:
             paths = named[key]
