@@ -89,7 +89,11 @@ def num_parameters(heads: torch.nn.Module) -> tuple[int, int, str]:
     """Parameters, their bytes as they are, and their dtype in words."""
     tensors = list(heads.state_dict().values())
     kinds = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors if tensor.is_floating_point()})
-    return sum(t.numel() for t in tensors), sum(t.numel() * t.element_size() for t in tensors), " and ".join(kinds)
+    return (
+        sum(t.numel() for t in tensors if t.is_floating_point()),
+        sum(t.numel() * t.element_size() for t in tensors),
+        " and ".join(kinds),
+    )
 
 
 def in_bytes(count: float) -> str:
