@@ -95,7 +95,7 @@ def test_card_says_what_is_known(heads: Heads, tiny_llama: PreTrainedModel) -> N
 
 
 def test_card_of_bare_heads_invents_nothing(tiny_llama: PreTrainedModel) -> None:
-    tiny_llama.config._name_or_path = "/home/someone/models/tiny"
+    tiny_llama.config._name_or_path = "/srv/someone/models/tiny"
     text = model_card(new_heads(tiny_llama))
     assert "base_model" not in text and "license" not in text and "/someone" not in text
     assert "Decoding heads for tiny" in text and 'from_pretrained("MODEL"' in text
