@@ -23,7 +23,7 @@ from ladon.sampling import Sampler, mix
 from ladon.train.distill import Answer, Failure, Report, Settings, distill, failed_path
 from ladon.train.local import LocalModel, weights_hash
 from ladon.train.prompts import Prompt
-from ladon.train.rows import read_distilled
+from ladon.train.rows import only_writer, read_distilled
 from user_side import CONTEXT, Tiny
 
 GREEDY = Settings(model="tiny", dtype="float64", max_new_tokens=9)
@@ -282,3 +282,12 @@ def test_what_a_run_tells(tmp_path):
 def test_names_beside_the_answers():
     assert failed_path(Path("a/answers.jsonl")) == Path("a/answers.failed.jsonl")
     assert failed_path(Path("answers")) == Path("answers.failed.jsonl")
+
+
+def test_two_runs_never_write_one_file(tmp_path: Path) -> None:
+    """A second run that appended too would double every row."""
+    out = tmp_path / "answers.jsonl"
+    with only_writer(out), pytest.raises(InputError, match="another run is writing"), only_writer(out):
+        pass
+    with only_writer(out):
+        pass

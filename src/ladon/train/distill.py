@@ -15,7 +15,7 @@ from ladon.bench.repetition import Repetition
 from ladon.errors import InputError
 from ladon.sampling import check_settings, mix
 from ladon.train.prompts import Prompt
-from ladon.train.rows import DistilledRow, read_distilled, repair
+from ladon.train.rows import DistilledRow, only_writer, read_distilled, repair
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -162,38 +162,42 @@ def distill(
         notice: called with a line for people.
 
     Raises:
-        InputError: the file's rows are of another model, other settings or other prompts; it cannot be written.
+        InputError: the file's rows are of another model, other settings or other prompts; it cannot be written; another
+            run is writing it.
     """
-    cut = repair(out)
-    if cut:
-        notice(f"{out}: the last line was not written to its end; {cut} bytes cut off, its prompt is answered again")
-    done = _done(read_distilled(out), prompts, settings, out)
-    left = [prompt for prompt in prompts if prompt.id not in done]
-    report = Report(total=len(prompts), resumed=len(prompts) - len(left))
-    failed = failed_path(out)
-    failed.unlink(missing_ok=True)  # what failed before is tried again
-    asked = [prompt for prompt in left if prompt.token_ids]
-    empty: list[Answer | Failure] = [
-        Failure(prompt=prompt, reason="empty prompt") for prompt in left if not prompt.token_ids
-    ]
-    progress(report)
-    started = time.perf_counter()
-    for outcomes in _chained(empty, answerer.answers(asked, settings)):
-        outcomes = [_not_empty(outcome) for outcome in outcomes]
-        answers = [outcome for outcome in outcomes if isinstance(outcome, Answer)]
-        failures = [outcome for outcome in outcomes if isinstance(outcome, Failure)]
-        append(out, [_row(answer, settings).to_json() for answer in answers])
-        append(failed, [_failed_line(failure) for failure in failures])
-        if answers and report.rows == 0:
-            first(answers[0])
-        report.rows += len(answers)
-        report.tokens += sum(len(answer.token_ids) for answer in answers)
-        report.seconds = time.perf_counter() - started
-        report.failures.update(failure.reason for failure in failures)
-        for answer in answers:
-            report.repetition.add(answer.token_ids, [])
+    with only_writer(out):
+        cut = repair(out)
+        if cut:
+            notice(
+                f"{out}: the last line was not written to its end; {cut} bytes cut off, its prompt is answered again"
+            )
+        done = _done(read_distilled(out), prompts, settings, out)
+        left = [prompt for prompt in prompts if prompt.id not in done]
+        report = Report(total=len(prompts), resumed=len(prompts) - len(left))
+        failed = failed_path(out)
+        failed.unlink(missing_ok=True)  # what failed before is tried again
+        asked = [prompt for prompt in left if prompt.token_ids]
+        empty: list[Answer | Failure] = [
+            Failure(prompt=prompt, reason="empty prompt") for prompt in left if not prompt.token_ids
+        ]
         progress(report)
-    return report
+        started = time.perf_counter()
+        for outcomes in _chained(empty, answerer.answers(asked, settings)):
+            outcomes = [_not_empty(outcome) for outcome in outcomes]
+            answers = [outcome for outcome in outcomes if isinstance(outcome, Answer)]
+            failures = [outcome for outcome in outcomes if isinstance(outcome, Failure)]
+            append(out, [_row(answer, settings).to_json() for answer in answers])
+            append(failed, [_failed_line(failure) for failure in failures])
+            if answers and report.rows == 0:
+                first(answers[0])
+            report.rows += len(answers)
+            report.tokens += sum(len(answer.token_ids) for answer in answers)
+            report.seconds = time.perf_counter() - started
+            report.failures.update(failure.reason for failure in failures)
+            for answer in answers:
+                report.repetition.add(answer.token_ids, [])
+            progress(report)
+        return report
 
 
 def append(path: Path, lines: Sequence[str]) -> None:

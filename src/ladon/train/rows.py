@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,6 +67,29 @@ class DistilledRow:
                 f"{where}: no row of ladon distill, which has {', '.join(sorted(names))}; give another file"
             )
         return cls(**{name: values[name] for name in names if name in values})
+
+
+@contextmanager
+def only_writer(path: Path) -> Iterator[None]:
+    """While this lasts, no other run can write `path`: two that append to one file would double its rows.
+
+    Raises:
+        InputError: another run is at it, or the file cannot be made.
+    """
+    try:
+        import fcntl
+    except ImportError:  # not a POSIX system: no lock
+        yield
+        return
+    with ExitStack() as stack:
+        try:
+            file = stack.enter_context(path.open("ab"))
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(f"another run is writing {path}; wait for its end, or give another file") from error
+        except OSError as error:
+            raise InputError(f"cannot write {path}: {error.strerror}; give another place") from error
+        yield
 
 
 def repair(path: Path) -> int:
