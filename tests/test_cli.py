@@ -275,7 +275,7 @@ def bad(*arguments: str) -> list[str]:
 
 
 MISTAKES = {
-    "no such command": (bad("train"), "No such command"),
+    "no such command": (bad("teach"), "No such command"),
     "no such option": (bad("generate", "--nonsense"), "--nonsense"),
     "no such model folder": (bad("generate", "--model", "./none", "--prompt", "a"), "no model folder ./none"),
     "no such hub model": (bad("generate", "--model", "none", "--prompt", "a"), "cannot load the model none"),
