@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -140,5 +141,6 @@ def test_a_decoder_takes_sizes(model: PreTrainedModel, size: TreeSize, budget: i
     steps = list(decoder.trace(prompt, max_new_tokens=12))
     assert max(len(step.tokens) for step in steps) == nodes
     for step in steps:  # no node has more children than the size allows candidates
-        parents = [parent for parent in step.parents if parent >= 0]
+        kept = zip(step.parents, step.log_probs, strict=True)
+        parents = [parent for parent, log_prob in kept if parent >= 0 and log_prob > -math.inf]
         assert max(map(parents.count, parents), default=0) <= size.num_candidates
