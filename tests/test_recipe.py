@@ -181,15 +181,17 @@ def test_texts_hold_every_line_once(tmp_path: Path) -> None:
     recipe("prompts").write_texts(tmp_path / "t.jsonl", files)
     rows = rows_of(tmp_path / "t.jsonl")
     for i in range(2):
-        assert "\n".join(row["text"] for row in rows if row["id"].startswith(f"{i}.py")) + "\n" == files[i].text
-    assert not [row for row in rows if row["id"].startswith("blank")]
+        assert "\n".join(row["text"] for row in rows if row["id"].startswith(f"{i}:{i}.py:")) + "\n" == files[i].text
+    assert not [row for row in rows if "blank" in row["id"]]
 
 
-def test_files_are_drawn_by_kind_and_size() -> None:
-    corpus = recipe("build").Corpus(library=sources(3), wheels=sources(1))
-    weights = corpus.weights((0.6, 0.4, 0.0))
-    assert len(weights) == len(corpus.files) == 4
-    np.testing.assert_allclose(weights, [0.2, 0.2, 0.2, 0.4])
+def test_prompts_come_from_what_the_model_never_saw() -> None:
+    corpus = recipe("corpus")
+    packages = corpus.package_files()
+    trained = {source.sha256 for source in [*corpus.training_files(), *corpus.wheel_files()]}
+    assert len(packages) > 10  # torch and transformers bring the others
+    seen = sum(source.sha256 in trained for files in packages for source in files)
+    assert seen < sum(map(len, packages)) / 50  # (pip carries copies of a few)
 
 
 def build_command(arch: str, run: Path, out: Path, *more: str) -> subprocess.CompletedProcess[str]:

@@ -19,7 +19,16 @@ from pathlib import Path
 import torch
 from base import BaseConfig, train_base
 from commands import Commands, calibrate_command, distill_command, heads_command, joint_command
-from corpus import CALIBRATION_MODULES, PROMPT_MODULES, SourceFile, held_out_files, is_test, provenance, wheel_files
+from corpus import (
+    CALIBRATION_MODULES,
+    PROMPT_MODULES,
+    SourceFile,
+    held_out_files,
+    is_test,
+    package_files,
+    provenance,
+    wheel_files,
+)
 from corpus import training_files as library_files
 from export import Bundle, StageRecord, export, read_stages
 from prompts import write_prompts, write_texts
@@ -38,8 +47,7 @@ class Plan:
 
     base: BaseConfig
     commands: Commands = field(default_factory=Commands)
-    shares: tuple[float, float, float] = (0.37, 0.33, 0.30)  # of the text: library, wheels, the library's tests
-    prompts: int = 10_000
+    prompts: int = 8_000
     calibration_prompts: int = 120
     every_nth_file: int = 1  # use every n-th file of the corpus only
 
@@ -128,30 +136,28 @@ class Corpus:
     wheels: Sequence[SourceFile]
 
     @property
-    def kinds(self) -> list[list[SourceFile]]:
-        """Library without tests, wheels, tests."""
-        tests = [source for source in self.library if is_test(source)]
-        return [[source for source in self.library if not is_test(source)], list(self.wheels), tests]
+    def files(self) -> list[SourceFile]:
+        """All of them, in a fixed order."""
+        return [*self.library, *self.wheels]
 
     @property
-    def files(self) -> list[SourceFile]:
-        """All of them, kind by kind."""
-        return [source for kind in self.kinds for source in kind]
-
-    def weights(self, shares: Sequence[float]) -> list[float]:
-        """How often each file is drawn, so that each kind has its share and each file one by its size."""
-        sizes = [sum(len(source.text) for source in kind) for kind in self.kinds]
-        return [
-            share * len(source.text) / size
-            for kind, share, size in zip(self.kinds, shares, sizes, strict=True)
-            for source in kind
-        ]
+    def weighted(self) -> list[SourceFile]:
+        """The same with every file that is no test twice: tests are more than half of the text."""
+        return [*self.files, *(source for source in self.files if not is_test(source))]
 
 
 def read_corpus(plan: Plan) -> Corpus:
     """The sources of the running Python's library and of the wheels in its `ensurepip`."""
     step = plan.every_nth_file
     return Corpus(library=list(library_files())[::step], wheels=wheel_files()[::step])
+
+
+def write_package_prompts(path: Path, plan: Plan) -> None:
+    """Prompts from packages that the model was not trained on; a package counts with the root of its size."""
+    packages = [files[:: plan.every_nth_file] for files in package_files()]
+    sizes = [sum(len(source.text) for source in files) for files in packages]
+    shares = [len(source.text) / size**0.5 for files, size in zip(packages, sizes, strict=True) for source in files]
+    write_prompts(path, [source for files in packages for source in files], shares, plan.prompts, seed=1)
 
 
 def base_model(plan: Plan, corpus: Corpus, run: Path) -> tuple[Path, StageRecord]:
@@ -212,14 +218,14 @@ def main() -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     corpus = read_corpus(plan)
-    record = provenance([*corpus.library, *corpus.wheels])
+    record = provenance(corpus.files)
     check_same_plan(plan, record["sha256"], run)
     if not (run / "prompts.jsonl").exists():
-        write_texts(run / "text.jsonl", corpus.files)
+        write_texts(run / "text.jsonl", corpus.weighted)
         calibration = module_prompts(CALIBRATION_MODULES, plan.calibration_prompts)
         rows = [json.dumps({"prompt": prompt}) + "\n" for prompt in calibration]
         (run / "calibration.jsonl").write_text("".join(rows), encoding="utf-8")
-        write_prompts(run / "prompts.jsonl", corpus.files, corpus.weights(plan.shares), plan.prompts, plan.base.seed)
+        write_package_prompts(run / "prompts.jsonl", plan)
     if arguments.model:
         model, stages = arguments.model, read_stages(arguments.model)
     else:

@@ -8,6 +8,7 @@ on.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import platform
 import sysconfig
 import zipfile
@@ -25,6 +26,12 @@ PROMPT_MODULES = (
 # Never trained on either, but other files hold pieces of them (aifc and sunau; distlib in pip's wheel): no measure.
 OVERLAPPING_MODULES = ("tokenize", "wave")
 HELD_OUT = frozenset((*CALIBRATION_MODULES, *PROMPT_MODULES, *OVERLAPPING_MODULES))
+
+# Dependencies of Ladon and of torch, of several authors and styles.
+PROMPT_PACKAGES = (
+    "torch transformers numpy sympy networkx jinja2 huggingface_hub rich typer click fsspec tqdm filelock pygments "
+    "mpmath"
+).split()
 
 # Tables and deliberately broken sources: text that teaches nothing about code.
 SKIPPED_FOLDERS = ("site-packages", "encodings", "pydoc_data", "lib2to3/tests/data", "test/encoded_modules")
@@ -72,6 +79,25 @@ def wheel_files() -> list[SourceFile]:
                     if source is not None:
                         sources.setdefault(source.sha256, source)
     return list(sources.values())
+
+
+def package_files() -> list[list[SourceFile]]:
+    """The sources of packages that are installed wherever Ladon is, package by package: what the model never saw.
+
+    Its prompts come from them. Beginnings of files that it was trained on would not do: what it says after these, it
+    half remembers, and heads that learn from it do worse on what it says after anything else.
+    """
+    packages = []
+    for name in PROMPT_PACKAGES:
+        spec = importlib.util.find_spec(name)
+        roots = [Path(root) for root in (spec.submodule_search_locations or ())] if spec else []
+        found = [
+            _source(path.read_bytes(), path.relative_to(root.parent))
+            for root in roots
+            for path in sorted(root.rglob("*.py"))
+        ]
+        packages.append([source for source in found if source is not None])
+    return [files for files in packages if files]
 
 
 def is_test(source: SourceFile) -> bool:

@@ -32,13 +32,13 @@ def write_prompts(path: Path, sources: Sequence[SourceFile], shares: Sequence[fl
 
 
 def write_texts(path: Path, sources: Sequence[SourceFile]) -> None:
-    """Write the files themselves as JSONL, `{"id", "text"}`, in pieces of whole lines."""
+    """Write the files themselves as JSONL, `{"id", "text"}`, in pieces of whole lines; a file may come twice."""
     rows = []
-    for source in sources:
+    for number, source in enumerate(sources):
         lines, start = source.text.splitlines(), 0
         while start < len(lines):
             text = _lines_of(lines, start, TEXT_CHARS)
-            rows.append({"id": f"{source.path}:{start}", "text": text})
+            rows.append({"id": f"{number}:{source.path}:{start}", "text": text})
             start += text.count("\n") + 1
     _write_rows(path, [row for row in rows if row["text"].strip()])
 
