@@ -10,7 +10,7 @@ from typer import Argument, Option
 
 from ladon.cli import options
 from ladon.cli.output import print_json, progress_bar, say
-from ladon.errors import InputError, UnsupportedModelError
+from ladon.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -75,10 +75,10 @@ def import_heads(
         heads.save(folder / "heads" if own_model else folder)
     home = out / "heads" if own_model else out
     if base is None and own_model and probe:
-        try:
+        if any(next((out / "model").glob(pattern), None) for pattern in ("tokenizer*", "vocab*", "*.model")):
             base = loaded_model(str(out / "model"))
-        except InputError as error:  # without a tokenizer, say; the split itself is done
-            warnings.warn(f"the heads were not tried out: {error}", stacklevel=1)
+        else:
+            warnings.warn(f"the heads were not tried out: {source} holds no tokenizer", stacklevel=1)
     accuracy = _try_out(heads, home, *base, force=force) if base is not None and probe else None
     report = _report(source, found, heads, out / "model" if own_model else None, home, accuracy)
     if as_json:
