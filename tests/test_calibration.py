@@ -14,6 +14,7 @@ from ladon import Decoder, lattice
 from ladon.calibration import CALIBRATION_FILE, FORMAT, Calibration, read_calibration
 from ladon.errors import HeadsError
 from ladon.heads import Heads, load_heads, new_heads
+from ladon.heads.formats.exporting import export_heads
 
 
 def calibration(heads: str, num_heads: int = 2) -> Calibration:
@@ -168,3 +169,12 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
         calibration("1").save(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [CALIBRATION_FILE]
     assert (tmp_path / CALIBRATION_FILE).read_bytes() == old
+
+
+def test_calibration_beside_heads_of_other_formats_is_used(tiny_llama: PreTrainedModel, tmp_path: Path) -> None:
+    heads = new_heads(tiny_llama, 2, "medusa", projection="own")
+    export_heads(heads, "tgi", tmp_path / "tgi")
+    calibration(load_heads(tmp_path / "tgi").weights_hash).save(tmp_path / "tgi")
+    with pytest.warns(UserWarning, match="cannot verify"):
+        found = load_heads(tmp_path / "tgi", tiny_llama).calibration
+    assert found is not None and list(found.temperatures) == [1.5, 1.5]

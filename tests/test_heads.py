@@ -18,6 +18,7 @@ FAMILIES = {
     "shared": {"family": "shared"},
     "swiglu": {"family": "shared", "activation": "swiglu"},
     "medusa": {"family": "medusa"},
+    "medusa, shared": {"family": "medusa", "projection": "shared"},
     "lowrank": {"family": "lowrank", "rank": 32},
 }
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ladon.heads import Heads, load_heads, new_heads
     from ladon.stats import DecodeStats
     from ladon.trace import TraceStep
+    from ladon.tree_notations import TreeSize, read_tree
 
 _HOME = {
     "Decoder": "ladon.generation",
@@ -29,6 +30,8 @@ _HOME = {
     "load_heads": "ladon.heads",
     "new_heads": "ladon.heads",
     "load_demo": "ladon.bundled",
+    "TreeSize": "ladon.tree_notations",
+    "read_tree": "ladon.tree_notations",
     "LadonError": "ladon.errors",
     "InputError": "ladon.errors",
     "TreeError": "ladon.errors",
@@ -47,6 +50,7 @@ __all__ = [
     "LadonError",
     "TraceStep",
     "TreeError",
+    "TreeSize",
     "UnsupportedModelError",
     "attach",
     "best_fixed_tree",
@@ -54,6 +58,7 @@ __all__ = [
     "load_demo",
     "load_heads",
     "new_heads",
+    "read_tree",
 ]
 
 

@@ -23,7 +23,8 @@ class DecoderOptions:
     tree: str = field(
         default="dynamic",
         metadata={
-            "help": ", ".join(f"{name} ({meaning})" for name, meaning in TREES.items()) + ", or a file of rank paths"
+            "help": ", ".join(f"{name} ({meaning})" for name, meaning in TREES.items())
+            + ", or a file with a tree in MEDUSA's, SGLang's or EAGLE's notation"
         },
     )
     budget: int | str = field(

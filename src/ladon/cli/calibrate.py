@@ -188,14 +188,15 @@ def _stored_hash(loaded: Loaded, heads: str | None) -> str:
 
     from ladon.bundled import demo_path
     from ladon.cli.loading import DEMO
-    from ladon.heads import load_heads
+    from ladon.heads.factory import read_heads
 
     assert loaded.heads is not None  # checked when loaded
     if loaded.model.dtype != torch.float16:
         return loaded.heads.weights_hash
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # given when they were loaded for the model
-        return load_heads(demo_path() / "heads" if heads is None or heads == DEMO else heads).weights_hash
+        place = demo_path() / "heads" if heads is None or heads == DEMO else heads
+        return read_heads(place, loaded.model).weights_hash
 
 
 def _findings(

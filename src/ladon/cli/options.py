@@ -98,7 +98,7 @@ def parse_tree(text: str) -> str | FixedTree | TreeSize:
     if text in TREES:
         return text
     if not os.path.isfile(text):  # also false for a name that is too long, such as the paths themselves
-        raise InputError(f"--tree is {shortened(text)!r}; give {', '.join(TREES)}, or a JSON file of rank paths")
+        raise InputError(f"--tree is {shortened(text)!r}; give {', '.join(TREES)}, or a file with a tree")
     from ladon.tree_notations import read_tree
 
     return read_tree(text)

@@ -96,6 +96,7 @@ def read_heads(
         if model is not None and not force:
             found.refuse_other_base(heads, model)
     _check_token_ids(str(path), heads)
+    heads.calibration = _own_calibration(place if place.is_dir() else place.parent, heads)
     return heads
 
 
@@ -107,7 +108,6 @@ def _read_own(folder: Path) -> Heads:
     heads.load_state_dict(tensors, assign=True)
     heads.base_name, heads.base_fingerprint = config.base_name, config.base_fingerprint
     heads.training_record = dict(config.training)
-    heads.calibration = _own_calibration(folder, heads)
     return heads
 
 
