@@ -173,6 +173,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
 
 def test_calibration_beside_heads_of_other_formats_is_used(tiny_llama: PreTrainedModel, tmp_path: Path) -> None:
     heads = new_heads(tiny_llama, 2, "medusa", projection="own")
+    heads.base_name = "someone/tiny"
     export_heads(heads, "tgi", tmp_path / "tgi")
     calibration(load_heads(tmp_path / "tgi").weights_hash).save(tmp_path / "tgi")
     with pytest.warns(UserWarning, match="cannot verify"):
