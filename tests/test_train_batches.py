@@ -131,3 +131,9 @@ def test_data_without_anything_to_learn_is_refused() -> None:
 def test_a_token_beyond_the_vocabulary_names_its_row(wrong: int) -> None:
     with pytest.raises(InputError, match=rf"row bad has the token id {wrong}.*vocabulary has 50.*tokenizer"):
         documents_from([Example("bad", [1, wrong, 3], [True] * 3)], vocab_size=50, length=10)
+
+
+def test_prompts_are_learned_where_that_is_asked_for() -> None:
+    document = Document("a", np.arange(4, dtype=np.int32), np.array([False, False, True, True]))
+    assert document.all_learned().learned.all() and not document.learned.all()
+    assert document.all_learned().tokens is document.tokens

@@ -61,6 +61,7 @@ def train(
     family_option: _FamilyOption = None,
     init_heads: Annotated[str | None, _option("init_heads", "DIR")] = _DEFAULTS.init_heads,
     labels: Annotated[str, _option("labels")] = _DEFAULTS.labels,
+    learn: Annotated[str, _option("learn")] = _DEFAULTS.learn,
     decay: Annotated[float, _option("decay")] = _DEFAULTS.decay,
     steps: Annotated[int | None, _option("steps")] = _DEFAULTS.steps,
     epochs: Annotated[float, _option("epochs")] = _DEFAULTS.epochs,
@@ -135,7 +136,15 @@ def train(
         placement=placement,
     )
     examples = read_rows(rows, loaded.tokenizer, field=field, limit=limit, split=split)
-    report = run(loaded.model, loaded.tokenizer, examples, chosen, out, say)
+    report = run(
+        loaded.model,
+        loaded.tokenizer,
+        examples,
+        chosen,
+        out,
+        say,
+        source=Path(rows).name if Path(rows).exists() else rows,
+    )
     if as_json and os.environ.get("RANK", "0") == "0":
         print_json(report)
 

@@ -29,6 +29,9 @@ class TrainOptions:
         "text",
         "what is learned: text (the tokens of the rows) or target (the model's own probabilities at their places)",
     )
+    learn: str = _setting(
+        "answers", "where heads learn: answers, or all (in the prompts too, which suits --labels target)"
+    )
     decay: float = _setting(0.8, "head k's loss counts decay to the power of k")
 
     steps: int | None = _setting(None, "updates; the length of the training if given, instead of --epochs")
@@ -46,7 +49,9 @@ class TrainOptions:
     warmup: float = _setting(0.05, "share of the updates over which the learning rate rises")
     clip: float = _setting(1.0, "largest norm of the gradient; 0 does not clip")
     precision: str = _setting("auto", "of the products: bf16, fp32, or auto (bf16 where the device has it)")
-    chunk_rows: int = _setting(0, "positions whose logits of all heads are in memory together; 0: 64 MiB of them")
+    chunk_rows: int = _setting(
+        0, "positions whose logits of all heads are in memory together; 0: as many as suit the device"
+    )
 
     joint: str = _setting("off", "train the model too (MEDUSA-2): off, full or lora")
     heads_warmup_steps: int = _setting(0, "updates of the heads alone before the model joins")
@@ -103,6 +108,7 @@ class TrainOptions:
 
 _CHOICES = {
     "labels": ("text", "target"),
+    "learn": ("answers", "all"),
     "packing": ("auto", "on", "off"),
     "optimizer": tuple(LEARNING_RATES),
     "schedule": ("cosine", "linear", "constant"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -33,6 +33,10 @@ class Document:
     id: str
     tokens: NDArray[np.int32]
     learned: NDArray[np.bool_]
+
+    def all_learned(self) -> Document:
+        """The same with its prompt learned too."""
+        return replace(self, learned=np.ones_like(self.learned))
 
 
 def documents_from(examples: Sequence[Example], vocab_size: int, length: int) -> tuple[list[Document], dict[str, int]]:

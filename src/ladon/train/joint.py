@@ -22,7 +22,7 @@ from ladon.heads import Heads
 from ladon.heads.early_exit import EarlyExit
 from ladon.heads.ends import output_projection
 from ladon.train.config import TrainOptions
-from ladon.train.losses import Labels, SoftLabels, TokenLabels, chunked_loss, rows_per_chunk
+from ladon.train.losses import Labels, SoftLabels, TokenLabels, chunked_loss
 from ladon.train.modules import Batch, HeadsModule, LossOptions, group, hidden_states, learned_counts
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ class JointModule(HeadsModule):
                 labels,
                 torch.ones_like(rows, dtype=self._depth_weights.dtype)[:, None] / counts[-1].clamp(min=1),
                 self.projection_parameters(),
-                rows_per_chunk(1, self.heads.vocab_size, self.loss_options.chunk_rows),
+                self.chunk_rows(1),
             )
         self.count("model", outcome, torch.tensor([len(rows)], device=rows.device))
         return outcome.loss

@@ -15,23 +15,26 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-CHUNK_BYTES = 64 * 2**20  # of one chunk's logits, all heads, in float32
+# Of one chunk's logits, all heads, in float32: what a CPU's caches bear, and what keeps a GPU busy.
+CPU_CHUNK_BYTES, GPU_CHUNK_BYTES = 32 * 2**20, 256 * 2**20
 _FEWEST_ROWS = 16
-_LOG_ZERO = -1e30  # for the logarithm of 0, so that 0 log 0 is 0
+
+
+Judge = Callable[[Tensor, int], Tensor]
 
 
 class Labels(Protocol):
     """What is to be said at some rows."""
 
-    def of(self, rows: Tensor) -> Callable[[Tensor, int], Tensor]:
+    def of(self, rows: Tensor) -> Judge:
         """The labels of a chunk of rows.
 
         Args:
             rows: [c], which of the rows.
 
         Returns:
-            A function that takes log-probabilities [c, D] of head k and k, from 0. It returns the losses [c] in nats
-            and turns the log-probabilities, in place, into the losses' gradient by the logits.
+            A function that takes the probabilities [c, D] of head k and k, from 0. It returns the losses [c] in nats,
+            and turns the probabilities, in place, into the losses' gradient by the logits.
         """
         ...
 
@@ -46,14 +49,14 @@ class TokenLabels:
 
     tokens: Tensor
 
-    def of(self, rows: Tensor) -> Callable[[Tensor, int], Tensor]:
+    def of(self, rows: Tensor) -> Judge:
         """See `Labels`."""
         tokens = self.tokens[rows]
 
-        def judge(log_probs: Tensor, head: int) -> Tensor:
+        def judge(probs: Tensor, head: int) -> Tensor:
             said = tokens[:, head, None]
-            losses = -log_probs.gather(1, said)[:, 0]
-            log_probs.exp_().scatter_add_(1, said, log_probs.new_full(said.shape, -1.0))
+            losses = -_logarithm(probs.gather(1, said)[:, 0])
+            probs.scatter_add_(1, said, probs.new_full(said.shape, -1.0))
             return losses
 
         return judge
@@ -78,22 +81,20 @@ class SoftLabels:
     token_ids: Tensor | None = None
 
     @torch.no_grad()
-    def of(self, rows: Tensor) -> Callable[[Tensor, int], Tensor]:
+    def of(self, rows: Tensor) -> Judge:
         """See `Labels`."""
         # Each place once, however many heads guess it.
         places, which = torch.unique(self.places[rows], return_inverse=True)
         logits = self.logits_of(self.hidden[places])
         if self.token_ids is not None:
             logits = logits[:, self.token_ids]
-        said = logits.to(_wide(logits.dtype)).log_softmax(-1)
-        probs = said.exp()
-        negative_entropy = (probs * said.clamp(min=_LOG_ZERO)).sum(-1)
-        del said
+        wanted = logits.softmax(-1, dtype=_wide(logits.dtype))
+        negative_entropy = (wanted * _logarithm(wanted)).sum(-1)
 
-        def judge(log_probs: Tensor, head: int) -> Tensor:
-            own = probs[which[:, head]]
-            losses = negative_entropy[which[:, head]] - (own * log_probs.clamp(min=_LOG_ZERO)).sum(-1)
-            log_probs.exp_().sub_(own)
+        def judge(probs: Tensor, head: int) -> Tensor:
+            own = wanted[which[:, head]]
+            losses = negative_entropy[which[:, head]] - (own * _logarithm(probs)).sum(-1)
+            probs.sub_(own)
             return losses
 
         return judge
@@ -140,9 +141,10 @@ def chunked_loss(
     return Outcome(loss, sums, skipped)
 
 
-def rows_per_chunk(num_heads: int, vocab_size: int, chunk_rows: int = 0) -> int:
-    """`chunk_rows`, or as many rows as have float32 logits of all heads in `CHUNK_BYTES`."""
-    return chunk_rows or max(_FEWEST_ROWS, CHUNK_BYTES // (4 * num_heads * vocab_size))
+def rows_per_chunk(num_heads: int, vocab_size: int, chunk_rows: int = 0, device: str = "cpu") -> int:
+    """`chunk_rows`, or, if it is 0, as many rows as suit a device of that type."""
+    size = CPU_CHUNK_BYTES if device == "cpu" else GPU_CHUNK_BYTES
+    return chunk_rows or max(_FEWEST_ROWS, size // (4 * num_heads * vocab_size))
 
 
 @dataclass(frozen=True)
@@ -197,10 +199,9 @@ class _Job:
         for head in range(weights.shape[1]):
             # One head after another, so that only one has its probabilities in full precision.
             own = logits.detach()[:, head]
-            log_probs = own.to(_wide(own.dtype)).log_softmax(-1)
-            unlearned = weights[:, head] == 0
-            losses[:, head] = judge(log_probs, head).masked_fill(unlearned, 0.0)
-            slopes[:, head] = log_probs.mul_(weights[:, head, None]).masked_fill_(unlearned[:, None], 0.0)
+            probs = own.softmax(-1, dtype=_wide(own.dtype))
+            losses[:, head] = judge(probs, head).masked_fill(weights[:, head] == 0, 0.0)
+            torch.mul(probs, weights[:, head, None].to(probs.dtype), out=slopes[:, head])
         return losses, logits, slopes, inputs
 
 
@@ -236,6 +237,11 @@ class _ChunkedLoss(torch.autograd.Function):
         ctx.gradients = None  # scaled in place: they are good for one backward
         hidden = None if gradients.hidden is None else gradients.hidden.mul_(slope)
         return (None, hidden, *(total.mul_(slope) for total in gradients.parameters))
+
+
+def _logarithm(probs: Tensor) -> Tensor:
+    """Finite for a probability of 0, so that 0 log 0 is 0."""
+    return probs.clamp(min=torch.finfo(probs.dtype).tiny).log()
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

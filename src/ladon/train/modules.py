@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ladon.forwards import lock_of, projection_inputs
 from ladon.heads import Heads
+from ladon.heads.card import write_card
 from ladon.heads.early_exit import EarlyExit, decoder_layers
 from ladon.heads.ends import output_projection
 from ladon.train.losses import Labels, Outcome, SoftLabels, TokenLabels, chunked_loss, rows_per_chunk
@@ -120,6 +121,7 @@ class HeadsModule(nn.Module):
         if self.early_exit is not None:
             self.early_exit.training_record = {"settings": record["settings"]}
             self.early_exit.save(out)
+        write_card(out, self.heads, early_exit=self.early_exit, data=record["source"])
 
     def autocast(self) -> torch.autocast:
         """The context of all products. Casts are not cached: one made without gradients would be used with them."""
@@ -156,7 +158,7 @@ class HeadsModule(nn.Module):
                 labels,
                 batch["mask"] * (self._depth_weights / counts[:-1].clamp(min=1)),
                 [*heads.parameters(), *self.projection_parameters()],
-                rows_per_chunk(heads.num_heads, heads.vocab_size, self.loss_options.chunk_rows),
+                self.chunk_rows(heads.num_heads),
             )
         self.count("head", outcome, batch["mask"].sum(0))
         return outcome.loss
@@ -172,10 +174,15 @@ class HeadsModule(nn.Module):
                 SoftLabels(project, hidden, rows[:, None]),
                 torch.ones_like(rows, dtype=self._depth_weights.dtype)[:, None] / counts[-1].clamp(min=1),
                 list(head.parameters()),
-                rows_per_chunk(1, self.heads.vocab_size, self.loss_options.chunk_rows),
+                self.chunk_rows(1),
             )
         self.count("exit", outcome, torch.tensor([len(rows)], device=rows.device))
         return outcome.loss
+
+    def chunk_rows(self, num_heads: int) -> int:
+        """Positions that go together through so many heads."""
+        device = self._depth_weights.device.type
+        return rows_per_chunk(num_heads, self.heads.vocab_size, self.loss_options.chunk_rows, device)
 
     def projection_parameters(self) -> list[nn.Parameter]:
         """The output projection's, where they are trained."""

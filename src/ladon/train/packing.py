@@ -83,6 +83,6 @@ def _second_is_alone(model: PreTrainedModel) -> bool:
     return bool(changed < _SAME and differs < _ALIKE)
 
 
-def rows_of(sizes: Sequence[int], length: int, share_rows: bool) -> list[list[int]]:
-    """Packed rows, or a row for each document."""
-    return packed(sizes, length) if share_rows else [[i] for i in range(len(sizes))]
+def rows_of(sizes: Sequence[int], length: int) -> list[list[int]]:
+    """Packed rows of `length` tokens, or a row for each document if it is 0."""
+    return packed(sizes, length) if length else [[i] for i in range(len(sizes))]

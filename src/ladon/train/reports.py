@@ -17,6 +17,7 @@ from ladon.train.config import REPORT_SHARES
 from ladon.train.documents import Document
 from ladon.train.evaluate import HeldOutReport, evaluate, lines, measure_cost, projected_speedup
 from ladon.train.modules import HeadsModule
+from ladon.train.packing import rows_of
 
 if TYPE_CHECKING:
     from ladon.train.trainer import HeadsTrainer
@@ -55,7 +56,7 @@ class Reports(TrainerCallback):
         marks = {max(1, math.ceil(share * state.max_steps)): f"{share:.0%}" for share in REPORT_SHARES}
         step = state.global_step
         name = marks.get(step) or (f"step {step}" if self._every and step % self._every == 0 else None)
-        if name is None or not state.is_world_process_zero or self.trainer is None:
+        if name is None or not self._batches or not state.is_world_process_zero or self.trainer is None:
             return
         report = self._look(model)
         self._reports[name] = report
@@ -96,10 +97,9 @@ def history(log_history: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{"step": entry["step"], **entry["held_out"]} for entry in log_history if "held_out" in entry]
 
 
-def batches_of(
-    documents: Sequence[Document], rows: Sequence[Sequence[int]], collator: Collator, size: int
-) -> list[dict[str, Tensor]]:
-    """Batches of `size` rows of documents."""
+def batches_of(documents: Sequence[Document], length: int, collator: Collator, size: int) -> list[dict[str, Tensor]]:
+    """Batches of `size` rows of documents, packed to `length` tokens, or not if it is 0."""
+    rows = rows_of([len(document.tokens) for document in documents], length)
     groups = [rows[start : start + size] for start in range(0, len(rows), size)]
     return [collator([[documents[i] for i in row] for row in part]) for part in groups]
 

@@ -37,6 +37,7 @@ def train(
     options: TrainOptions,
     out: Path,
     say: Callable[[str], None],
+    source: str = "",
 ) -> dict[str, Any]:
     """Train heads for `model` and save them in `out`.
 
@@ -49,6 +50,7 @@ def train(
         options: how.
         out: a folder, made if needed, for checkpoints and heads.
         say: takes a line about the progress.
+        source: where the examples come from, for the record.
 
     Returns:
         The report, as JSON values.
@@ -57,19 +59,24 @@ def train(
         say = _silent
     length = min(options.length, _longest(model))
     learning, held_out, notes = _documents(examples, tokenizer, options, output_projection(model).vocab_size, length)
+    if options.learn == "all":
+        learning = [document.all_learned() for document in learning]
     for reason, count in notes.items():
         say(f"{count} of {len(examples)} rows {reason}")
     say(shown(learning[0], tokenizer))
+    dtype = model.dtype
     module = make_module(model, options)
     heads, share_rows = module.heads, module.loss_options.packed
-    rows = rows_of([len(document.tokens) for document in learning], length, share_rows)
+    rows = rows_of([len(document.tokens) for document in learning], length if share_rows else 0)
     arguments = training_arguments(options, out, len(rows), model.device)
+    module.total_steps = arguments.max_steps
     settings = {
         **options.binding(),
         "updates": arguments.max_steps,
         "processes": arguments.world_size,
-        "heads": heads.weights_hash,
+        "dtype": str(dtype).removeprefix("torch."),
         "model": heads.base_fingerprint and heads.base_fingerprint.as_dict(),
+        "heads": heads.weights_hash,
         "data": data_hash([*learning, *held_out]),
     }
     checkpoint = _checkpoint(options, out, settings)
@@ -80,29 +87,20 @@ def train(
         f"{arguments.max_steps} updates of {sum(p.numel() for p in module.parameters() if p.requires_grad):,} numbers"
     )
     collator = Collator(heads.num_heads, heads.vocab_size, heads.token_ids)
-    held_out_rows = rows_of([len(document.tokens) for document in held_out], length, share_rows)
     reports = Reports(
-        batches_of(held_out, held_out_rows, collator, options.batch_size), options.eval_every, options.speedup, say
+        batches_of(held_out, length if share_rows else 0, collator, options.batch_size),
+        options.eval_every,
+        options.speedup,
+        say,
     )
     order = RowOrder(learning, rows, _rows_of_run(arguments), options.seed)
-    callbacks = [LossLines(say), *([reports] if held_out else [])]
-    module.total_steps = arguments.max_steps
-    trainer = HeadsTrainer(module, arguments, options, settings, order, collator, callbacks)
+    trainer = HeadsTrainer(module, arguments, options, settings, order, collator, [LossLines(say), reports])
     reports.trainer = trainer
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    found = history(trainer.state.log_history)
-    skipped = {"skipped_rows": int(module.skipped_rows), "skipped_steps": int(module.skipped_steps)}
-    for name, count in skipped.items():
-        if count:
-            say(f"{name.replace('_', ' ')}: {count}, because something in them was not finite")
-    record = {"settings": settings, "rows": len(learning), "notes": notes, **skipped, "history": found}
+    record = {"settings": settings, "source": source, "rows": len(learning), "notes": notes, **_skipped(module, say)}
+    record["history"] = history(trainer.state.log_history)
     if arguments.should_save:
-        try:
-            module.finish(out, tokenizer, record)
-        except (OSError, SafetensorError, HeadsError) as error:
-            raise InputError(
-                f"cannot write to {out}: {error}; the checkpoint is intact. Make room and run the same command again"
-            ) from error
+        _finish(module, out, tokenizer, record)
     return {"out": str(out), "steps": trainer.state.global_step, **record}
 
 
@@ -185,6 +183,25 @@ def _checkpoint(options: TrainOptions, out: Path, settings: dict[str, Any]) -> P
             remove_checkpoints(out)
         return None
     return to_resume(out, settings)
+
+
+def _skipped(module: HeadsModule, say: Callable[[str], None]) -> dict[str, int]:
+    """What was left out of the training because it was not finite."""
+    found = {"skipped_rows": int(module.skipped_rows), "skipped_steps": int(module.skipped_steps)}
+    for name, count in found.items():
+        if count:
+            say(f"{name.replace('_', ' ')}: {count}, because something in them was not finite")
+    return found
+
+
+def _finish(module: HeadsModule, out: Path, tokenizer: PreTrainedTokenizerBase, record: dict[str, Any]) -> None:
+    """Save what was trained."""
+    try:
+        module.finish(out, tokenizer, record)
+    except (OSError, SafetensorError, HeadsError) as error:
+        raise InputError(
+            f"cannot write to {out}: {error}; the checkpoint is intact. Make room and run the same command again"
+        ) from error
 
 
 def _longest(model: PreTrainedModel) -> int:
