@@ -227,18 +227,23 @@ def main() -> None:
         (run / "calibration.jsonl").write_text("".join(rows), encoding="utf-8")
         write_package_prompts(run / "prompts.jsonl", plan)
     if arguments.model:
-        model, stages = arguments.model, read_stages(arguments.model)
+        model, first, stages = arguments.model, arguments.model / "heads", read_stages(arguments.model)
     else:
         base, base_stage = base_model(plan, corpus, run)
         joint_command(plan.commands, base, run).run(arguments.threads)
-        model, stages = run / "joint" / "model", [base_stage, joint_stage(plan.commands)]
-    commands = [command(plan.commands, model, run) for command in (distill_command, heads_command, calibrate_command)]
+        model, first = run / "joint" / "model", run / "joint" / "heads"
+        stages = [base_stage, joint_stage(plan.commands)]
+    commands = [
+        distill_command(plan.commands, model, run),
+        heads_command(plan.commands, model, first, run),
+        calibrate_command(plan.commands, model, run),
+    ]
     for command in commands:
         command.run(arguments.threads)
     export(
         Bundle(
             model=model,
-            heads=run / "heads" / "heads",
+            heads=run / "heads",
             corpus=record,
             stages=stages,
             commands=[command.shown for command in commands],

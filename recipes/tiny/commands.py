@@ -15,7 +15,7 @@ class Commands:
 
     joint_heads_steps: int = 1000
     joint_steps: int = 3200  # the heads' own steps at the start included
-    heads_steps: int = 1200
+    heads_steps: int = 600
     expansion: int = 2
     batch_size: int = 8
     length: int = 512
@@ -54,7 +54,8 @@ def joint_command(settings: Commands, base: Path, run: Path) -> Command:
     arguments = ["train", str(run / "text.jsonl"), "--model", str(base), "--out", str(run / "joint")]
     arguments += ["--joint", "full", "--heads-warmup-steps", str(settings.joint_heads_steps)]
     arguments += ["--steps", str(settings.joint_steps), "--base-learning-rate", "0.012"]
-    return Command(arguments=arguments + _shared(settings, expansion=2 * settings.expansion), folder=run)
+    arguments += ["--family-option", f"expansion={settings.expansion}"]
+    return Command(arguments=arguments + _shared(settings), folder=run)
 
 
 def distill_command(settings: Commands, model: Path, run: Path) -> Command:
@@ -64,11 +65,12 @@ def distill_command(settings: Commands, model: Path, run: Path) -> Command:
     return Command(arguments=arguments, folder=run)
 
 
-def heads_command(settings: Commands, model: Path, run: Path) -> Command:
-    """Heads on the frozen model, on its own answers."""
+def heads_command(settings: Commands, model: Path, first: Path, run: Path) -> Command:
+    """The heads `first` trained further, on the frozen model's own answers and what it says of their prompts."""
     arguments = ["train", str(run / "answers.jsonl"), "--model", str(model), "--out", str(run / "heads")]
-    arguments += ["--steps", str(settings.heads_steps)]
-    return Command(arguments=arguments + _shared(settings, expansion=settings.expansion), folder=run)
+    arguments += ["--init-heads", str(first), "--labels", "target", "--learn", "all"]
+    arguments += ["--steps", str(settings.heads_steps), "--learning-rate", "0.006"]
+    return Command(arguments=arguments + _shared(settings), folder=run)
 
 
 def calibrate_command(settings: Commands, model: Path, run: Path) -> Command:
@@ -78,8 +80,8 @@ def calibrate_command(settings: Commands, model: Path, run: Path) -> Command:
     return Command(arguments=arguments, folder=run)
 
 
-def _shared(settings: Commands, expansion: int) -> list[str]:
+def _shared(settings: Commands) -> list[str]:
     return [
-        *("--family-option", f"expansion={expansion}", "--optimizer", "muon", "--schedule", "linear"),
+        *("--optimizer", "muon", "--schedule", "linear"),
         *("--batch-size", str(settings.batch_size), "--length", str(settings.length)),
     ]
