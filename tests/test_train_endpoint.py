@@ -263,7 +263,7 @@ def test_an_endpoint_that_is_gone_ends_the_run(tmp_path):
         distill(many(500), out, endpoint(url, tries=2), GREEDY)
     listed = failed_path(out).read_text().splitlines()
     assert 6 <= len(listed) < 100 and all("endpoint does not answer" in line for line in listed)
-    assert [row.id for row in read_distilled(out)] == sorted(row.id for row in read_distilled(out))
+    assert sorted(row.id for row in read_distilled(out)) == ["0", "1", "2"]  # whole; they come as they are answered
     assert threading.active_count() <= started + 3
 
 
