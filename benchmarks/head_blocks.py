@@ -33,7 +33,6 @@ BLOCKS = {
     "wide MLP (2x), shared projection": ["--family", "shared", "--family-option", "expansion=2"],
     "SwiGLU (2x), shared projection": ["--family", "shared", "--family-option", "expansion=2", *SWIGLU],
     "wide MLP (2x), own projections of rank 64": ["--family", "lowrank", "--family-option", "rank=64"],
-    "MEDUSA's block, own projections, 1,024 tokens": ["--family", "medusa", "--draft-vocab", "1024"],
 }
 ROUNDS, DRAFTS = 15, 40
 
