@@ -113,7 +113,7 @@ def model_card(bundle: Bundle, model: PreTrainedModel, heads: Heads) -> str:
         stages="\n".join(stage.row for stage in bundle.stages),
         commands="\n".join(bundle.commands),
         table="\n".join(rows),
-        calibration_prompts=calibration.measured_on["prompts"],
+        calibration_prompts=calibration.measured_on["answers"],
         calibration_positions=calibration.measured_on["positions"],
     )
 
