@@ -45,16 +45,18 @@ def milliseconds(rounds: int, functions: dict[str, Callable[[], Any]]) -> dict[s
     return {name: median(values) for name, values in times.items()}
 
 
-def products(heads: SharedHeads, rows: int) -> Callable[[], None]:
+def products(heads: SharedHeads, rows: int, is_soft: bool) -> Callable[[], None]:
     """The matrix products of shared heads on so many rows, forward and backward, in bfloat16, and nothing else.
 
     Backward takes a product for the gradient of the weight where it is trained (the projection is not), and one for
-    that of what comes in, where it is needed (the hidden states are the frozen model's).
+    that of what comes in, where it is needed (the hidden states are the frozen model's). With soft labels the model's
+    own projection of every position belongs to it.
     """
     width, count, inner = heads.hidden_size, heads.num_heads, heads.up_weight.shape[1]
     sizes = [  # rows, in, out, is its weight trained, is the gradient of what comes in needed
         *[(rows, width, inner, True, False), (rows, heads.down_weight.shape[1], width, True, True)] * count,
         (rows * count, width, heads.vocab_size, False, True),
+        *[(rows, width, heads.vocab_size, False, False)] * is_soft,
     ]
     made: dict[tuple[int, int], torch.Tensor] = {}
 
@@ -107,7 +109,13 @@ def main() -> None:
 
     rows = len(batch["rows"])
     times = milliseconds(
-        given.rounds, {"forward": plain, "products": products(module.heads, rows), "losses": losses, "step": step}
+        given.rounds,
+        {
+            "forward": plain,
+            "products": products(module.heads, rows, given.labels == "target"),
+            "losses": losses,
+            "step": step,
+        },
     )
     bound = times["forward"] + times["products"]
     report = {

@@ -181,4 +181,4 @@ def test_memory_stays_far_below_the_logits_of_all_positions() -> None:
         outcome.loss.backward()
     everything = vocab_size * length * num_heads * 4
     assert memory.now < 2**20, "something of the chunks is kept"
-    assert memory.peak < everything / 16, f"{memory.peak:,} bytes of {everything:,}"
+    assert memory.peak < everything / 40, f"{memory.peak:,} bytes of {everything:,}"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, Protocol
 
 import torch
@@ -18,9 +19,10 @@ from torch import Tensor, nn
 # Of one chunk's logits, all heads, in float32: what a CPU's caches bear, and what keeps a GPU busy.
 CPU_CHUNK_BYTES, GPU_CHUNK_BYTES = 32 * 2**20, 256 * 2**20
 _FEWEST_ROWS = 16
+_BLOCK_BYTES = 2**19  # of one head's probabilities, in float32
 
 
-Judge = Callable[[Tensor, int], Tensor]
+Judge = Callable[[Tensor, Tensor, slice, int], Tensor]
 
 
 class Labels(Protocol):
@@ -33,8 +35,9 @@ class Labels(Protocol):
             rows: [c], which of the rows.
 
         Returns:
-            A function that takes the probabilities [c, D] of head k and k, from 0. It returns the losses [c] in nats,
-            and turns the probabilities, in place, into the losses' gradient by the logits.
+            A function that takes logits and probabilities [b, D] of head k in full precision at some of these rows,
+            which rows, and k, from 0. It returns the losses [b] in nats, and turns the probabilities, in place, into
+            the losses' gradient by the logits.
         """
         ...
 
@@ -53,9 +56,9 @@ class TokenLabels:
         """See `Labels`."""
         tokens = self.tokens[rows]
 
-        def judge(probs: Tensor, head: int) -> Tensor:
-            said = tokens[:, head, None]
-            losses = -_logarithm(probs.gather(1, said)[:, 0])
+        def judge(logits: Tensor, probs: Tensor, part: slice, head: int) -> Tensor:
+            said = tokens[part, head, None]
+            losses = _log_total(logits, probs) - logits.gather(1, said)[:, 0]
             probs.scatter_add_(1, said, probs.new_full(said.shape, -1.0))
             return losses
 
@@ -88,12 +91,15 @@ class SoftLabels:
         logits = self.logits_of(self.hidden[places])
         if self.token_ids is not None:
             logits = logits[:, self.token_ids]
-        wanted = logits.softmax(-1, dtype=_wide(logits.dtype))
-        negative_entropy = (wanted * _logarithm(wanted)).sum(-1)
+        wide = logits.to(_wide(logits.dtype))
+        wanted = wide.softmax(-1)
+        negative_entropy = _mean(wide, wanted) - _log_total(wide, wanted)
+        del wide, logits
 
-        def judge(probs: Tensor, head: int) -> Tensor:
-            own = wanted[which[:, head]]
-            losses = negative_entropy[which[:, head]] - (own * _logarithm(probs)).sum(-1)
+        def judge(logits: Tensor, probs: Tensor, part: slice, head: int) -> Tensor:
+            places = which[part, head]
+            own = wanted[places]
+            losses = negative_entropy[places] + _log_total(logits, probs) - _mean(logits, own)
             probs.sub_(own)
             return losses
 
@@ -196,12 +202,14 @@ class _Job:
             logits = self.logits_of(inputs, rows)
         weights, judge = self.weights[rows], self.labels.of(rows)
         losses, slopes = torch.empty_like(weights), torch.empty_like(logits, requires_grad=False)
-        for head in range(weights.shape[1]):
-            # One head after another, so that only one has its probabilities in full precision.
-            own = logits.detach()[:, head]
-            probs = own.softmax(-1, dtype=_wide(own.dtype))
-            losses[:, head] = judge(probs, head).masked_fill(weights[:, head] == 0, 0.0)
-            torch.mul(probs, weights[:, head, None].to(probs.dtype), out=slopes[:, head])
+        # In blocks, so that few have their probabilities in full precision, and those stay in a CPU's cache.
+        size = len(rows) if logits.device.type != "cpu" else max(1, _BLOCK_BYTES // (4 * logits.shape[-1]))
+        for start, head in product(range(0, len(rows), size), range(weights.shape[1])):
+            part = slice(start, start + size)
+            own, weight = logits.detach()[part, head].to(_wide(logits.dtype)), weights[part, head]
+            probs = own.softmax(-1)
+            losses[part, head] = judge(own, probs, part, head).masked_fill(weight == 0, 0.0)
+            slopes[part, head] = probs.mul_(weight[:, None])
         return losses, logits, slopes, inputs
 
 
@@ -239,9 +247,15 @@ class _ChunkedLoss(torch.autograd.Function):
         return (None, hidden, *(total.mul_(slope) for total in gradients.parameters))
 
 
-def _logarithm(probs: Tensor) -> Tensor:
-    """Finite for a probability of 0, so that 0 log 0 is 0."""
-    return probs.clamp(min=torch.finfo(probs.dtype).tiny).log()
+def _log_total(logits: Tensor, probs: Tensor) -> Tensor:
+    """The logarithm of the sum of exp(`logits` [b, D]), from their softmax; -log p is this minus the token's logit."""
+    return logits.amax(-1) - probs.amax(-1).log()
+
+
+def _mean(logits: Tensor, probs: Tensor) -> Tensor:
+    """The mean of `logits` [b, D] under `probs`; a logit of -inf, whose probability is 0, adds nothing."""
+    mean: Tensor = torch.linalg.vecdot(probs, logits.clamp(min=torch.finfo(logits.dtype).min / 2))
+    return mean
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
