@@ -113,6 +113,13 @@ def test_rows_that_teach_nothing_are_one_line(
     assert line in refusal(capsys, arguments(tiny, write_jsonl(tmp_path / "rows.jsonl", content)))
 
 
+def test_a_tracker_that_is_not_installed(
+    tiny: Tiny, rows: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ladon.train.trainer.find_spec", lambda _: None)
+    assert "pip install wandb" in refusal(capsys, arguments(tiny, rows, "--report-to", "wandb"))
+
+
 def test_other_settings_than_those_of_the_checkpoint(
     tiny: Tiny, rows: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from ladon.errors import InputError
 from ladon.train.batches import Collator, RowOrder
 from ladon.train.checkpoints import read_state, whole, write_state
 from ladon.train.config import TrainOptions
@@ -171,7 +173,12 @@ def training_arguments(options: TrainOptions, out: Path, num_rows: int, device: 
         out: where checkpoints go.
         num_rows: rows of an epoch.
         device: the model's.
+
+    Raises:
+        InputError: what the losses are to be reported to is not installed.
     """
+    if options.report_to != "none" and find_spec(options.report_to) is None:
+        raise InputError(f"report_to is {options.report_to}, which is not installed; pip install {options.report_to}")
     arguments = TrainingArguments(
         output_dir=str(out),
         max_steps=options.steps or 1,
