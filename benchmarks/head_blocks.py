@@ -79,11 +79,8 @@ def draft_times(heads: dict[str, Heads], dtype: torch.dtype) -> dict[str, float]
 def bytes_read(heads: Heads, projection: torch.Tensor) -> int:
     """Bytes of weights that one draft reads in bfloat16: the heads' own and, if they share it, the projection."""
     own = sum(parameter.numel() for parameter in heads.parameters())
-    shares = all(parameter.shape[-2:] != projection.shape for parameter in heads.parameters()) and heads.family in (
-        "shared",
-        "medusa",
-    )
-    return 2 * (own + (projection.numel() if shares and heads.token_ids is None else 0))
+    shares = heads.family == "shared" or heads.options.get("projection") == "shared"
+    return 2 * (own + (projection.numel() if shares else 0))
 
 
 def main() -> None:

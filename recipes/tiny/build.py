@@ -132,13 +132,13 @@ def check_same_plan(plan: Plan, corpus_sha256: object, run: Path) -> None:
 class Corpus:
     """The files that are trained on: the library's, its tests among them, and the wheels'."""
 
-    library: Sequence[SourceFile]
+    stdlib: Sequence[SourceFile]
     wheels: Sequence[SourceFile]
 
     @property
     def files(self) -> list[SourceFile]:
         """All of them, in a fixed order."""
-        return [*self.library, *self.wheels]
+        return [*self.stdlib, *self.wheels]
 
     @property
     def weighted(self) -> list[SourceFile]:
@@ -149,7 +149,7 @@ class Corpus:
 def read_corpus(plan: Plan) -> Corpus:
     """The sources of the running Python's library and of the wheels in its `ensurepip`."""
     step = plan.every_nth_file
-    return Corpus(library=list(library_files())[::step], wheels=wheel_files()[::step])
+    return Corpus(stdlib=list(library_files())[::step], wheels=wheel_files()[::step])
 
 
 def write_package_prompts(path: Path, plan: Plan) -> None:
@@ -165,15 +165,15 @@ def base_model(plan: Plan, corpus: Corpus, run: Path) -> tuple[Path, StageRecord
     folder, record = run / "base", run / "base.json"
     if record.exists():
         return folder, StageRecord(**json.loads(record.read_text(encoding="utf-8")))
-    library = corpus.library
+    sources = corpus.stdlib
     if not (run / "tokenizer").exists():
-        print(f"training the tokenizer on {len(library)} files", flush=True)
-        trained = train_tokenizer(library, plan.base.vocab_size, plan.base.max_positions)
+        print(f"training the tokenizer on {len(sources)} files", flush=True)
+        trained = train_tokenizer(sources, plan.base.vocab_size, plan.base.max_positions)
         trained.save_pretrained(run / "tokenizer.partial")
         (run / "tokenizer.partial").rename(run / "tokenizer")
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(run / "tokenizer")
     held_out = cached_tokens(run / "held_out.npy", tokenizer, held_out_files([*CALIBRATION_MODULES, *PROMPT_MODULES]))
-    text = Text(kinds=[cached_tokens(run / "train.npy", tokenizer, library)], shares=[1.0], held_out=held_out)
+    text = Text(kinds=[cached_tokens(run / "train.npy", tokenizer, sources)], shares=[1.0], held_out=held_out)
     model, found = train_base(plan.base, text, tokenizer.eos_token_id, run / "base.pt")
     round_weights(model)
     model.save_pretrained(folder)

@@ -59,8 +59,6 @@ def train(
         say = _silent
     length = min(options.length, _longest(model))
     learning, held_out, notes = _documents(examples, tokenizer, options, output_projection(model).vocab_size, length)
-    if options.learn == "all":
-        learning = [document.all_learned() for document in learning]
     for reason, count in notes.items():
         say(f"{count} of {len(examples)} rows {reason}")
     say(shown(learning[0], tokenizer))
@@ -70,15 +68,7 @@ def train(
     rows = rows_of([len(document.tokens) for document in learning], length if share_rows else 0)
     arguments = training_arguments(options, out, len(rows), model.device)
     module.total_steps = arguments.max_steps
-    settings = {
-        **options.binding(),
-        "updates": arguments.max_steps,
-        "processes": arguments.world_size,
-        "dtype": str(dtype).removeprefix("torch."),
-        "model": heads.base_fingerprint and heads.base_fingerprint.as_dict(),
-        "heads": heads.weights_hash,
-        "data": data_hash([*learning, *held_out]),
-    }
+    settings = _settings(options, arguments, dtype, heads, [*learning, *held_out])
     checkpoint = _checkpoint(options, out, settings)
     if checkpoint is not None:
         say(f"going on from {checkpoint}")
@@ -102,6 +92,21 @@ def train(
     if arguments.should_save:
         _finish(module, out, tokenizer, record)
     return {"out": str(out), "steps": trainer.state.global_step, **record}
+
+
+def _settings(
+    options: TrainOptions, arguments: Any, dtype: torch.dtype, heads: Heads, documents: Sequence[Document]
+) -> dict[str, Any]:
+    """All that decides the result, which a resumed run must share, as JSON values."""
+    return {
+        **options.binding(),
+        "updates": arguments.max_steps,
+        "processes": arguments.world_size,
+        "dtype": str(dtype).removeprefix("torch."),
+        "model": heads.base_fingerprint and heads.base_fingerprint.as_dict(),
+        "heads": heads.weights_hash,
+        "data": data_hash(documents),
+    }
 
 
 def make_module(model: PreTrainedModel, options: TrainOptions) -> HeadsModule:
@@ -166,10 +171,13 @@ def _documents(
         share = float(options.held_out)
     except ValueError:
         held_out, _ = documents_from(read_rows(options.held_out, tokenizer), vocab_size, length)
-        return documents, held_out, notes
-    if not 0 <= share < 1:
-        raise InputError(f"held_out is {options.held_out}; give a share of the rows, below 1, or a file")
-    return *split(documents, share), notes
+    else:
+        if not 0 <= share < 1:
+            raise InputError(f"held_out is {options.held_out}; give a share of the rows, below 1, or a file")
+        documents, held_out = split(documents, share)
+    if options.learn == "all":  # the reports stay about answers
+        documents = [document.all_learned() for document in documents]
+    return documents, held_out, notes
 
 
 def _checkpoint(options: TrainOptions, out: Path, settings: dict[str, Any]) -> Path | None:
