@@ -87,7 +87,7 @@ def main() -> None:
         "environment": environment(model.device) | {"load_before": load_before, "load_after": load()},
         "model": "demo",
         "dtype": arguments.dtype,
-        "heads": {"family": heads.family, "num": heads.num_heads, "training": heads.training_record},
+        "heads": {"family": heads.family, "num": heads.num_heads, "weights": heads.weights_hash},
         "workload": workload.summary(),
         "max_new_tokens": arguments.max_new_tokens,
         "results": rows,

@@ -15,7 +15,7 @@ from ladon.calibration import Calibration
 from ladon.errors import HeadsError
 from ladon.heads.checkpoint import HeadsConfig, write_heads
 from ladon.heads.ends import input_embedding_module, output_projection
-from ladon.heads.fingerprint import MIN_AGREEMENT, Fingerprint, agreement, fingerprint
+from ladon.heads.fingerprint import MIN_AGREEMENT, Fingerprint, agreement, differing, fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -205,9 +205,7 @@ class Heads(nn.Module, ABC):
             _warn("the heads carry no fingerprint of the model they were trained on")
             return
         shares = agreement(self.base_fingerprint, fingerprint(model))
-        wrong = [
-            f"{group} {share:.0%}" for group, share in shares.items() if share is not None and share < MIN_AGREEMENT
-        ]
+        wrong = differing(shares)
         if wrong:
             raise HeadsError(
                 f"these heads were trained on {name}, whose weights differ from this model's (samples that agree: "

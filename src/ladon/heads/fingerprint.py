@@ -7,7 +7,7 @@ embedding readable while its layers are not, and a fine-tuned one often keeps it
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
@@ -62,6 +62,11 @@ def agreement(saved: Fingerprint, found: Fingerprint) -> dict[str, float | None]
         comparable = left and right and (group != "body" or saved.body_matrices == found.body_matrices)
         shares[group] = _share_of_equal(left, right) if comparable else None
     return shares
+
+
+def differing(shares: Mapping[str, float | None]) -> list[str]:
+    """The groups, with their shares, in which fewer samples agree than one and the same model would show."""
+    return [f"{group} {share:.0%}" for group, share in shares.items() if share is not None and share < MIN_AGREEMENT]
 
 
 def _share_of_equal(left: str, right: str) -> float:

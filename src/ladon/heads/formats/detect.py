@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ladon.errors import HeadsError
 from ladon.heads.base import Heads
-from ladon.heads.fingerprint import MIN_AGREEMENT, agreement, fingerprint
+from ladon.heads.fingerprint import agreement, differing, fingerprint
 from ladon.heads.formats import hydra, medusa
 from ladon.heads.formats.keys import Layout, Parts, some, sort_keys
 from ladon.heads.formats.reading import Checkpoint
@@ -59,10 +59,7 @@ class Found:
         """Raise `HeadsError` if the heads lie in a whole model, and `model` is another one."""
         if not self.holds_model or heads.base_fingerprint is None:
             return
-        shares = agreement(heads.base_fingerprint, fingerprint(model))
-        wrong = [
-            f"{group} {share:.0%}" for group, share in shares.items() if share is not None and share < MIN_AGREEMENT
-        ]
+        wrong = differing(agreement(heads.base_fingerprint, fingerprint(model)))
         if wrong:
             raise HeadsError(
                 f"{self.checkpoint.name} holds heads together with their own model, and this is another one (samples "
