@@ -118,6 +118,7 @@ def make_module(model: PreTrainedModel, options: TrainOptions) -> HeadsModule:
         )
     losses = LossOptions(
         soft=options.labels == "target",
+        label_temperature=options.label_temperature,
         decay=options.decay,
         autocast=_autocast(options, model),
         chunk_rows=options.chunk_rows,
