@@ -156,7 +156,7 @@ on a model that was trained alone.
 
 ## Training of the heads
 
-On the model's own answers to beginnings of the training files, the model frozen:
+On the model's own answers to beginnings of its training files and of files that it never saw, the model frozen:
 
 ```text
 {commands}
