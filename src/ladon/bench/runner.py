@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from ladon.bench.check import check_float32, leaving_plain
 from ladon.bench.findings import Findings, Measured, Progress, Request, Subject
-from ladon.bench.systems import LadonSystem, Run, System, TransformersSystem
+from ladon.bench.systems import Budget, LadonSystem, Run, System, TransformersSystem
 from ladon.bench.workloads import Question, Workload, prompt_ids
 from ladon.errors import InputError
 from ladon.fixed_tree import FixedTree
@@ -67,7 +67,7 @@ class _Entry:
     """A mode at a budget, with its tree if that is fixed."""
 
     mode: str
-    budget: int
+    budget: Budget
     fixed_tree: FixedTree | None = None
 
     def system(self, model: PreTrainedModel, heads: Heads | None, profile: bool) -> LadonSystem:
@@ -90,6 +90,8 @@ def _plan(subject: Subject, options: BenchOptions) -> list[_Entry]:
             plan += [_Entry(mode=mode, budget=min(size, tree.num_nodes), fixed_tree=tree) for size, tree in trees]
         elif mode == "dynamic":
             plan += [_Entry(mode=mode, budget=size) for size in options.budgets]
+        elif mode == "auto":
+            plan.append(_Entry(mode=mode, budget="auto"))
     return list(dict.fromkeys(plan))  # a fixed tree smaller than two of the budgets is one system
 
 

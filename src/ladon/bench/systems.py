@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
+from ladon.bench.steps import StepFacts
 from ladon.errors import InputError
 from ladon.fixed_tree import FixedTree
 from ladon.generation import Decoder
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ladon.heads import Heads
+
+Budget = int | str  # nodes per step and row, or "auto"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,6 +43,7 @@ class Run:
         seconds: wall time of the whole call, prefill included.
         first_token_seconds: from the call to the first tokens, one of each row.
         step_counts: tokens emitted by each decode step, if they were recorded (one row only).
+        steps: the decode steps, if they were noted.
     """
 
     outputs: list[list[int]]
@@ -47,6 +51,7 @@ class Run:
     seconds: float
     first_token_seconds: float
     step_counts: list[int] = field(default_factory=list)
+    steps: list[StepFacts] = field(default_factory=list)
 
 
 class System(Protocol):
@@ -63,7 +68,8 @@ class LadonSystem:
 
     Attributes:
         name: the mode.
-        budget: nodes verified per step and row, root included: what was asked for, or all that the mode can use.
+        budget: nodes verified per step and row, root included: what was asked for, or all that the mode can use; "auto"
+            where each step has its own size.
     """
 
     def __init__(
@@ -72,20 +78,20 @@ class LadonSystem:
         heads: Heads | None,
         *,
         mode: str,
-        budget: int,
+        budget: Budget,
         fixed_tree: FixedTree | None = None,
         profile: bool = False,
     ) -> None:
         """`fixed_tree` is the tree of mode "fixed"; `profile` measures stages and records the steps of single rows."""
         self.name = mode
-        tree: str | FixedTree = "off" if mode == "plain" else mode
-        most = {"plain": 1, "chain": heads.num_heads + 1 if heads else 1}.get(mode, budget)
+        tree: str | FixedTree = {"plain": "off", "auto": "dynamic"}.get(mode, mode)
+        most = {"plain": 1, "chain": heads.num_heads + 1 if heads else 1}.get(mode)
         if mode == "fixed":
             if fixed_tree is None:
                 raise InputError("mode fixed needs a tree; give one with --fixed-tree, or leave the mode out")
             tree, most = fixed_tree, fixed_tree.num_nodes
         self._decoder = Decoder(model, None if mode == "plain" else heads, tree=tree, budget=budget, profile=profile)
-        self.budget = min(budget, most)
+        self.budget = min(budget, most) if isinstance(budget, int) and most is not None else budget
         self._profile = profile
 
     @property

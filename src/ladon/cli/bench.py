@@ -215,17 +215,19 @@ def _several(count: int, noun: str) -> str:
 
 def show(document: dict[str, Any], findings: Findings, title: str) -> None:
     """The table and what has to be said about it, on standard output."""
+    from ladon.bench import table as lines
     from ladon.bench.report import results
-    from ladon.bench.table import difference_lines, identity_line, profile_line, repetition_line, table
 
     found = results(findings)
     console = OutConsole(highlight=False)
     console.print(title, style="bold")
     for batch in dict.fromkeys(result.batch for result in found):
-        console.print(table(found, document["transformers"], batch))
-    console.print(identity_line(found, findings.unchecked), style="bold", markup=False)
-    for line in [repetition_line(found), profile_line(found), *difference_lines(findings, document["dtype"])]:
-        console.print(line, style="dim", markup=False)
+        console.print(lines.table(found, document["transformers"], batch))
+    console.print(lines.identity_line(found, findings.unchecked), style="bold", markup=False)
+    notes = [lines.repetition_line(found), lines.profile_line(found), *lines.size_lines(found)]
+    notes += [*lines.filling_lines(found), *lines.difference_lines(findings, document["dtype"])]
+    for note in notes:
+        console.print(note, style="dim", markup=False)
 
 
 def tree_source(
