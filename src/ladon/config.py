@@ -52,7 +52,7 @@ class BenchOptions:
     modes: tuple[str, ...] = field(
         default=("plain", "chain", "fixed", "dynamic", "auto"),
         metadata={
-            "help": "some of plain, chain, fixed, dynamic (trees of --budget nodes) and auto (dynamic trees, their size "
+            "help": "some of plain, chain, fixed, dynamic (trees of --budget nodes) and auto (a dynamic tree, its size "
             "chosen at each step); plain always runs, for comparison"
         },
     )

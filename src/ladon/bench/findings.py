@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ladon.bench.identity import Difference
 from ladon.bench.systems import Budget, Run
@@ -67,6 +67,7 @@ class Measured:
         groups: the requests of each group.
         timed: runs by repeat, then by group.
         profiled: likewise, with stage times and, at batch 1, step counts; empty for transformers.
+        fitted_step_ms: `nodes` and `ms` of each size, as a mode that chooses sizes knows them in the end.
     """
 
     system: str
@@ -75,6 +76,7 @@ class Measured:
     groups: list[list[Request]]
     timed: list[list[Run]]
     profiled: list[list[Run]]
+    fitted_step_ms: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def label(self) -> str:

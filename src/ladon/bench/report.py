@@ -47,6 +47,7 @@ class Result:
             predicted.
         sizes: the histogram of sizes: of each, `nodes`, `steps` of all timed runs, and their mean `tokens`,
             `expected_tokens`, `step_ms` and `predicted_ms`, as `ladon.bench.steps.by_size` gives them.
+        fitted_step_ms: of every size that could be chosen, `nodes` and the `ms` predicted for a step, in the end.
         first_token_ms: milliseconds from the call to the first tokens, one of each row; median over calls.
         speedup_vs_plain: tokens_per_second over plain decoding's.
         speedup_vs_transformers: tokens_per_second over that of transformers' `generate`.
@@ -79,6 +80,7 @@ class Result:
     tree_efficiency: float | None
     step_time_error: float | None
     sizes: list[dict[str, Any]]
+    fitted_step_ms: list[dict[str, Any]]
     first_token_ms: float | None
     speedup_vs_plain: float | None
     speedup_vs_transformers: float | None
@@ -144,6 +146,7 @@ def _result(findings: Findings, entry: Measured, speeds: dict[tuple[str, int], f
         tree_efficiency=finite(counts.tree_efficiency),
         step_time_error=finite(step_time_error(steps)),
         sizes=by_size(steps),
+        fitted_step_ms=entry.fitted_step_ms,
         first_token_ms=finite(_first_token_ms(entry.timed)),
         speedup_vs_plain=finite(speed / speeds["plain", entry.batch]),
         speedup_vs_transformers=finite(speed / speeds["transformers", entry.batch]),
