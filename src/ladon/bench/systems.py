@@ -10,7 +10,7 @@ packing the output.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -44,6 +44,7 @@ class Run:
         first_token_seconds: from the call to the first tokens, one of each row.
         step_counts: tokens emitted by each decode step, if they were recorded (one row only).
         steps: the decode steps, if they were noted.
+        decision_seconds: time that choosing their sizes took.
     """
 
     outputs: list[list[int]]
@@ -52,6 +53,7 @@ class Run:
     first_token_seconds: float
     step_counts: list[int] = field(default_factory=list)
     steps: list[StepFacts] = field(default_factory=list)
+    decision_seconds: float = 0.0
 
 
 class System(Protocol):
@@ -81,8 +83,19 @@ class LadonSystem:
         budget: Budget,
         fixed_tree: FixedTree | None = None,
         profile: bool = False,
+        make: Callable[..., Decoder] = Decoder,
     ) -> None:
-        """`fixed_tree` is the tree of mode "fixed"; `profile` measures stages and records the steps of single rows."""
+        """Make the mode's decoder.
+
+        Args:
+            model: the target.
+            heads: its heads; not used by mode "plain".
+            mode: plain, chain, fixed, dynamic or auto.
+            budget: nodes per step and row, or "auto".
+            fixed_tree: the tree of mode "fixed".
+            profile: measure stages, and record the steps of single rows.
+            make: makes the decoder, called as `Decoder` is.
+        """
         self.name = mode
         tree: str | FixedTree = {"plain": "off", "auto": "dynamic"}.get(mode, mode)
         most = {"plain": 1, "chain": heads.num_heads + 1 if heads else 1}.get(mode)
@@ -90,7 +103,7 @@ class LadonSystem:
             if fixed_tree is None:
                 raise InputError("mode fixed needs a tree; give one with --fixed-tree, or leave the mode out")
             tree, most = fixed_tree, fixed_tree.num_nodes
-        self._decoder = Decoder(model, None if mode == "plain" else heads, tree=tree, budget=budget, profile=profile)
+        self._decoder = make(model, None if mode == "plain" else heads, tree=tree, budget=budget, profile=profile)
         self.budget = min(budget, most) if isinstance(budget, int) and most is not None else budget
         self._profile = profile
 
