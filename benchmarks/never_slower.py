@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import tempfile
 import time
@@ -40,7 +41,7 @@ from ladon.environment import commit, environment, load
 
 SWEEP = (2, 4, 8, 16, 24, 32, 48, 64)
 HOPELESS = 0.8  # of the best speed so far: after two such sizes in a row the sweep ends
-FINALISTS = 2
+FINALISTS, CLOSE = 2, 0.9  # so many fixed sizes go on, if they had this share of the best speed of the sweep
 LEARNT_AFTER = 50  # steps after which step times must be predicted well
 
 Make = Callable[[], LadonSystem]
@@ -53,19 +54,19 @@ class Settings:
     Attributes:
         max_new_tokens: of each row.
         sweep_tokens: of each row in the sweep of fixed sizes and against MEDUSA's tree.
-        least_repeats: of the systems that take turns.
-        most_repeats: likewise, if there is time.
-        seconds: after so long, a cell starts no further repeat.
+        most_repeats: of the systems that take turns.
+        second_seconds: after so long there is no second repeat.
+        further_seconds: after so long there is no further one.
     """
 
     max_new_tokens: int = 256
-    sweep_tokens: int = 48
-    least_repeats: int = 2
+    sweep_tokens: int = 32
     most_repeats: int = 5
-    seconds: float = 12.0
+    second_seconds: float = 30.0
+    further_seconds: float = 12.0
 
 
-QUICK = Settings(max_new_tokens=48, sweep_tokens=16, least_repeats=1, most_repeats=1)
+QUICK = Settings(max_new_tokens=48, sweep_tokens=16, most_repeats=1)
 
 
 def take_turns(
@@ -75,7 +76,8 @@ def take_turns(
     runs: dict[str, list[Run]] = {name: [] for name in makers}
     names, started = list(makers), time.perf_counter()
     for repeat in range(settings.most_repeats):
-        if repeat >= settings.least_repeats and time.perf_counter() - started > settings.seconds:
+        bound = {0: math.inf, 1: settings.second_seconds}.get(repeat, settings.further_seconds)
+        if time.perf_counter() - started > bound:
             break
         for offset in range(len(names)):
             name = names[(repeat + offset) % len(names)]
@@ -101,20 +103,26 @@ def sweep(make: Callable[..., LadonSystem], prompts: Sequence[list[int]], tokens
     return found
 
 
+def finalists(screened: Mapping[str, float]) -> dict[str, int]:
+    """The fixed sizes that meet the others in full; none where nothing comes close to plain decoding."""
+    close = [name for name, speed in screened.items() if name != "plain" and speed >= CLOSE * max(screened.values())]
+    best = sorted(close, key=screened.__getitem__, reverse=True)[:FINALISTS]
+    return {name: int(name.removeprefix("dynamic-")) for name in best}
+
+
 def measure(cell: Cell, materials: Materials, settings: Settings) -> dict[str, Any]:
     """Everything about one cell, as a JSON object."""
     before, started = load(), time.perf_counter()
     prompts, tokens = materials.prompts(cell), settings.max_new_tokens
     make = materials.systems(cell, prompts, tokens)
     screened = sweep(make, prompts, settings.sweep_tokens)
-    best = sorted((name for name in screened if name != "plain"), key=screened.__getitem__)[-FINALISTS:]
     plain, warm = make(mode="plain", budget=1), make(mode="auto", budget="auto")
     warm.run(prompts, tokens)
     makers: dict[str, Make] = {
         "plain": lambda: plain,
         "cold": lambda: make(mode="auto", budget="auto"),
         "warm": lambda: warm,
-        **{name: _always(make(mode="dynamic", budget=int(name.removeprefix("dynamic-")))) for name in best},
+        **{name: _always(make(mode="dynamic", budget=size)) for name, size in finalists(screened).items()},
     }
     runs = take_turns(makers, prompts, tokens, settings)
     duel: dict[str, list[Run]] = {}
@@ -205,7 +213,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cells", default="*", help="measure only cells whose name matches, such as 'demo/*/b4'")
     parser.add_argument("--list", action="store_true", help="print the cells and stop")
-    parser.add_argument("--quick", action="store_true", help="a few tokens, one repeat: does it run?")
+    parser.add_argument("--quick", action="store_true", help="a few tokens of cheap cells, one repeat: does it run?")
     parser.add_argument("--humaneval", type=Path, help="HumanEval's problems, JSONL; without it they are left out")
     parser.add_argument("--heads", type=Path, help="other heads of the bundled model, calibrated")
     parser.add_argument("--work", type=Path, help="JSONL that cells are appended to, and taken from if they are there")
@@ -218,6 +226,8 @@ def main() -> None:
         materials = Materials(arguments.heads, arguments.humaneval)
         every = all_cells(materials.longest_prompt(settings.max_new_tokens), arguments.humaneval is not None)
         chosen = [cell for cell in every if fnmatch(cell.name, arguments.cells)]
+        if arguments.quick:
+            chosen = [cell for cell in chosen if cell.batch <= 4 and (cell.context or 0) <= 64]
         if arguments.list:
             print("\n".join(cell.name for cell in chosen))
             return

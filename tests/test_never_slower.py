@@ -132,13 +132,16 @@ def test_systems_take_turns(script: ModuleType) -> None:
             return Run(outputs=[[1]], stats=stats, seconds=1.0, first_token_seconds=0.0)
 
     makers = {name: (lambda name=name: Fake(name)) for name in "abc"}
-    settings = script.Settings(least_repeats=2, most_repeats=3, seconds=0.0)  # no time for more than the least
+    settings = script.Settings(most_repeats=3, further_seconds=0.0)  # time for a second repeat only
     runs = script.take_turns(makers, [[1]], 7, settings)
     assert order == ["a", "b", "c", "b", "c", "a"]
     assert script.speeds(runs) == {name: [7.0, 7.0] for name in "abc"}
     order.clear()
-    script.take_turns(makers, [[1]], 7, script.Settings(least_repeats=1, most_repeats=3, seconds=1e9))
+    script.take_turns(makers, [[1]], 7, script.Settings(most_repeats=3, further_seconds=1e9))
     assert len(order) == 9
+    order.clear()
+    script.take_turns(makers, [[1]], 7, script.Settings(most_repeats=3, second_seconds=0.0))
+    assert order == ["a", "b", "c"]
 
 
 def test_sweep_ends_when_sizes_are_hopeless(script: ModuleType) -> None:
@@ -157,6 +160,13 @@ def test_sweep_ends_when_sizes_are_hopeless(script: ModuleType) -> None:
     found = script.sweep(Fake, [[1]], 7)
     assert tried == [1, 2, 4, 8, 16, 24, 32]  # 8 alone is no reason to stop
     assert found["dynamic-4"] == pytest.approx(20.0) and found["plain"] == pytest.approx(10.0)
+
+
+def test_sizes_that_come_close_go_on(script: ModuleType) -> None:
+    screened = {"plain": 10.0, "dynamic-2": 11.0, "dynamic-4": 12.0, "dynamic-8": 11.5, "dynamic-16": 5.0}
+    assert script.finalists(screened) == {"dynamic-4": 4, "dynamic-8": 8}
+    assert script.finalists(screened | {"plain": 12.9}) == {"dynamic-4": 4}
+    assert script.finalists(screened | {"plain": 20.0}) == {}
 
 
 def test_done_cells_are_taken_from_the_work_file(script: ModuleType, tmp_path: Path) -> None:
