@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import heapq
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 
 from ladon.sizing import Sizing, StepRecord
 
@@ -20,7 +20,8 @@ CostFunction = Callable[[int, int, float, int], float]  # batch, nodes, context,
 
 def linear(batch: int, nodes: int, context: float, grown: int) -> float:
     """A CPU of two cores: time grows from the second token on."""
-    return 1.6 + 1.0 * batch * nodes ** 0.9 * 0.5 + 0.3 * batch * nodes * context / 4096 / 8 + drafting(batch, grown)
+    rows = batch * nodes**0.9
+    return 1.6 + 0.5 * rows + 0.04 * batch * nodes * context / 4096 + drafting(batch, grown)
 
 
 def float32_cpu(batch: int, nodes: int, context: float, grown: int) -> float:
@@ -41,7 +42,10 @@ def drafting(batch: int, grown: int) -> float:
     return 0.0 if grown == 1 else 0.8 + 0.05 * batch + 0.001 * grown
 
 
-@lru_cache(maxsize=None)
+MACHINES = (linear, float32_cpu, gpu)
+
+
+@cache
 def best_paths(sureness: float) -> tuple[tuple[tuple[int, ...], float], ...]:
     """The most probable rank paths when rank r at any depth has the probability of `rank_probabilities`."""
     steps = rank_probabilities(sureness)
@@ -63,7 +67,7 @@ def rank_probabilities(sureness: float) -> list[float]:
     return [sureness * (1.0 - sureness) ** rank for rank in range(RANKS)]
 
 
-@lru_cache(maxsize=None)
+@cache
 def mass(sureness: float, edges: tuple[int, ...]) -> tuple[tuple[float, ...], ...]:
     paths = best_paths(sureness)
     return tuple(
@@ -89,7 +93,12 @@ class Heads:
     def draw(self, dice: random.Random) -> tuple[float, float]:
         """(claimed, true) of one row and step."""
         shift = dice.uniform(-self.spread, self.spread)
-        return tuple(round(min(max(mean + shift * mean, 0.02), 0.95), 2) for mean in (self.claimed, self.true))
+        claimed, true = (round(min(max(mean * (1 + shift), 0.02), 0.95), 2) for mean in (self.claimed, self.true))
+        return claimed, true
+
+    def __str__(self) -> str:
+        """For the names of tests."""
+        return f"heads-{self.claimed}-{self.true}"
 
 
 GOOD = Heads(claimed=0.6, true=0.6)
@@ -163,7 +172,7 @@ class Simulation:
         self.context += emitted / batch
         done.seconds += seconds
         done.sizes.append(nodes)
-        done.errors.append(None if predicted != predicted else abs(predicted - seconds) / seconds)
+        done.errors.append(abs(predicted - seconds) / seconds if predicted > 0 and 0 < seconds < 60 else None)
         return emitted
 
     def _sums(self) -> list[list[float]] | None:
@@ -171,7 +180,7 @@ class Simulation:
             return None
         edges = tuple(self.sizing.edges)
         tables = [mass(claimed, edges) for claimed, _ in self._trees]
-        return [[sum(column) for column in zip(*rows)] for rows in zip(*tables)]
+        return [[sum(column) for column in zip(*rows, strict=True)] for rows in zip(*tables, strict=True)]
 
     def _verify(self, nodes: int) -> tuple[list[float], list[int]]:
         if nodes == 1 or not self._trees:

@@ -16,7 +16,23 @@ SOURCE = ROOT / "src" / "ladon"
 BASE_INSTALL = {"torch", "transformers", "safetensors", "numpy", "typer", "rich"}
 
 # A module may import only modules that stand before it here; a package is one entry.
-CORE = ["errors", "config", "tree", "lattice", "fixed_tree", "tree_notations", "growth", "sampling", "accept", "stats"]
+CORE = [
+    "errors",
+    "config",
+    "tree",
+    "lattice",
+    "fixed_tree",
+    "tree_notations",
+    "growth",
+    "sampling",
+    "accept",
+    "stats",
+    "hardware",
+    "expectation",
+    "step_cost",
+    "sizing",
+    "auto_sizing",
+]
 MODEL_SIDE = [
     "calibration",
     "heads",
@@ -28,6 +44,7 @@ MODEL_SIDE = [
     "cache",
     "self_test",
     "target",
+    "profiles",
     "proposers",
     "engine",
     "trace",

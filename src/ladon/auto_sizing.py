@@ -35,8 +35,8 @@ _LONGEST = 16.0  # plain steps that a single step may have lost; a machine that 
 _DOUBT = 0.05  # share of its time by which a size that was tried once may turn out faster
 _STAY = 1.01  # another size is taken when it promises this much more than the last one
 _WIDER = 2  # trees are grown this many edges further than was chosen of late
-# What drafting promises, as a multiple of plain decoding's speed. From the first on it is done. From the second on it is
-# done while what it loses is within bounds, because who does not draft learns nothing. Below, it is tried now and then.
+# What drafting promises, as a multiple of plain decoding's speed. From the first on it is done. From the second on it
+# is done while its losses are within bounds, as who does not draft learns nothing. Below, it is tried now and then.
 _SURE, _UNSURE = 1.05, 0.95
 _PROBE_AFTER, _PROBE_AFTER_MOST = 16, 256  # plain steps between two trials of the heads
 _PLAIN_AFTER, _PLAIN_AFTER_MOST = 128, 2048  # drafting steps between two looks at plain decoding
@@ -80,7 +80,7 @@ class AutoSizing:
 
     def choose(self, sums: Sums | None, batch: int, context: float) -> int:
         """Nodes of the next step; see `Sizing.choose`."""
-        self._last = 0 if sums is None or self._grown == 0 else self._best_place(self._checked(sums), batch, context)
+        self._last = 0 if sums is None or self._grown == 0 else self._best_place(sums, batch, context)
         if self._last > 0:
             self._widest = min(max(self._last + _WIDER, self._widest - 1), len(self.edges) - 1)
         return self.edges[self._last]
@@ -105,7 +105,10 @@ class AutoSizing:
         """Book what a trial lost against plain decoding, or gained."""
         if 0.0 < plain < math.inf and 0.0 < record.seconds < math.inf:
             tokens = 1 + sum(record.accepted) / record.batch
-            self._lost = max(0.0, self._lost + min(record.seconds, _LONGEST * plain) - tokens * plain)
+            loss = min(record.seconds, _LONGEST * plain) - tokens * plain
+            self._lost = max(0.0, self._lost + loss)
+            if loss < 0.0:
+                self._try_heads.end()  # it paid: the next trial need not wait
 
     def _may_lose(self, plain: float) -> bool:
         """Whether a trial that loses one more plain step stays within what trials may lose."""
@@ -143,6 +146,10 @@ class AutoSizing:
     def _best_place(self, sums: Sums, batch: int, context: float) -> int:
         """The edge with the most expected tokens per second."""
         count = self._grown + 1
+        if not are_finite(sums):
+            self._warn_once()
+            self.expectation.learn_trees([[0.0] * len(self.edges) for _ in sums], batch, count)
+            return 0
         self.expectation.learn_trees(sums, batch, count)
         rates = self._rates(self.expectation.tokens(sums, batch), batch, context, count)
         best = max(rates, key=rates.__getitem__)
@@ -155,14 +162,10 @@ class AutoSizing:
         plain_rate = batch / self._curve(batch, context).plain
         return next((place for place, rate in claims.items() if place > 0 and rate > plain_rate), 0)
 
-    def _checked(self, sums: Sums) -> Sums:
-        """The sums; where they are not finite, those of heads that draft nothing."""
-        if are_finite(sums):
-            return sums
+    def _warn_once(self) -> None:
         if not self._has_warned:
             self._has_warned = True
             warnings.warn("the heads' probabilities are not finite; steps without them decode plainly", stacklevel=2)
-        return [[0.0] * len(self.edges) for _ in sums]
 
     def _rates(self, tokens: Sequence[float], batch: int, context: float, count: int) -> dict[int, float]:
         """Tokens per second, by place, of those of the first `count` edges that may be taken."""
@@ -223,6 +226,10 @@ class _Wait:
     def reset(self) -> None:
         """Begin with the first number again."""
         self._length = self._left = self._first
+
+    def end(self) -> None:
+        """Let the next count be the last, and the one after it a short one."""
+        self._length, self._left = self._first // 2, 0
 
     def is_over(self, count: int = 1) -> bool:
         """Count down; whether the end was passed, upon which the next count begins."""

@@ -12,46 +12,43 @@ Shapes: K depths, E bucket edges. `sums[d][e]` is the path probability of all no
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 _PRIOR = 2.0  # expected acceptances that count for the heads' own word before any evidence
-_FORGET = 0.995  # per row of a step: half is forgotten after 138
-_TYPICAL_ROWS = 24.0  # rows over which the typical tree is averaged
+_KEEP = 0.995  # of the evidence, per row of a step: half is forgotten after 138
+_KEEP_RECENT = 0.94  # the same for what is compared with it: after 11
+_TURN = 3.0  # standard deviations between the two upon which only the recent evidence is kept
+_TYPICAL_ROWS = 16.0  # rows over which the typical tree is averaged
 
 Sums = Sequence[Sequence[float]]
 
 
 class Expectation:
-    """Corrected expectations, and what a typical tree of late has looked like."""
+    """Corrected expectations, and what a typical tree of late has looked like.
+
+    Attributes:
+        rows_verified: verified trees so far.
+    """
 
     def __init__(self, num_edges: int) -> None:
         """Nothing is known about the heads yet; E is `num_edges`."""
         self._num_edges = num_edges
-        self._accepted: list[float] = []
-        self._expected: list[float] = []
+        self._evidence: list[_Evidence] = []
         self._typical: list[list[float]] = []
         self._typical_rows = 0.0
         self.rows_verified = 0
 
-    @property
-    def rows_drafted(self) -> float:
-        """How many rows the typical tree stands on, up to a bound."""
-        return self._typical_rows
-
     def corrections(self) -> list[float]:
         """Accepted over expected nodes of each depth, recent rows counting most; 1 where little is known, [K]."""
-        return [(a + _PRIOR) / (e + _PRIOR) for a, e in zip(self._accepted, self._expected, strict=True)]
+        return [(found.accepted + _PRIOR) / (found.expected + _PRIOR) for found in self._evidence]
 
     def learn_outcome(self, expected: Sequence[float], accepted: Sequence[float], rows: int) -> None:
         """A step's verified trees: per depth their path probability, uncorrected, and rows that accepted a node."""
         self.rows_verified += rows
-        missing = len(expected) - len(self._expected)
-        self._accepted += [0.0] * missing
-        self._expected += [0.0] * missing
-        keep = _FORGET**rows
-        for depth, (mass, count) in enumerate(zip(expected, accepted, strict=True)):
+        self._evidence += [_Evidence() for _ in range(len(expected) - len(self._evidence))]
+        for found, mass, count in zip(self._evidence, expected, accepted, strict=False):
             if mass > 0.0:  # a depth that was not verified says nothing
-                self._expected[depth] = keep * self._expected[depth] + mass
-                self._accepted[depth] = keep * self._accepted[depth] + count
+                found.add(mass, count, rows)
 
     def learn_trees(self, sums: Sums, rows: int, num_edges: int) -> None:
         """The new trees of a step, verified or not, which were grown up to the first `num_edges` edges."""
@@ -74,6 +71,27 @@ class Expectation:
                 totals[edge] += factor * mass
         return totals
 
-    def typical_tokens(self, rows: int, *, corrected: bool = True) -> list[float]:
+    def typical_tokens(self, rows: int) -> list[float]:
         """The same for the trees as they have been of late, [E]."""
-        return [rows * tokens for tokens in self.tokens(self._typical, 1, corrected=corrected)]
+        return [rows * tokens for tokens in self.tokens(self._typical, 1)]
+
+
+@dataclass(slots=True)
+class _Evidence:
+    """Accepted and expected nodes of one depth, the past counting less and less, and the same with a shorter memory."""
+
+    accepted: float = 0.0
+    expected: float = 0.0
+    recently_accepted: float = 0.0
+    recently_expected: float = 0.0
+
+    def add(self, expected: float, accepted: float, rows: int) -> None:
+        """One step of so many rows."""
+        keep, keep_recent = _KEEP**rows, _KEEP_RECENT**rows
+        self.accepted = keep * self.accepted + accepted
+        self.expected = keep * self.expected + expected
+        self.recently_accepted = keep_recent * self.recently_accepted + accepted
+        self.recently_expected = keep_recent * self.recently_expected + expected
+        foreseen = self.recently_expected * (self.accepted + _PRIOR) / (self.expected + _PRIOR)
+        if abs(self.recently_accepted - foreseen) > _TURN * max(foreseen, 1.0) ** 0.5:  # another text, another rate
+            self.accepted, self.expected = self.recently_accepted, self.recently_expected

@@ -170,13 +170,14 @@ class StepCost:
     def _weight(self, cell: _Cell) -> float:
         """How much a cell counts: by its steps, less when they are long past; a single step counts little."""
         count = 0.5 if cell.count < 2 else min(cell.count, _FULL_WEIGHT)
-        return count * 0.5 ** ((self._steps - cell.seen) / _STALE)
+        return count * math.exp2(-(self._steps - cell.seen) / _STALE)
 
     def _log_regression(self, batch: int, nodes: int, drafts: bool, context: float) -> float:
         step, by_node, by_row, by_sight, by_draft, by_drafts = self._weights
         work, cached = batch * nodes / 16, context / 1024
         seconds = step + work * (by_node + by_sight * cached) + by_row * batch * cached / 4
-        return math.log(seconds + drafts * (by_draft + by_drafts * batch / 4) + _TINY)
+        seconds += drafts * (by_draft + by_drafts * batch / 4)
+        return math.log(seconds + _TINY)
 
     def _residual(self, key: _Key) -> float:
         """What the cells show beyond the regression: the cell itself, or those around it if it was little seen."""
