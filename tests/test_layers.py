@@ -16,23 +16,9 @@ SOURCE = ROOT / "src" / "ladon"
 BASE_INSTALL = {"torch", "transformers", "safetensors", "numpy", "typer", "rich"}
 
 # A module may import only modules that stand before it here; a package is one entry.
-CORE = [
-    "errors",
-    "config",
-    "tree",
-    "lattice",
-    "fixed_tree",
-    "tree_notations",
-    "growth",
-    "sampling",
-    "accept",
-    "stats",
-    "hardware",
-    "expectation",
-    "step_cost",
-    "sizing",
-    "auto_sizing",
-]
+CORE = ["errors", "config", "tree", "lattice", "fixed_tree", "tree_notations", "growth", "sampling", "accept", "stats"]
+CORE += ["rows", "route"]
+CORE += ["hardware", "expectation", "step_cost", "sizing", "auto_sizing"]
 MODEL_SIDE = [
     "calibration",
     "heads",
@@ -42,16 +28,19 @@ MODEL_SIDE = [
     "spans",
     "capability",
     "cache",
+    "prefill",
     "self_test",
     "target",
     "profiles",
     "proposers",
+    "batch",
     "engine",
     "trace",
     "stopping",
     "requests",
     "override",
     "generation",
+    "attach",
     "bundled",
 ]
 USER_SIDE = ["environment", "viz", "calibrate", "bench", "train", "cli"]
