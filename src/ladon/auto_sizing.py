@@ -28,8 +28,9 @@ from ladon.sizing import StepRecord, are_finite, edges_up_to
 from ladon.step_cost import StepCost, StepTime
 
 _FIRST_EDGE = 4  # sizes up to this one may be tried first; beyond, only the next one after a known one
+_PLAIN_FIRST = 2.5  # plain steps before anything is drafted, for something to compare with; old ones count a bit less
 _TRIAL_ROWS = 4  # verified rows without which heads are not judged
-_ALLOWANCE = 4.0  # plain steps that trials may lose at a time
+_ALLOWANCE, _ALLOWANCE_LATER = 4.0, 2.5  # plain steps that trials may lose at a time, until heads are judged and then
 _SHARE = 0.01  # share of the time gone by that makes such losses good
 _LONGEST = 16.0  # plain steps that a single step may have lost; a machine that slept is no loss
 _DOUBT = 0.05  # share of its time by which a size that was tried once may turn out faster
@@ -39,7 +40,7 @@ _WIDER = 2  # trees are grown this many edges further than was chosen of late
 # is done while its losses are within bounds, as who does not draft learns nothing. Below, it is tried now and then.
 _SURE, _UNSURE = 1.05, 0.95
 _PROBE_AFTER, _PROBE_AFTER_MOST = 16, 256  # plain steps between two trials of the heads
-_PLAIN_AFTER, _PLAIN_AFTER_MOST = 128, 2048  # drafting steps between two looks at plain decoding
+_PLAIN_AFTER, _PLAIN_AFTER_MOST = 64, 2048  # drafting steps between two looks at plain decoding
 _NARROW, _FASTER = 1.2, 4  # where drafting promises less than the first, its steps count as so many for that
 _PLAIN_STEPS = 2  # in a look at plain decoding: the first still verifies a tree
 
@@ -90,8 +91,7 @@ class AutoSizing:
         batch, nodes, context, drafts = record.batch, record.nodes, record.context, record.grown > 1
         predicted = self.cost.predict(batch, nodes, context, drafts=drafts)
         if nodes > 1 or drafts:
-            is_known = self.cost.evidence(batch, nodes, drafts=True) >= 1.0
-            if not (self._pays and is_known):
+            if not (self._pays and self._is_known(batch, nodes)):
                 self.probes += 1
                 self._charge(record, self._curve(batch, context).plain)
         if 0.0 < record.seconds < math.inf:
@@ -110,19 +110,24 @@ class AutoSizing:
             if loss < 0.0:
                 self._try_heads.end()  # it paid: the next trial need not wait
 
+    @property
+    def _on_trial(self) -> bool:
+        """Whether too little is known about the heads to judge them."""
+        return self.expectation.rows_verified < _TRIAL_ROWS
+
     def _may_lose(self, plain: float) -> bool:
         """Whether a trial that loses one more plain step stays within what trials may lose."""
-        return self._lost + plain <= _ALLOWANCE * plain
+        return self._lost + plain <= (_ALLOWANCE if self._on_trial else _ALLOWANCE_LATER) * plain
 
     def _should_draft(self, batch: int, context: float) -> bool:
         """Whether trees for the next step are worth their drafting, or worth a trial."""
-        if self.cost.evidence(batch, 1, drafts=False) < 1.0:
+        if self.cost.evidence(batch, 1, drafts=False) < _PLAIN_FIRST:
             return False  # nothing to compare with
         if self._plain_steps > 0:
             self._plain_steps -= 1
             return False
         plain = self._curve(batch, context).plain
-        if self.expectation.rows_verified < _TRIAL_ROWS:
+        if self._on_trial:
             self._pays = False
             return self._may_lose(plain)
         promise = self._rates(self.expectation.typical_tokens(batch), batch, context, len(self.edges))
@@ -130,10 +135,9 @@ class AutoSizing:
         self._pays = gain >= _SURE
         if self._pays:
             self._try_heads.reset()
-            return not self._is_time_for_plain(gain)
-        if not self._may_lose(plain):
+        elif not self._may_lose(plain) or (gain < _UNSURE and not self._try_heads.is_over()):
             return False
-        return gain >= _UNSURE or self._try_heads.is_over()
+        return not self._is_time_for_plain(gain)
 
     def _is_time_for_plain(self, gain: float) -> bool:
         """Whether this step and the next shall draft nothing, to see again what plain decoding takes."""
@@ -172,26 +176,31 @@ class AutoSizing:
         seconds = self._curve(batch, context).seconds
         return {place: tokens[place] / time for place, time in seconds.items() if place < count}
 
+    def _is_known(self, batch: int, nodes: int) -> bool:
+        """Whether it is known what steps of so many nodes take: one step alone may have been an odd one."""
+        return self.cost.evidence(batch, nodes, drafts=True) >= 1.0
+
+    def _least(self, batch: int, nodes: int, context: float, *, drafts: bool) -> float:
+        """Seconds that a step may take at the least: what is little known is tried for this, and is then known."""
+        evidence = max(self.cost.evidence(batch, nodes, drafts=drafts), 1.0)
+        return self.cost.predict(batch, nodes, context, drafts=drafts) * (1.0 - _DOUBT / evidence**0.5)
+
     def _curve(self, batch: int, context: float) -> _Curve:
         """What steps of every size take now; kept until something changes."""
         may_lose = self._may_lose(self._kept_curve.plain)
         state = (batch, int(context) // 64, self.cost.version, may_lose)
         if state != self._kept_curve.state:
-            plain = self.cost.predict(batch, 1, context, drafts=False)
+            plain = self._least(batch, 1, context, drafts=False)
             seconds = self._seconds_with_drafting(batch, context, may_lose)
             self._kept_curve = _Curve(state=state, plain=plain, seconds=seconds)
         return self._kept_curve
 
     def _seconds_with_drafting(self, batch: int, context: float, may_lose: bool) -> dict[int, float]:
-        """Seconds of a step, by place, of the edges that may be taken.
-
-        What is little known is judged by the best that may be expected of it: so it is tried, and then known.
-        """
+        """Seconds of a step, by place, of the edges that may be taken."""
         found, least, was_known = {}, math.inf, True
         for place, nodes in enumerate(self.edges):
-            evidence = self.cost.evidence(batch, nodes, drafts=True)
-            seconds = self.cost.predict(batch, nodes, context, drafts=True) * (1.0 - _DOUBT / max(evidence, 1.0) ** 0.5)
-            is_known = evidence >= 1.0
+            seconds = self._least(batch, nodes, context, drafts=True)
+            is_known = self._is_known(batch, nodes)
             if not is_known and place > 0:
                 if nodes > _FIRST_EDGE and not (was_known and may_lose):
                     break

@@ -93,5 +93,6 @@ class _Evidence:
         self.recently_accepted = keep_recent * self.recently_accepted + accepted
         self.recently_expected = keep_recent * self.recently_expected + expected
         foreseen = self.recently_expected * (self.accepted + _PRIOR) / (self.expected + _PRIOR)
-        if abs(self.recently_accepted - foreseen) > _TURN * max(foreseen, 1.0) ** 0.5:  # another text, another rate
+        variance = max(foreseen, 1.0) / (1 + keep_recent)
+        if (self.recently_accepted - foreseen) ** 2 > _TURN**2 * variance:  # another text, another rate
             self.accepted, self.expected = self.recently_accepted, self.recently_expected

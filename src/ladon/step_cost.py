@@ -26,7 +26,7 @@ _CLIP = 0.2  # a surprise counts up to this much (natural logarithm), twice as m
 _STALE = 2048  # steps without a visit after which a cell counts half
 _MOST_CELLS = 128
 _REFIT_EVERY = 32  # steps
-_FRESH = 8  # steps during which a cell changes so much that nothing computed from it is kept
+_FRESH = 8.0  # steps during which a cell changes so much that nothing computed from it is kept
 _SWEEPS = 12
 _OTHER_CELLS = 1.0  # what the cells around weigh against a cell's own steps
 
@@ -193,7 +193,7 @@ class StepCost:
             if other == key:
                 own = cell
                 continue
-            weight = self._weight(cell) * math.exp(-2.0 * _distance(key, other))
+            weight = min(self._weight(cell), _FRESH) * math.exp(-2.0 * _distance(key, other))
             around += weight * self._gap(other, cell)
             weights += weight
         around /= weights
@@ -238,7 +238,7 @@ def _key(batch: int, nodes: int, drafts: bool, context: float) -> _Key:
 def _distance(key: _Key, other: _Key) -> float:
     """How unlike two cells are."""
     steps = abs(math.log2(key[0] / other[0])) + abs(math.log2(key[1] / other[1]))
-    return steps + (key[2] != other[2]) + 0.5 * abs(key[3] - other[3])
+    return steps + (key[2] != other[2]) + 0.25 * abs(key[3] - other[3])
 
 
 def _features(batch: int, nodes: int, drafts: bool, context: float) -> tuple[float, ...]:
