@@ -90,10 +90,9 @@ class AutoSizing:
         """Learn from a step; seconds that were predicted for it, NaN if none were."""
         batch, nodes, context, drafts = record.batch, record.nodes, record.context, record.grown > 1
         predicted = self.cost.predict(batch, nodes, context, drafts=drafts)
-        if nodes > 1 or drafts:
-            if not (self._pays and self._is_known(batch, nodes)):
-                self.probes += 1
-                self._charge(record, self._curve(batch, context).plain)
+        if (nodes > 1 or drafts) and not (self._pays and self._is_known(batch, nodes)):
+            self.probes += 1
+            self._charge(record, self._curve(batch, context).plain)
         if 0.0 < record.seconds < math.inf:
             self._lost = max(0.0, self._lost - _SHARE * record.seconds)
         self.cost.observe(StepTime(batch=batch, nodes=nodes, context=context, drafts=drafts, seconds=record.seconds))
@@ -183,7 +182,7 @@ class AutoSizing:
     def _least(self, batch: int, nodes: int, context: float, *, drafts: bool) -> float:
         """Seconds that a step may take at the least: what is little known is tried for this, and is then known."""
         evidence = max(self.cost.evidence(batch, nodes, drafts=drafts), 1.0)
-        return self.cost.predict(batch, nodes, context, drafts=drafts) * (1.0 - _DOUBT / evidence**0.5)
+        return self.cost.predict(batch, nodes, context, drafts=drafts) * (1.0 - _DOUBT / math.sqrt(evidence))
 
     def _curve(self, batch: int, context: float) -> _Curve:
         """What steps of every size take now; kept until something changes."""

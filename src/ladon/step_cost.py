@@ -23,7 +23,7 @@ _PROFILE_WEIGHT = 8.0  # steps that a time of a profile stands for
 _CELL_RATE, _PACE_RATE = 0.02, 0.06  # share of a surprise that a well-known cell and the pace take over
 _PACE_LEAK = 0.005  # share of the pace that goes with each step: what lasts belongs to the cells
 _CLIP = 0.2  # a surprise counts up to this much (natural logarithm), twice as much for each one that follows another
-_STALE = 2048  # steps without a visit after which a cell counts half
+_STALE = 3000.0  # steps without a visit after which a cell counts by a factor of e less
 _MOST_CELLS = 128
 _REFIT_EVERY = 32  # steps
 _FRESH = 8.0  # steps during which a cell changes so much that nothing computed from it is kept
@@ -170,7 +170,7 @@ class StepCost:
     def _weight(self, cell: _Cell) -> float:
         """How much a cell counts: by its steps, less when they are long past; a single step counts little."""
         count = 0.5 if cell.count < 2 else min(cell.count, _FULL_WEIGHT)
-        return count * math.exp2(-(self._steps - cell.seen) / _STALE)
+        return count * math.exp((cell.seen - self._steps) / _STALE)
 
     def _log_regression(self, batch: int, nodes: int, drafts: bool, context: float) -> float:
         step, by_node, by_row, by_sight, by_draft, by_drafts = self._weights
