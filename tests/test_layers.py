@@ -40,7 +40,7 @@ MODEL_SIDE = [
     "requests",
     "override",
     "generation",
-    "attach",
+    "attaching",
     "bundled",
 ]
 USER_SIDE = ["environment", "viz", "calibrate", "bench", "train", "cli"]

@@ -141,8 +141,8 @@ class StageClock:
         self._seconds[name] = self._seconds.get(name, 0.0) + self._now() - started
 
     @contextmanager
-    def paused(self, when: bool) -> Iterator[None]:
-        """While this lasts, `when` it is true, nothing is timed: what runs is no part of a decode step."""
+    def paused(self, when: bool = True) -> Iterator[None]:
+        """While this lasts, if `when`, nothing is timed: what runs is no part of a decode step."""
         enabled, self._enabled = self._enabled, self._enabled and not when
         try:
             yield
