@@ -63,7 +63,7 @@ def measure(num_layers: int, vocab_size: int, batch: int, context: int, budget: 
     prompts = torch.randint(0, vocab_size, (batch, context))
     rows = [Row(prompt=prompt, max_new_tokens=64, is_stop=lambda token: False) for prompt in prompts]
     steps = engine.run(rows)
-    _, prefill = with_peak(lambda: next(steps))
+    _, prefill = with_peak(lambda: next(step for step in steps if step.emitted))  # it comes in chunks
     next(steps)  # this one doubles the cache's capacity
     step, decode = with_peak(lambda: next(steps))
     assert step.tree is not None

@@ -104,6 +104,69 @@ def test_any_sequence_of_trees(
             check(cache, tokens)
 
 
+@settings(deadline=None, max_examples=60)
+@given(seed=st.integers(0, 2**32), events=st.lists(st.sampled_from(["join", "read", "step", "leave"]), max_size=30))
+def test_rows_that_come_and_go(seed: int, events: list[str]) -> None:
+    """Rows join behind the others and are read in parts, the first ones get trees, any may leave and change places."""
+    rng = random.Random(seed)
+    cache = TreeCache(len(HEADS), 0, torch.device("cpu"), keep_tokens=True)
+    tokens: list[list[int]] = []
+    for event in events:
+        if event == "join":
+            cache.append(1)
+            tokens.append([])
+        if not tokens:
+            continue
+        if event in ("join", "read"):  # the last row goes on; nothing may be asked of a row without tokens
+            more = [rng.randrange(900) for _ in range(rng.randint(1, 50))]
+            write(cache, torch.tensor([more]), [len(tokens) - 1])
+            tokens[-1] = tokens[-1] + more
+            cache.set_lengths([len(row) for row in tokens])
+        elif event == "step":
+            active = rng.randint(1, len(tokens))
+            drawn = draw(rng, [None] * active, rng.randint(1, 20), 900)
+            write(cache, drawn.tree.tokens, list(range(active)))
+            paths = [drawn.path(row, rng.randrange(drawn.tree.num_nodes)) for row in range(active)]
+            path, count = pad_paths(paths)
+            cache.commit(path, count)
+            cache.mirror(count.tolist())
+            tokens[:active] = [row + drawn.tokens(index, paths[index]) for index, row in enumerate(tokens[:active])]
+        else:
+            kept = rng.sample(range(len(tokens)), rng.randint(0, len(tokens)))
+            cache.keep(kept)
+            tokens = [tokens[row] for row in kept]
+        if tokens:
+            check(cache, tokens)
+
+
+def test_a_row_that_leaves_costs_the_copy_of_one_row() -> None:
+    """The last row moves into the hole, as far as it is in use; all other rows and slots stay where they are."""
+    cache = TreeCache(len(HEADS), 4, torch.device("cpu"))
+    write(cache, torch.arange(4 * 9).view(4, 9))
+    cache.set_lengths([9, 9, 9, 5])
+    before = [(layer, name, store, store.clone()) for layer in cache.layers for name, store in layer.stores.items()]
+    cache.keep([0, 3, 2])
+    for layer, name, store, old in before:
+        assert layer.stores[name] is store, "the buffers stay"
+        old[:, 1, :, :5] = old[:, 3, :, :5]
+        assert torch.equal(store, old)
+    assert cache.host_lengths == cache.lengths.tolist() == [9, 5, 9]
+
+
+def test_rows_grow_by_doubling_and_a_stretch_of_them_is_a_view() -> None:
+    cache = TreeCache(len(HEADS), 0, torch.device("cpu"))
+    capacities = []
+    for number in range(9):
+        cache.append(1)
+        write(cache, torch.tensor([[number, 5]]), [number])
+        capacities.append(cache.layers[0].keys.shape[0])
+    assert capacities == [1, 2, 4, 4, 8, 8, 8, 8, 16]
+    cache.route.aim(2, 1, range(3, 6))
+    states = torch.zeros(3, HEADS[0], 1, WIDTHS[0])
+    seen, _ = cache.update(states, states[..., : WIDTHS[1]], 0)
+    assert seen.data_ptr() == cache.layers[0].keys[3].data_ptr() and seen.shape[0] == 3
+
+
 def test_paths_wider_than_the_tree_are_cut() -> None:
     """A path padded beyond the nodes that were written must not reach into another row's slots."""
     cache = TreeCache(len(HEADS), 2, torch.device("cpu"), keep_tokens=True)

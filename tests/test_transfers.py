@@ -23,6 +23,7 @@ from families import FAMILIES, build
 from ladon import engine as engine_module
 from ladon.prefill import PromptReader
 from ladon.rows import Row
+from ladon.sampling import Sampler
 from ladon.target import Target
 from test_spans import CASES, SWITCH
 
@@ -193,6 +194,37 @@ def test_one_read_per_step_of_every_kind_of_model(name, reads, monkeypatch):
     assert any(len(row.prompt) < SWITCH < len(row.prompt) + len(row.tokens) for row in rows)
     assert (max(parts, default=1) > 1) == (name in CASES)
     assert any(refilled) == (name == "longrope recomputed")
+
+
+@pytest.mark.parametrize("name", ["llama", "longrope recomputed", "indexer"])
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_rows_that_join_and_leave_add_no_read(name, temperature, reads, monkeypatch):
+    """A step in which prompts come to their end and others decode reads the device once; one without either, never."""
+    model = make(name, monkeypatch)
+    decoder = ladon.Decoder(model, ladon.new_heads(model, num_heads=3))
+    decoder._target.prefill_chunk = 5
+    engine = decoder.engine(max_rows=3, sampler=Sampler(temperature=temperature) if temperature else None)
+    rows = [
+        Row(prompt=torch.arange(3, 3 + length), max_new_tokens=limit, is_stop=lambda _: False)
+        for length, limit in ((6, 30), (1, 3), (23, 9), (2, 12), (11, 4))
+    ]
+    kinds = set()
+    reads.forbidden.clear()
+    reads.allowed, reads.in_flight = 0, False
+    with Net(reads), Copies(reads):
+        for number in range(100):
+            if number % 3 == 0 and number < 15:
+                engine.submit(rows[number // 3])
+            if number == 8:
+                engine.cancel(rows[2])
+            before, reads.in_flight = reads.allowed, False
+            step = engine.step()
+            if step is None:
+                break
+            assert reads.allowed - before == bool(step.rows)
+            kinds.add((step.tree is not None, bool(step.joined)))
+    assert reads.forbidden == [] and all(row.finished for row in rows)
+    assert kinds == {(True, True), (True, False), (False, True), (False, False)}
 
 
 def test_the_nets_catch_reads(reads):

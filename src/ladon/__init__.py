@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ladon.attach import attach, detach
+    from ladon.attaching import attach, detach
     from ladon.bundled import load_demo
     from ladon.errors import HeadsError, InputError, LadonError, TreeError, UnsupportedModelError
     from ladon.fixed_tree import FixedTree, best_fixed_tree
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 _HOME = {
     "Decoder": "ladon.generation",
     "TraceStep": "ladon.trace",
-    "attach": "ladon.attach",
-    "detach": "ladon.attach",
+    "attach": "ladon.attaching",
+    "detach": "ladon.attaching",
     "Row": "ladon.rows",
     "DecodeStats": "ladon.stats",
     "FixedTree": "ladon.fixed_tree",

@@ -33,6 +33,7 @@ from ladon.requests import (
     Request,
     check_prompt,
     expand_copies,
+    left_padded,
     make_rows,
     merged_option,
     pack_output,
@@ -188,24 +189,24 @@ class Decoder:
                 prompts.
         """
         options = {} if eos_token_id is None else {"eos_token_id": eos_token_id}
-        row = self.row(input_ids, max_new_tokens=max_new_tokens, **options)
-        return Trace(self.engine().run([row]), len(row.prompt))
+        if input_ids.ndim == 2 and len(input_ids) > 1:
+            raise InputError(f"a trace shows one sequence, but there are {len(input_ids)}; give one prompt")
+        rows = self.rows([input_ids.flatten()], max_new_tokens=max_new_tokens, **options)
+        return Trace(self.engine().run(rows), len(rows[0].prompt))
 
-    def row(self, input_ids: Tensor, **options: Any) -> Row:
-        """One prompt for `engine` or `decode`, with the limits and stop rules that `generate` would give it.
+    def rows(self, prompts: Sequence[Tensor], **options: Any) -> list[Row]:
+        """Prompts as rows for `engine` or `decode`, with the limits and stop rules that `generate` would give them.
 
         Args:
-            input_ids: one prompt, [T] or [1, T] int64, without padding.
+            prompts: token ids of each, [T] int64, without padding.
             **options: `generate`'s: `max_new_tokens`, `eos_token_id`, `stopping_criteria` and so on.
 
         Raises:
-            InputError: what `generate` refuses; or several prompts.
+            InputError: what `generate` refuses.
         """
-        prompt = input_ids[None] if input_ids.ndim == 1 else input_ids
-        check_prompt(prompt, None, merged_option(self.model, options, "max_new_tokens"))
-        if len(prompt) > 1:
-            raise InputError(f"a row is one sequence, but there are {len(prompt)}; give one prompt")
-        return self._prepare(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, **options).rows[0]
+        input_ids, mask = left_padded(prompts)
+        check_prompt(input_ids, mask, merged_option(self.model, options, "max_new_tokens"))
+        return self._prepare(input_ids, attention_mask=mask, do_sample=False, **options).rows
 
     def decode(
         self, rows: Sequence[Row], sampler: Sampler | None = None, *, max_rows: int | None = None
