@@ -35,7 +35,7 @@ from never_slower_goals import MEDUSA_GAINS, goals, lines, ratios
 
 from ladon.bench.identity import compare
 from ladon.bench.report import finite
-from ladon.bench.steps import by_size, step_time_error
+from ladon.bench.steps import by_size, prediction_error
 from ladon.bench.systems import LadonSystem, Run, merged
 from ladon.environment import commit, environment, load
 
@@ -166,9 +166,8 @@ def _system(runs: Sequence[Run]) -> dict[str, Any]:
 def _learning(runs: Mapping[str, Sequence[Run]]) -> dict[str, Any]:
     """How well new decoders predict their steps once they have seen some, and what choosing took in the warm one."""
     later = [step for run in runs["cold"] for step in run.steps[LEARNT_AFTER:]]
-    deciding = sum(run.decision_seconds for run in runs["warm"])
-    decoding = sum(run.stats.decode_seconds for run in runs["warm"])
-    return {"step_time_error": finite(step_time_error(later)), "decision_share": finite(deciding / decoding)}
+    share = merged([run.stats for run in runs["warm"]]).sizing_share
+    return {"prediction_error": finite(prediction_error(later)), "sizing_share": finite(share)}
 
 
 def _differences(model: Any, prompts: Sequence[list[int]], runs: Mapping[str, Sequence[Run]]) -> dict[str, int]:

@@ -55,8 +55,8 @@ def goals(cells: Sequence[Cell]) -> list[dict[str, Any]]:
         title = f"at least {gain} of MEDUSA's fixed tree of 64 nodes at batch {batch}"
         found.append(_goal(title, own, ratio("warm_over_medusa"), at_least=gain))
     found += [
-        _goal("step times predicted within 10 % after 50 steps", cells, lambda c: c["step_time_error"], at_most=0.10),
-        _goal("decisions take less than 2 % of a step", cells, lambda c: c["decision_share"], at_most=0.02),
+        _goal("step times predicted within 10 % after 50 steps", cells, lambda c: c["prediction_error"], at_most=0.10),
+        _goal("decisions take less than 2 % of a step", cells, lambda c: c["sizing_share"], at_most=0.02),
         _goal("no output differs from plain decoding's, near-ties aside", cells, lambda c: c["different"], at_most=0),
         _coverage(cells),
     ]

@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 
+from ladon.auto_sizing import AutoSizing
 from ladon.bench import plots, table
 from ladon.bench.report import Result
-from ladon.bench.steps import StepFacts, by_size, step_time_error
+from ladon.bench.steps import NotedSizing, StepFacts, by_size, prediction_error
 from ladon.cli.main import run as run_command
+from ladon.sizing import StepRecord
+from ladon.step_cost import StepTime
 from ladon.viz import png
 from user_side import Tiny, write_jsonl
 
@@ -46,10 +49,51 @@ def test_sizes_are_counted_with_their_means() -> None:
     assert by_size([]) == []
 
 
-def test_step_time_error_is_a_share_of_the_mean_step() -> None:
-    assert step_time_error([step(1, 0.010, 0.012), step(1, 0.030, 0.024)]) == pytest.approx(0.008 / 0.040)
-    assert step_time_error([step(1, 0.010, 0.010), step(1, 1.0)]) == 0.0  # a step that nobody predicted
-    assert math.isnan(step_time_error([step(1, 0.010)])) and math.isnan(step_time_error([]))
+def test_prediction_error_is_relative_to_each_step() -> None:
+    assert prediction_error([step(1, 0.010, 0.012), step(1, 0.030, 0.027)]) == pytest.approx(0.15)
+    assert prediction_error([step(1, 0.010, 0.010), step(1, 1.0)]) == 0.0  # a step that nobody predicted
+    assert math.isnan(prediction_error([step(1, 0.010)])) and math.isnan(prediction_error([]))
+
+
+class Sizing:
+    """Chooses and predicts what it is told."""
+
+    edges = (1, 4, 8)
+    probes = 3
+
+    def reach(self, batch: int, context: float) -> int:
+        return 8
+
+    def choose(self, sums: object, batch: int, context: float) -> int:
+        return 4
+
+    def observe(self, record: StepRecord) -> float:
+        return 0.25 if record.nodes > 1 else math.nan
+
+
+def test_steps_are_noted_and_decisions_stay_the_same() -> None:
+    noted = NotedSizing(Sizing())
+    assert (noted.edges, noted.probes) == ((1, 4, 8), 3)
+    assert (noted.reach(2, 5.0), noted.choose(None, 2, 5.0)) == (8, 4)
+    asked = {"batch": 2, "context": 5.0, "grown": 8, "seconds": 0.5}
+    assert noted.observe(StepRecord(nodes=4, expected=[1.5, 0.5], accepted=[2, 1], **asked)) == 0.25  # type: ignore[arg-type]
+    assert math.isnan(noted.observe(StepRecord(nodes=1, **asked)))  # type: ignore[arg-type]
+    noted.observe(StepRecord(nodes=4, **asked))  # type: ignore[arg-type]
+    tree, plain, cut = noted.taken()
+    assert (tree.nodes, tree.batch, tree.seconds, tree.predicted_seconds) == (4, 2, 0.5, 0.25)
+    assert (tree.tokens, tree.expected_tokens) == (2.5, 2.0)
+    assert plain.tokens == 1.0 and math.isnan(plain.expected_tokens)
+    assert math.isnan(cut.tokens) and math.isnan(cut.expected_tokens)  # nobody asked what was accepted
+    assert noted.taken() == [] and noted.fit([tree]) == []
+
+
+def test_the_fit_is_what_the_sizing_knows() -> None:
+    times = [StepTime(batch=2, nodes=n, context=50.0, drafts=n > 1, seconds=0.001 * (3 + n)) for n in (1, 2, 4, 8, 16)]
+    noted = NotedSizing(AutoSizing(16, times))
+    fit = noted.fit([step(4, 0.007, batch=2), step(4, 0.007, batch=1)])
+    assert [size["nodes"] for size in fit] == [1, 2, 4, 8, 16]
+    assert all(size["ms"] == pytest.approx(3 + size["nodes"], rel=0.1) for size in fit)
+    assert noted.fit([]) == []
 
 
 def result(mode: str, batch: int, budget: int | str, sizes: list[dict[str, Any]], **others: Any) -> Result:
@@ -112,10 +156,8 @@ def test_lines_are_where_the_numbers_are() -> None:
 
 
 def test_what_is_said_about_sizes_and_full_batches() -> None:
-    (first, _) = table.size_lines([*FULL[:2], result("auto", 2, "auto", SIZES, step_time_error=0.034), FULL[4]])
-    assert first == (
-        "auto, batch 2, nodes per step: 1 (25%), 4 (75%); its steps took 3.4% more or less than it had predicted"
-    )
+    (first, _) = table.size_lines([*FULL[:2], result("auto", 2, "auto", SIZES, prediction_error=0.034), FULL[4]])
+    assert first == ("auto, batch 2, nodes per step: 1 (25%), 4 (75%); its steps took 3.4% more or less than predicted")
     (line,) = table.filling_lines(FULL)
     assert line.startswith("rows in a plain step, on average: batch 4 had 3.2 (groups hold")
     assert table.filling_lines(FULL[:3]) == []

@@ -28,7 +28,7 @@ def said(script: ModuleType) -> ModuleType:
 def cell(name: str, batch: int = 1, context: int | None = 64, task: str = "code", **others: Any) -> dict[str, Any]:
     ratios = {"warm_over_plain": 1.2, "cold_over_plain": 1.0, "warm_over_best_fixed": 0.99, "warm_over_medusa": None}
     found = {"cell": name, "batch": batch, "context": context, "task": task, "at_limit": context == 1792}
-    found |= {"ratios": ratios | others.pop("ratios", {}), "step_time_error": 0.05, "decision_share": 0.01}
+    found |= {"ratios": ratios | others.pop("ratios", {}), "prediction_error": 0.05, "sizing_share": 0.01}
     return found | {"different": 0, "near_ties": 1} | others
 
 
@@ -66,7 +66,7 @@ def test_goals_that_are_met(said: ModuleType) -> None:
     cells = [
         cell("a", ratios={"warm_over_medusa": 1.1}),
         cell("b", batch=16, context=1792, task="edits", ratios={"warm_over_medusa": 2.5}),
-        cell("c", task="humaneval", context=None, step_time_error=None),
+        cell("c", task="humaneval", context=None, prediction_error=None),
     ]
     goals = said.goals(cells)
     json.dumps(goals, allow_nan=False)
@@ -87,8 +87,8 @@ def test_goals_that_are_met(said: ModuleType) -> None:
         ("cold: at least 0.95", {"ratios": {"cold_over_plain": 0.949}}),
         ("best fixed budget", {"ratios": {"warm_over_best_fixed": 0.969}}),
         ("nodes at batch 4", {"batch": 4, "ratios": {"warm_over_medusa": 1.29}}),
-        ("after 50 steps", {"step_time_error": 0.101}),
-        ("less than 2 %", {"decision_share": 0.021}),
+        ("after 50 steps", {"prediction_error": 0.101}),
+        ("less than 2 %", {"sizing_share": 0.021}),
         ("no output differs", {"different": 1}),
     ],
 )

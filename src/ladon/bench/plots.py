@@ -21,6 +21,7 @@ _MOST_COLUMNS = 3
 _STYLES = ("-", "--", ":", "-.")  # of several budgets of one mode
 _GRID = "#d8dbe0"
 _EXPECTED = "#33373d"
+_FIT_BEYOND = 2  # a fit is drawn up to so many times the largest size that was run: sizes beyond would hide the rest
 _AREA, _LEAST_AREA = 120.0, 6.0  # square points of a dot that stands for all steps, and of one for hardly any
 
 Row = Mapping[str, Any]
@@ -86,9 +87,9 @@ def _tokens(choosing: Sequence[Row], title: str) -> Figure:
     figure, panels = _figure(len(choosing), f"Tokens per row and step by the size chosen\n{title}")
     for axes, result in zip(panels, choosing, strict=True):
         style: dict[str, Any] = {"color": _EXPECTED, "lw": 1.3, "marker": "_", "ms": 9}
-        known = [size for size in result["sizes"] if size["expected_tokens"] is not None]
-        axes.plot(*_columns(known, "expected_tokens"), "--", label="expected by the heads", **style)
-        axes.plot(*_columns(result["sizes"], "tokens"), color=mode_colour(result["mode"]), lw=1.2)
+        expected = _known(result["sizes"], "expected_tokens")
+        axes.plot(*_columns(expected, "expected_tokens"), "--", label="expected by the heads", **style)
+        axes.plot(*_columns(_known(result["sizes"], "tokens"), "tokens"), color=mode_colour(result["mode"]), lw=1.2)
         _dots(axes, result, "tokens", label="real (area: share of the steps)")
         steps = sum(size["steps"] for size in result["sizes"])
         axes.set_title(f"{result['mode']}, batch {result['batch']} ({steps} steps)", fontsize=9)
@@ -106,7 +107,8 @@ def _step_times(results: Sequence[Row], title: str) -> Figure:
         for result in results:
             if result["batch"] != batch or not result["sizes"]:
                 continue
-            fit: Sequence[Row] = result["fitted_step_ms"]
+            most = _FIT_BEYOND * max(size["nodes"] for size in result["sizes"])
+            fit = [size for size in result["fitted_step_ms"] if size["nodes"] <= most]
             style: dict[str, Any] = {"color": mode_colour(result["mode"]), "lw": 1.4}
             nodes |= {size["nodes"] for size in [*result["sizes"], *fit]}
             if isinstance(result["budget"], int):
@@ -122,6 +124,11 @@ def _step_times(results: Sequence[Row], title: str) -> Figure:
     return figure
 
 
+def _known(sizes: Sequence[Row], value: str) -> list[Row]:
+    """The sizes that have the value."""
+    return [size for size in sizes if size[value] is not None]
+
+
 def _columns(sizes: Sequence[Row], value: str) -> tuple[list[int], list[float]]:
     """Nodes and the value of each size."""
     return [size["nodes"] for size in sizes], [size[value] for size in sizes]
@@ -130,9 +137,10 @@ def _columns(sizes: Sequence[Row], value: str) -> tuple[list[int], list[float]]:
 def _dots(axes: Axes, result: Row, value: str, label: str) -> None:
     """A dot for each size that a mode chose, as large as it was frequent."""
     steps = sum(size["steps"] for size in result["sizes"])
-    areas = [_AREA * size["steps"] / steps + _LEAST_AREA for size in result["sizes"]]
+    known = _known(result["sizes"], value)
+    areas = [_AREA * size["steps"] / steps + _LEAST_AREA for size in known]
     colour = mode_colour(result["mode"])
-    axes.scatter(*_columns(result["sizes"], value), s=areas, color=colour, alpha=0.85, label=label, zorder=3)
+    axes.scatter(*_columns(known, value), s=areas, color=colour, alpha=0.85, label=label, zorder=3)
 
 
 def _figure(panels: int, title: str, width: float = 3.6) -> tuple[Figure, list[Axes]]:

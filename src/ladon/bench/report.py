@@ -11,7 +11,7 @@ from typing import Any
 
 from ladon.bench.findings import Findings, Key, Measured
 from ladon.bench.repetition import Repetition
-from ladon.bench.steps import by_size, step_time_error
+from ladon.bench.steps import by_size
 from ladon.bench.systems import Budget, Run, merged
 from ladon.stats import DecodeStats
 
@@ -43,8 +43,8 @@ class Result:
         growth_share: share of decode time spent growing trees; profiled.
         stages: share of decode time by stage ("forward" is part of "verify"); profiled.
         tree_efficiency: accepted draft nodes per verified draft node.
-        step_time_error: mean absolute error of predicted step times over the mean step time; None if none are
-            predicted.
+        prediction_error: mean relative error of the predicted step times; None if none are predicted.
+        sizing_share: share of decode time spent deciding on sizes.
         sizes: the histogram of sizes: of each, `nodes`, `steps` of all timed runs, and their mean `tokens`,
             `expected_tokens`, `step_ms` and `predicted_ms`, as `ladon.bench.steps.by_size` gives them.
         fitted_step_ms: of every size that could be chosen, `nodes` and the `ms` predicted for a step, in the end.
@@ -78,7 +78,8 @@ class Result:
     growth_share: float | None
     stages: dict[str, float | None]
     tree_efficiency: float | None
-    step_time_error: float | None
+    prediction_error: float | None
+    sizing_share: float | None
     sizes: list[dict[str, Any]]
     fitted_step_ms: list[dict[str, Any]]
     first_token_ms: float | None
@@ -144,7 +145,8 @@ def _result(findings: Findings, entry: Measured, speeds: dict[tuple[str, int], f
         growth_share=_median(entry.profiled, lambda stats: stats.growth_share),
         stages=_stages(entry.profiled),
         tree_efficiency=finite(counts.tree_efficiency),
-        step_time_error=finite(step_time_error(steps)),
+        prediction_error=finite(counts.prediction_error),
+        sizing_share=_median(entry.timed, lambda stats: stats.sizing_share),
         sizes=by_size(steps),
         fitted_step_ms=entry.fitted_step_ms,
         first_token_ms=finite(_first_token_ms(entry.timed)),

@@ -51,7 +51,13 @@ def run_bench(subject: Subject, workload: Workload, options: BenchOptions, progr
         *runs, reference = _take_turns(everyone, groups, options, progress)
         for system, timed, profiled in zip(systems, runs[: len(systems)], runs[len(systems) :], strict=True):
             entry = Measured(
-                system=system.name, budget=system.budget, batch=batch, groups=groups, timed=timed, profiled=profiled
+                system=system.name,
+                budget=system.budget,
+                batch=batch,
+                groups=groups,
+                timed=timed,
+                profiled=profiled,
+                fitted_step_ms=system.fitted_step_ms([run for several in timed for run in several]),
             )
             findings.measured.append(entry)
             findings.differences[system.name, system.budget, batch] = leaving_plain(subject.model, entry)

@@ -7,6 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ladon.auto_sizing import AutoSizing
+from ladon.expectation import Sums
+from ladon.sizing import Sizing, StepRecord
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepFacts:
@@ -18,7 +22,8 @@ class StepFacts:
         nodes: node slots verified per row, root included.
         seconds: how long it took.
         predicted_seconds: what the sizing had predicted for it.
-        tokens: tokens per row: accepted drafts and the bonus token, even where a row ended before.
+        tokens: tokens per row: accepted drafts and the bonus token, even where a row ended before; NaN where the sizing
+            did not ask.
         expected_tokens: what the heads' probabilities, uncorrected, had let expect.
     """
 
@@ -29,6 +34,61 @@ class StepFacts:
     predicted_seconds: float
     tokens: float
     expected_tokens: float
+
+
+class NotedSizing:
+    """A sizing whose steps are kept; what it decides stays the same."""
+
+    def __init__(self, sizing: Sizing) -> None:
+        """`sizing` decides."""
+        self._sizing = sizing
+        self._steps: list[StepFacts] = []
+        self.edges: Sequence[int] = sizing.edges
+
+    @property
+    def probes(self) -> int:
+        """As the sizing says."""
+        return self._sizing.probes
+
+    def reach(self, batch: int, context: float) -> int:
+        """As the sizing says."""
+        return self._sizing.reach(batch, context)
+
+    def choose(self, sums: Sums | None, batch: int, context: float) -> int:
+        """As the sizing says."""
+        return self._sizing.choose(sums, batch, context)
+
+    def observe(self, record: StepRecord) -> float:
+        """Let the sizing learn, and keep what happened."""
+        predicted = self._sizing.observe(record)
+        known = bool(record.expected)
+        self._steps.append(
+            StepFacts(
+                batch=record.batch,
+                context=record.context,
+                nodes=record.nodes,
+                seconds=record.seconds,
+                predicted_seconds=predicted,
+                tokens=1 + sum(record.accepted) / record.batch if known or record.nodes == 1 else math.nan,
+                expected_tokens=1 + sum(record.expected) / record.batch if known else math.nan,
+            )
+        )
+        return predicted
+
+    def taken(self) -> list[StepFacts]:
+        """The steps since the last call."""
+        steps, self._steps = self._steps, []
+        return steps
+
+    def fit(self, steps: Sequence[StepFacts]) -> list[dict[str, Any]]:
+        """`nodes` and predicted `ms` of each size, as known by now, at the batch and mean context of `steps`."""
+        if not isinstance(self._sizing, AutoSizing) or not steps:
+            return []
+        batch, cost = steps[0].batch, self._sizing.cost
+        own = [step.context for step in steps if step.batch == batch]
+        context = sum(own) / len(own)
+        seconds = {nodes: cost.predict(batch, nodes, context, drafts=nodes > 1) for nodes in self.edges}
+        return [{"nodes": nodes, "ms": 1e3 * time} for nodes, time in seconds.items() if math.isfinite(time)]
 
 
 def by_size(steps: Sequence[StepFacts]) -> list[dict[str, Any]]:
@@ -54,11 +114,14 @@ def by_size(steps: Sequence[StepFacts]) -> list[dict[str, Any]]:
     ]
 
 
-def step_time_error(steps: Sequence[StepFacts]) -> float:
-    """Mean absolute error of predicted step times as a share of the mean step time; NaN if nothing was predicted."""
-    predicted = [step for step in steps if math.isfinite(step.predicted_seconds)]
-    total = sum(step.seconds for step in predicted)
-    return sum(abs(step.predicted_seconds - step.seconds) for step in predicted) / total if total else math.nan
+def prediction_error(steps: Sequence[StepFacts]) -> float:
+    """Mean relative error of the predicted times, as `DecodeStats.prediction_error`; NaN if nothing was predicted."""
+    errors = [
+        abs(step.predicted_seconds - step.seconds) / step.seconds
+        for step in steps
+        if math.isfinite(step.predicted_seconds) and step.seconds > 0.0
+    ]
+    return sum(errors) / len(errors) if errors else math.nan
 
 
 def _mean(weighted: Sequence[tuple[float, int]]) -> float | None:

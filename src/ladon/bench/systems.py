@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from ladon.bench.steps import StepFacts
+from ladon.bench.steps import NotedSizing, StepFacts
 from ladon.errors import InputError
 from ladon.fixed_tree import FixedTree
 from ladon.generation import Decoder
@@ -43,8 +43,7 @@ class Run:
         seconds: wall time of the whole call, prefill included.
         first_token_seconds: from the call to the first tokens, one of each row.
         step_counts: tokens emitted by each decode step, if they were recorded (one row only).
-        steps: the decode steps, if they were noted.
-        decision_seconds: time that choosing their sizes took.
+        steps: the decode steps; none for transformers.
     """
 
     outputs: list[list[int]]
@@ -53,7 +52,6 @@ class Run:
     first_token_seconds: float
     step_counts: list[int] = field(default_factory=list)
     steps: list[StepFacts] = field(default_factory=list)
-    decision_seconds: float = 0.0
 
 
 class System(Protocol):
@@ -104,6 +102,7 @@ class LadonSystem:
                 raise InputError("mode fixed needs a tree; give one with --fixed-tree, or leave the mode out")
             tree, most = fixed_tree, fixed_tree.num_nodes
         self._decoder = make(model, None if mode == "plain" else heads, tree=tree, budget=budget, profile=profile)
+        self._decoder.sizing = self._noted = NotedSizing(self._decoder.sizing)
         self.budget = min(budget, most) if isinstance(budget, int) and most is not None else budget
         self._profile = profile
 
@@ -129,7 +128,12 @@ class LadonSystem:
             seconds=seconds,
             first_token_seconds=seconds - self._decoder.stats.decode_seconds,
             step_counts=recorder.counts if recorder else [],
+            steps=self._noted.taken(),
         )
+
+    def fitted_step_ms(self, runs: Sequence[Run]) -> list[dict[str, Any]]:
+        """What a mode that chooses sizes predicts by now for each of them, at the batch and context of these runs."""
+        return self._noted.fit([step for run in runs for step in run.steps])
 
 
 class TransformersSystem:
@@ -171,13 +175,16 @@ def merged(stats: Sequence[DecodeStats]) -> DecodeStats:
     """The sums of several runs' counts and times."""
     total = DecodeStats()
     for part in stats:
-        for name in ("prefill_tokens", "prefill_seconds", "forwards", "row_steps", "tokens", "nodes_verified"):
-            setattr(total, name, getattr(total, name) + getattr(part, name))
-        total.accepted_nodes += part.accepted_nodes
-        total.decode_seconds += part.decode_seconds
-        for stage, seconds in part.stage_seconds.items():
-            total.stage_seconds[stage] = total.stage_seconds.get(stage, 0.0) + seconds
+        for name, value in vars(part).items():
+            setattr(total, name, _sum(getattr(total, name), value))
     return total
+
+
+def _sum(one: Any, other: Any) -> Any:
+    """Of two numbers, or of two tables of numbers by key."""
+    if isinstance(one, dict):
+        return {key: one.get(key, 0) + other.get(key, 0) for key in one | other}
+    return one + other
 
 
 class _TokenClock(StoppingCriteria):

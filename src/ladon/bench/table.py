@@ -122,8 +122,8 @@ def size_lines(results: Sequence[Result]) -> list[str]:
 def _size_line(result: Result) -> str:
     steps = sum(size["steps"] for size in result.sizes)
     shares = ", ".join(f"{size['nodes']} ({size['steps'] / steps:.0%})" for size in result.sizes)
-    error = result.step_time_error
-    off = "" if error is None else f"; its steps took {error:.1%} more or less than it had predicted"
+    error = result.prediction_error
+    off = "" if error is None else f"; its steps took {error:.1%} more or less than predicted"
     return f"{result.mode}, batch {result.batch}, nodes per step: {shares}{off}"
 
 
