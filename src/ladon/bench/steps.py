@@ -44,11 +44,7 @@ class NotedSizing:
         self._sizing = sizing
         self._steps: list[StepFacts] = []
         self.edges: Sequence[int] = sizing.edges
-
-    @property
-    def probes(self) -> int:
-        """As the sizing says."""
-        return self._sizing.probes
+        self.probes = sizing.probes
 
     def reach(self, batch: int, context: float) -> int:
         """As the sizing says."""
@@ -61,6 +57,7 @@ class NotedSizing:
     def observe(self, record: StepRecord) -> float:
         """Let the sizing learn, and keep what happened."""
         predicted = self._sizing.observe(record)
+        self.probes = self._sizing.probes
         known = bool(record.expected)
         self._steps.append(
             StepFacts(
