@@ -32,6 +32,7 @@ MODEL_SIDE = [
     "self_test",
     "target",
     "profiles",
+    "budgets",
     "proposers",
     "batch",
     "engine",

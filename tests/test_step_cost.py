@@ -77,7 +77,7 @@ def test_a_clock_that_jumps(wrong: float) -> None:
     before = [cost.predict(1, nodes, 100.0, drafts=nodes > 1) for nodes in (1, 8)]
     cost.observe(StepTime(batch=1, nodes=8, context=100.0, drafts=True, seconds=wrong))
     after = [cost.predict(1, nodes, 100.0, drafts=nodes > 1) for nodes in (1, 8)]
-    assert after == pytest.approx(before, rel=0.02)
+    assert after == pytest.approx(before, rel=0.04)
 
 
 def test_an_absurd_first_time_is_forgotten() -> None:

@@ -19,6 +19,7 @@ Shapes: B rows, K depths, E bucket edges. Edges are named by their place in `edg
 from __future__ import annotations
 
 import math
+import threading
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -33,7 +34,6 @@ _TRIAL_ROWS = 4  # verified rows without which heads are not judged
 _ALLOWANCE, _ALLOWANCE_LATER = 4.0, 2.5  # plain steps that trials may lose at a time, until heads are judged and then
 _SHARE = 0.01  # share of the time gone by that makes such losses good
 _LONGEST = 16.0  # plain steps that a single step may have lost; a machine that slept is no loss
-_DOUBT = 0.05  # share of its time by which a size that was tried once may turn out faster
 _STAY = 1.01  # another size is taken when it promises this much more than the last one
 _WIDER = 2  # trees are grown this many edges further than was chosen of late
 # What drafting promises, as a multiple of plain decoding's speed. From the first on it is done. From the second on it
@@ -48,7 +48,8 @@ _PLAIN_STEPS = 2  # in a look at plain decoding: the first still verifies a tree
 class AutoSizing:
     """Chosen from what steps cost and heads achieve.
 
-    One of these serves one decoder for all its runs: what a run has learnt, the next one knows.
+    One of these serves one decoder for all its runs, in several threads if need be: what a run has learnt, the next one
+    knows.
 
     Attributes:
         edges: the sizes it chooses from.
@@ -73,21 +74,28 @@ class AutoSizing:
         self._plain_steps = 0  # steps still to come in a look at plain decoding
         self._kept_curve = _Curve()
         self._has_warned = False
+        self._lock = threading.Lock()
 
     def reach(self, batch: int, context: float) -> int:
         """Most nodes worth growing now, for the step after this one; 1: the heads need not run."""
-        self._grown = self._widest if self._should_draft(batch, context) else 0
-        return self.edges[self._grown]
+        with self._lock:
+            self._grown = self._widest if self._should_draft(batch, context) else 0
+            return self.edges[self._grown]
 
     def choose(self, sums: Sums | None, batch: int, context: float) -> int:
         """Nodes of the next step; see `Sizing.choose`."""
-        self._last = 0 if sums is None or self._grown == 0 else self._best_place(sums, batch, context)
-        if self._last > 0:
-            self._widest = min(max(self._last + _WIDER, self._widest - 1), len(self.edges) - 1)
-        return self.edges[self._last]
+        with self._lock:
+            self._last = 0 if sums is None or self._grown == 0 else self._best_place(sums, batch, context)
+            if self._last > 0:
+                self._widest = min(max(self._last + _WIDER, self._widest - 1), len(self.edges) - 1)
+            return self.edges[self._last]
 
     def observe(self, record: StepRecord) -> float:
         """Learn from a step; seconds that were predicted for it, NaN if none were."""
+        with self._lock:
+            return self._learn(record)
+
+    def _learn(self, record: StepRecord) -> float:
         batch, nodes, context, drafts = record.batch, record.nodes, record.context, record.grown > 1
         predicted = self.cost.predict(batch, nodes, context, drafts=drafts)
         if (nodes > 1 or drafts) and not (self._pays and self._is_known(batch, nodes)):
@@ -182,7 +190,7 @@ class AutoSizing:
     def _least(self, batch: int, nodes: int, context: float, *, drafts: bool) -> float:
         """Seconds that a step may take at the least: what is little known is tried for this, and is then known."""
         evidence = max(self.cost.evidence(batch, nodes, drafts=drafts), 1.0)
-        return self.cost.predict(batch, nodes, context, drafts=drafts) * (1.0 - _DOUBT / math.sqrt(evidence))
+        return self.cost.predict(batch, nodes, context, drafts=drafts) * (1.0 - self.cost.noise / math.sqrt(evidence))
 
     def _curve(self, batch: int, context: float) -> _Curve:
         """What steps of every size take now; kept until something changes."""

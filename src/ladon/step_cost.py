@@ -20,10 +20,12 @@ from dataclasses import dataclass
 
 _FULL_WEIGHT = 32.0  # steps beyond which a cell counts no more
 _PROFILE_WEIGHT = 8.0  # steps that a time of a profile stands for
-_CELL_RATE, _PACE_RATE = 0.02, 0.06  # share of a surprise that a well-known cell and the pace take over
+_CELL_RATE, _PACE_RATE = 0.02, 0.15  # share of a surprise that a well-known cell and the pace take over
 _PACE_LEAK = 0.005  # share of the pace that goes with each step: what lasts belongs to the cells
+_NOISE, _NOISE_RATE = 0.05, 0.05  # relative error of a time at first; share of a step that it is corrected by
+_MOST_NOISE = 0.12  # greater surprises are no measure of what is usual
 _CLIP = 0.2  # a surprise counts up to this much (natural logarithm), twice as much for each one that follows another
-_STALE = 3000.0  # steps without a visit after which a cell counts by a factor of e less
+_STALE = 2000.0  # steps without a visit after which a cell counts by a factor of e less
 _MOST_CELLS = 128
 _REFIT_EVERY = 32  # steps
 _FRESH = 8.0  # steps during which a cell changes so much that nothing computed from it is kept
@@ -78,6 +80,7 @@ class StepCost:
     compiles, allocates and warms caches.
 
     Attributes:
+        noise: mean relative error of late.
         version: grows whenever predictions have changed by more than the pace: for those who keep some of them.
     """
 
@@ -86,6 +89,7 @@ class StepCost:
         self._cells: dict[_Key, _Cell] = {}
         self._weights = [0.0] * _NUM_FEATURES
         self._pace = 0.0
+        self.noise = _NOISE
         self._steps = 0
         self._surprises = 0  # how many times in a row a time was far off, counted with its sign
         self._residuals: dict[_Key, float] = {}
@@ -137,6 +141,7 @@ class StepCost:
             sign = 1 if error > 0 else -1
             self._surprises = self._surprises + sign if self._surprises * sign > 0 else sign
         error = max(-bound, min(bound, error))
+        self.noise += _NOISE_RATE * (min(abs(error), _MOST_NOISE) - self.noise)
         cell.count = min(cell.count + 1, 1 / _CELL_RATE)
         share = 1 / cell.count
         cell.level, cell.context, cell.seen = known + share * error, time.context, self._steps
