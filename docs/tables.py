@@ -1,5 +1,5 @@
-"""The tables of numbers in the pages, made from the kept results: between `<!-- KIND FILE -->` and `<!-- end -->` stands
-what FILE (below benchmarks/results) says; KIND is timing, acceptance or blocks.
+"""The tables of numbers in the pages, made from the kept results: between `<!-- KIND FILE -->` and `<!-- end -->`
+stands what FILE (below benchmarks/results) says; KIND is timing, acceptance or blocks.
 """
 
 from __future__ import annotations

@@ -230,7 +230,11 @@ def test_profiled_runs_are_repeated_as_the_timed_ones(findings: Findings) -> Non
         # of two repeats, the median is the mean
         assert 0 < result.forward_ms < result.profiled_step_ms
         drafting = {"heads", "growth"} if result.mode != "plain" else set()
-        assert result.stages.keys() == {"verify", "forward", "pick", "accept", "commit", "transfer"} | drafting
+        always = {"verify", "forward", "pick", "accept", "commit", "transfer"}
+        if result.mode == "auto":  # which may find that drafting does not pay
+            assert always <= result.stages.keys() <= always | drafting
+        else:
+            assert result.stages.keys() == always | drafting
         shares = {name: share for name, share in result.stages.items() if share is not None}
         assert shares["forward"] < shares["verify"]
         assert sum(share for name, share in shares.items() if name not in ("forward", "heads", "growth")) < 1

@@ -123,7 +123,7 @@ def _result(findings: Findings, entry: Measured, speeds: dict[tuple[str, int], f
     near_ties = sum(difference.is_near_tie for difference in differences)
     per_repeat = [merged([run.stats for run in runs]).tokens_per_second for runs in entry.timed]
     counts = merged([run.stats for runs in entry.timed for run in runs])
-    repetition = _repetition(entry)
+    repetition, stages = _repetition(entry), _stages(entry.profiled)
     steps = [step for runs in entry.timed for run in runs for step in run.steps]
     speed = _speed(entry.timed)
     return Result(
@@ -142,8 +142,8 @@ def _result(findings: Findings, entry: Measured, speeds: dict[tuple[str, int], f
         profiled_step_ms=_median(entry.profiled, lambda stats: stats.step_ms),
         forward_ms=_median(entry.profiled, lambda stats: stats.forward_ms),
         overhead=_median(entry.profiled, lambda stats: stats.overhead),
-        growth_share=_median(entry.profiled, lambda stats: stats.growth_share),
-        stages=_stages(entry.profiled),
+        growth_share=stages.get("growth"),
+        stages=stages,
         tree_efficiency=finite(counts.tree_efficiency),
         prediction_error=finite(counts.prediction_error),
         sizing_share=_median(entry.timed, lambda stats: stats.sizing_share),
