@@ -92,7 +92,24 @@ def read_calibration(folder: Path) -> Calibration | None:
         raise HeadsError(f"{path}: temperatures are {temperatures!r}, expected a number above 0 per head. {again}")
     if not isinstance(rates, list) or len(rates) != len(temperatures):
         raise HeadsError(f"{path} has hit rates and temperatures of different numbers of heads. {again}")
+    for name in ("hit_rates", "marginal_hit_rates"):
+        if not all(isinstance(row, list) and all(map(_is_share, row)) for row in getattr(found, name)):
+            raise HeadsError(f"{path}: {name} must hold shares from 0 to 1 for each head. {again}")
+    wrong = [name for name, kind in _KINDS.items() if not isinstance(getattr(found, name), kind)]
+    if wrong:
+        raise HeadsError(f"{path}: {', '.join(wrong)} cannot be read. {again}")
     return found
+
+
+_KINDS = {
+    "heads": str,
+    **dict.fromkeys(("error", "fixed_trees", "step_times", "measured_on"), dict),
+    "simulated": list,
+}
+
+
+def _is_share(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
 
 
 def _is_temperature(value: object) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import warnings
 from dataclasses import replace
@@ -25,11 +27,11 @@ _DEMO_PROMPTS = 120
 _CONTEXT = 256  # tokens in the cache when steps are timed
 
 _PromptsArgument = Annotated[
-    Path | None,
+    str | None,
     Argument(
         metavar="PROMPTS",
-        help="JSONL with `prompt`, or MT-Bench `turns` (the first is asked); for the bundled model, code that nothing "
-        "else uses.",
+        help="What `ladon distill` reads: JSONL, Parquet or a data set on the hub, of prompts or chats; for the "
+        "bundled model, code that nothing else uses.",
         show_default=False,
     ),
 ]
@@ -137,7 +139,7 @@ def _destination(model: str, heads: str | None, out: Path | None, dry_run: bool)
 def _record(
     loaded: Loaded,
     heads: str | None,
-    prompts: Path | None,
+    prompts: str | None,
     limit: int | None,
     max_new_tokens: int,
     batch: int,
@@ -146,31 +148,44 @@ def _record(
     """Let the model answer the prompts."""
     import torch
 
-    from ladon.bench.workloads import Question, make_workload, prompt_ids, read_workload
-    from ladon.bundled import demo_prompts
     from ladon.calibrate.recording import record
     from ladon.cli.loading import dtype_name
 
-    if prompts is not None:
-        workload = read_workload(prompts, limit)
-    elif loaded.is_demo:
-        texts = demo_prompts(limit or _DEMO_PROMPTS, "calibration")
-        questions = [Question.to_continue(text, number) for number, text in enumerate(texts, start=1)]
-        workload = make_workload("standard library modules set aside to calibrate", questions)
-    else:
-        raise InputError("no prompts; give a JSONL file with a JSON object with `prompt` or `turns` on each line")
+    name, asked = _asked(loaded, prompts, limit)
+    workload = {"name": name, "sha256": hashlib.sha256(json.dumps(asked).encode()).hexdigest(), "questions": len(asked)}
     about = {"model": loaded.name, "dtype": dtype_name(loaded.model), "max_new_tokens": max_new_tokens}
     assert loaded.heads is not None  # checked when loaded
     trace = record(
         loaded.model,
         loaded.heads,
-        [torch.tensor(prompt_ids(loaded.tokenizer, question, [])).long() for question in workload.questions],
+        [torch.tensor(ids) for ids in asked],
         max_new_tokens=max_new_tokens,
         batch_size=batch,
-        about={**about, "workload": workload.summary()},
+        about={**about, "workload": workload},
         progress=progress,
     )
     return replace(trace, heads=_stored_hash(loaded, heads))
+
+
+def _asked(loaded: Loaded, prompts: str | None, limit: int | None) -> tuple[str, list[list[int]]]:
+    """What the model is asked, as token ids, and a name for it."""
+    from ladon.bundled import demo_prompts
+    from ladon.train.prompts import read_prompts
+
+    if prompts is not None:
+        found = read_prompts(prompts, loaded.tokenizer, limit=limit)
+        asked = [prompt.token_ids for prompt in found if prompt.token_ids]
+        if len(asked) < len(found):
+            reasons = ", ".join(sorted({prompt.refused or "empty prompt" for prompt in found if not prompt.token_ids}))
+            say(f"ladon: warning: {len(found) - len(asked)} of {len(found)} rows are left out ({reasons})")
+        if not asked:
+            raise InputError(f"{prompts} has no prompt that can be asked; give others")
+        return Path(prompts).name, asked
+    if not loaded.is_demo:
+        raise InputError("no prompts; give a JSONL file with a JSON object with `prompt` or `messages` on each line")
+    texts = demo_prompts(limit or _DEMO_PROMPTS, "calibration")
+    ids = [[int(token) for token in loaded.tokenizer(text)["input_ids"]] for text in texts]
+    return "standard library modules set aside to calibrate", ids
 
 
 def _read(path: Path, loaded: Loaded, heads: str | None) -> LatticeTrace:
