@@ -17,9 +17,10 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import ladon
-from ladon.engine import Engine, Row
+from ladon.engine import Engine
 from ladon.growth import grow_dynamic
 from ladon.proposers import HeadsProposer
+from ladon.rows import Row
 from ladon.stats import DecodeStats, StageClock
 from ladon.target import Target
 
@@ -62,14 +63,14 @@ def measure(num_layers: int, vocab_size: int, batch: int, context: int, budget: 
     prompts = torch.randint(0, vocab_size, (batch, context))
     rows = [Row(prompt=prompt, max_new_tokens=64, is_stop=lambda token: False) for prompt in prompts]
     steps = engine.run(rows)
-    _, prefill = with_peak(lambda: next(steps))
+    _, prefill = with_peak(lambda: next(step for step in steps if step.emitted))  # it comes in chunks
     next(steps)  # this one doubles the cache's capacity
     step, decode = with_peak(lambda: next(steps))
     assert step.tree is not None
     nodes = step.tree.num_nodes
     reach = context + stats.tokens // batch + nodes
     parts = {
-        "cache": engine._cache.nbytes,
+        "cache": engine.cache_bytes,
         "mask": batch * nodes * reach,  # bool
         "logits": batch * nodes * vocab_size * 4,
     }

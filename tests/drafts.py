@@ -5,15 +5,16 @@ They fill a lattice and leave the tree to the builder under test, so each goes w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from ladon.engine import Engine, Row
+from ladon.engine import Engine
 from ladon.fixed_tree import FixedTree
 from ladon.lattice import Lattice
 from ladon.proposers import HeadsProposer, Proposer, RootProposer, tree_builder
+from ladon.rows import Row
 from ladon.stats import DecodeStats, StageClock
 from ladon.target import Target
 
@@ -21,27 +22,36 @@ DEPTH, CANDIDATES = 3, 4
 NUM_NODES = 12
 FIXED = FixedTree(((0,), (1,), (0, 0), (0, 1), (2,), (0, 0, 0), (0, 0, 2), (1, 1), (3,), (1, 1, 0), (2, 0)))
 TREES: dict[str, str | FixedTree] = {"chain": "chain", "fixed": FIXED, "dynamic": "dynamic"}
+Truth = Sequence[Sequence[int]] | Mapping[tuple[int, ...], Sequence[int]]
 PROPOSERS = ("root", "oracle", "adversary", "random", "heads")
 
 
 class DraftedLattice:
     """Fills each depth with candidates that hold the true next token (oracle), never do (adversary), or may.
 
-    The truth per row is what the reference decoding emitted. Where the row stands is counted on the device, as any
-    proposer has to.
+    The truth is what the reference decoding emitted: after each prompt, or of each row in the order in which the rows
+    join. Where a row stands is counted on the device, as any proposer has to.
     """
 
-    def __init__(self, kind: str, truth: Sequence[Sequence[int]], vocab_size: int, tree: str | FixedTree) -> None:
-        longest = max(len(row) for row in truth) + DEPTH + 2
-        self._truth = torch.tensor([[*row, *[0] * (longest - len(row))] for row in truth])
+    def __init__(self, kind: str, truth: Truth, vocab_size: int, tree: str | FixedTree) -> None:
+        rows = list(truth.values()) if isinstance(truth, Mapping) else truth
+        longest = max(len(row) for row in rows) + DEPTH + 2
+        self._all = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows])
+        self._prompts = list(truth) if isinstance(truth, Mapping) else None
+        self._joined, self._truth = 0, self._all[:0]
         self._kind, self._vocab_size = kind, vocab_size
         self._build = tree_builder(tree)
-        self._place = torch.zeros(len(truth), dtype=torch.long)
+        self._place = torch.zeros(0, dtype=torch.long)
         self._generator = torch.Generator().manual_seed(1)
 
     def join(self, prompts, hidden):
         """The prefill's token is the first of the truth: the next one to draft is the second."""
-        self._place += 1
+        which = list(range(self._joined, self._joined + len(prompts)))
+        if self._prompts is not None:
+            which = [self._prompts.index(tuple(prompt.tolist())) for prompt in prompts]
+        self._joined += len(prompts)
+        self._truth = torch.cat([self._truth, self._all[which]])
+        self._place = torch.cat([self._place, torch.ones(len(prompts), dtype=torch.long)])
 
     def observe(self, accepted, hidden):
         self._place += accepted.count
@@ -64,7 +74,7 @@ class DraftedLattice:
 
 
 def make_proposer(
-    kind: str, tree: str | FixedTree, truth: Sequence[Sequence[int]], vocab_size: int, heads: torch.nn.Module | None
+    kind: str, tree: str | FixedTree, truth: Truth, vocab_size: int, heads: torch.nn.Module | None
 ) -> Proposer:
     if kind == "root":
         return RootProposer()

@@ -22,11 +22,13 @@ WIDTHS = (3, 2)  # of keys and of values
 
 def write(cache: TreeCache, states: Tensor, rows: list[int] | None = None) -> None:
     """Write N new tokens [b, N] to every layer, each entry telling its token, layer, head and kind apart."""
-    lengths = [cache.host_lengths[row] for row in rows or range(cache.num_rows)]
+    places = list(range(cache.num_rows)) if rows is None else rows
+    lengths = [cache.host_lengths[row] for row in places]
     slots = torch.tensor(lengths)[:, None] + torch.arange(states.shape[1]) if len(set(lengths)) > 1 else None
-    index = None if rows is None else torch.tensor(rows)
+    side_by_side = places == list(range(places[0], places[-1] + 1))
+    index = range(places[0], places[-1] + 1) if side_by_side else torch.tensor(places)
     cache.route.reserve(max(cache.host_lengths) + states.shape[1])
-    cache.route.aim(max(lengths), states.shape[1], slots=slots, rows=index)
+    cache.route.aim(max(lengths), states.shape[1], index, slots=slots)
     for layer, heads in enumerate(HEADS):
         keys, values = (entry(states, layer, heads, kind) for kind in (0, 1))
         seen_keys, seen_values = cache.update(keys, values, layer)
@@ -53,7 +55,7 @@ def check(cache: TreeCache, tokens: list[list[int]]) -> None:
         stored = cache.layers[layer]
         for kind, buffer in enumerate((stored.keys, stored.values)):
             assert buffer.isfinite().all()
-            assert buffer.shape[:2] == (len(tokens), heads)
+            assert buffer.shape[0] >= len(tokens) and buffer.shape[1] == heads
             for row, row_tokens in enumerate(tokens):
                 wanted = entry(torch.tensor([row_tokens]), layer, heads, kind)[0]
                 assert torch.equal(buffer[row, :, : len(row_tokens)], wanted)
@@ -97,9 +99,72 @@ def test_any_sequence_of_trees(
         check(cache, tokens)
         if action == 1:
             kept = rng.sample(range(len(tokens)), rng.randint(1, len(tokens)))
-            cache.keep_rows(kept)
+            cache.keep(kept)
             tokens = [tokens[row] for row in kept]
             check(cache, tokens)
+
+
+@settings(deadline=None, max_examples=60)
+@given(seed=st.integers(0, 2**32), events=st.lists(st.sampled_from(["join", "read", "step", "leave"]), max_size=30))
+def test_rows_that_come_and_go(seed: int, events: list[str]) -> None:
+    """Rows join behind the others and are read in parts, the first ones get trees, any may leave and change places."""
+    rng = random.Random(seed)
+    cache = TreeCache(len(HEADS), 0, torch.device("cpu"), keep_tokens=True)
+    tokens: list[list[int]] = []
+    for event in events:
+        if event == "join":
+            cache.append(1)
+            tokens.append([])
+        if not tokens:
+            continue
+        if event in ("join", "read"):  # the last row goes on; nothing may be asked of a row without tokens
+            more = [rng.randrange(900) for _ in range(rng.randint(1, 50))]
+            write(cache, torch.tensor([more]), [len(tokens) - 1])
+            tokens[-1] = tokens[-1] + more
+            cache.set_lengths([len(row) for row in tokens])
+        elif event == "step":
+            active = rng.randint(1, len(tokens))
+            drawn = draw(rng, [None] * active, rng.randint(1, 20), 900)
+            write(cache, drawn.tree.tokens, list(range(active)))
+            paths = [drawn.path(row, rng.randrange(drawn.tree.num_nodes)) for row in range(active)]
+            path, count = pad_paths(paths)
+            cache.commit(path, count)
+            cache.mirror(count.tolist())
+            tokens[:active] = [row + drawn.tokens(index, paths[index]) for index, row in enumerate(tokens[:active])]
+        else:
+            kept = rng.sample(range(len(tokens)), rng.randint(0, len(tokens)))
+            cache.keep(kept)
+            tokens = [tokens[row] for row in kept]
+        if tokens:
+            check(cache, tokens)
+
+
+def test_a_row_that_leaves_costs_the_copy_of_one_row() -> None:
+    """The last row moves into the hole, as far as it is in use; all other rows and slots stay where they are."""
+    cache = TreeCache(len(HEADS), 4, torch.device("cpu"))
+    write(cache, torch.arange(4 * 9).view(4, 9))
+    cache.set_lengths([9, 9, 9, 5])
+    before = [(layer, name, store, store.clone()) for layer in cache.layers for name, store in layer.stores.items()]
+    cache.keep([0, 3, 2])
+    for layer, name, store, old in before:
+        assert layer.stores[name] is store, "the buffers stay"
+        old[:, 1, :, :5] = old[:, 3, :, :5]
+        assert torch.equal(store, old)
+    assert cache.host_lengths == cache.lengths.tolist() == [9, 5, 9]
+
+
+def test_rows_grow_by_doubling_and_a_stretch_of_them_is_a_view() -> None:
+    cache = TreeCache(len(HEADS), 0, torch.device("cpu"))
+    capacities = []
+    for number in range(9):
+        cache.append(1)
+        write(cache, torch.tensor([[number, 5]]), [number])
+        capacities.append(cache.layers[0].keys.shape[0])
+    assert capacities == [1, 2, 4, 4, 8, 8, 8, 8, 16]
+    cache.route.aim(2, 1, range(3, 6))
+    states = torch.zeros(3, HEADS[0], 1, WIDTHS[0])
+    seen, _ = cache.update(states, states[..., : WIDTHS[1]], 0)
+    assert seen.data_ptr() == cache.layers[0].keys[3].data_ptr() and seen.shape[0] == 3
 
 
 def test_paths_wider_than_the_tree_are_cut() -> None:
@@ -121,7 +186,7 @@ def test_growth_is_geometric_and_layer_by_layer() -> None:
         write(cache, torch.full((1, 8), 3))
         capacities.add(cache.layers[0].keys.shape[2])
     assert len(capacities) <= 4  # 64, 128, 256, 512: copies stay proportional to the tokens
-    cache.route.aim(capacity := cache.route.capacity, 8)
+    cache.route.aim(capacity := cache.route.capacity, 8, range(1))
     states = torch.zeros(1, HEADS[0], 8, WIDTHS[0])
     cache.update(states, states[..., : WIDTHS[1]], 0)
     assert cache.layers[0].keys.shape[2] == 2 * capacity
@@ -142,7 +207,7 @@ def test_layers_that_are_never_written_cost_nothing() -> None:
     write(cache, torch.tensor([[5, 6], [7, 8]]))
     cache.commit(torch.tensor([[0, 1], [0, 0]]), torch.tensor([2, 1]))
     cache.mirror([2, 1])
-    cache.keep_rows([1])
+    cache.keep([1])
     assert cache.layers[-1].keys is None
     assert cache.host_lengths == [1]
 

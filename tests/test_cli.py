@@ -85,6 +85,64 @@ def test_generate_writes_what_transformers_writes(
     assert document["stats"]["tokens"] == 23  # type: ignore[index]
 
 
+TEXTS = ["def read", "for line in self.lines:\n    é", "return", "x", "def name(self):"]
+
+
+def many(tiny: Tiny, source: list[str], *more: str) -> int:
+    return run(["generate", *tiny.arguments, *source, "--max-new-tokens", "12", "--budget", "8", *more])
+
+
+@pytest.mark.parametrize("batch", [1, 2, 8])
+def test_generate_answers_many_prompts_in_their_order(
+    tiny: Tiny, batch: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": text} for text in TEXTS])
+    answers = [expected(tiny, text, 12) for text in TEXTS]
+    assert many(tiny, ["--prompts", str(file)], "--batch", str(batch), "--json", "--stats") == 0
+    captured = capsys.readouterr()
+    document: Any = last_json(captured.out)
+    assert len(captured.out.splitlines()) == 1 and "acceptance length" in captured.err
+    assert [answer["token_ids"] for answer in document["answers"]] == answers
+    assert [answer["id"] for answer in document["answers"]] == [1, 2, 3, 4, 5] and document["batch"] == batch
+    tokens = [len(tiny.tokenizer(text)["input_ids"]) for text in TEXTS]
+    assert [answer["prompt_tokens"] for answer in document["answers"]] == tokens
+    assert document["stats"]["tokens"] == sum(len(answer) - 1 for answer in answers)
+    assert many(tiny, ["--prompts", str(file)], "--batch", str(batch)) == 0
+    shown = [f"=== prompt {n} of 5 ===\n{tiny.tokenizer.decode(a)}\n" for n, a in enumerate(answers, start=1)]
+    assert capsys.readouterr().out == "".join(shown)
+
+
+def test_generate_takes_prompts_from_a_text_file_and_several_options(
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = tmp_path / "prompts.txt"
+    lines.write_text("def read\n\nreturn\r\n", encoding="utf-8")
+    answers = [expected(tiny, text, 12) for text in ("def read", "return")]
+    for source in (["--prompts", str(lines)], ["--prompt", "def read", "--prompt", "return"]):
+        assert many(tiny, source, "--json") == 0
+        document: Any = last_json(capsys.readouterr().out)
+        assert [answer["token_ids"] for answer in document["answers"]] == answers
+
+
+def test_generate_refuses_prompts_it_cannot_answer(
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "def"}, {"prompt": "x" * 200}])
+    empty = tmp_path / "empty.txt"
+    empty.write_text("\n", encoding="utf-8")
+    for source, message in [
+        (["--prompts", str(file)], f"prompt 2 has 200 tokens; give 1 to {CONTEXT - 1} for this model"),
+        (["--prompts", str(file), "--prompt", "x"], "both --prompt and --prompts were given"),
+        (["--prompts", str(file), "--prompt-file", str(file)], "--prompt-file was given beside other prompts"),
+        (["--prompts", str(empty)], "holds no prompts; give one on each line"),
+        (["--prompts", str(tmp_path / "none.jsonl")], "cannot read"),
+        (["--prompt", "x", "--prompt", ""], "the prompt is empty"),
+    ]:
+        assert many(tiny, source) == 2
+        captured = capsys.readouterr()
+        assert message in captured.err and captured.out == "" and len(captured.err.splitlines()) == 1
+
+
 def test_generate_reads_files_and_standard_input(
     tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -17,6 +17,7 @@ BASE_INSTALL = {"torch", "transformers", "safetensors", "numpy", "typer", "rich"
 
 # A module may import only modules that stand before it here; a package is one entry.
 CORE = ["errors", "config", "tree", "lattice", "fixed_tree", "tree_notations", "growth", "sampling", "accept", "stats"]
+CORE += ["rows", "route"]
 MODEL_SIDE = [
     "calibration",
     "heads",
@@ -26,15 +27,18 @@ MODEL_SIDE = [
     "spans",
     "capability",
     "cache",
+    "prefill",
     "self_test",
     "target",
     "proposers",
+    "batch",
     "engine",
     "trace",
     "stopping",
     "requests",
     "override",
     "generation",
+    "attaching",
     "bundled",
 ]
 USER_SIDE = ["environment", "viz", "calibrate", "bench", "train", "cli"]

@@ -21,7 +21,9 @@ import ladon
 from drafts import FIXED
 from families import FAMILIES, build
 from ladon import engine as engine_module
-from ladon.engine import Row
+from ladon.prefill import PromptReader
+from ladon.rows import Row
+from ladon.sampling import Sampler
 from ladon.target import Target
 from test_spans import CASES, SWITCH
 
@@ -157,7 +159,7 @@ def check_one_read_per_step(model, tree, reads):
         Row(prompt=p, max_new_tokens=n, is_stop=lambda _: False) for p, n in zip(prompts, (13, 20, 18), strict=True)
     ]
     assert decoder._target.supports_trees
-    run = decoder._engine().run(rows)
+    run = decoder.engine().run(rows)
     reads.forbidden.clear()  # what comes before the run is no part of it
     reads.allowed, reads.in_flight = 0, False
     with Net(reads), Copies(reads):
@@ -176,22 +178,53 @@ def test_one_read_per_step(tiny_llama, reads, tree):
 def test_one_read_per_step_of_every_kind_of_model(name, reads, monkeypatch):
     """Masks of every kind, rows that must not share a forward, and rows whose cache is computed again."""
     parts, refilled = [], []
-    verify_parts, prefill_group = Target._verify_parts, Target._prefill_group
+    verify_parts, read_group = Target._verify_parts, PromptReader._read_group
 
     def note_parts(*args):
         parts.append(len(args[-1]))
         return verify_parts(*args)
 
-    def note_lengths(target, tokens, lengths, *args):
-        refilled.append(set(lengths) == {SWITCH})
-        return prefill_group(target, tokens, lengths, *args)
+    def note_lengths(reader, prompts, *args):
+        refilled.append({len(prompt) for prompt in prompts} == {SWITCH})
+        return read_group(reader, prompts, *args)
 
     monkeypatch.setattr(Target, "_verify_parts", note_parts)
-    monkeypatch.setattr(Target, "_prefill_group", note_lengths)
+    monkeypatch.setattr(PromptReader, "_read_group", note_lengths)
     rows = check_one_read_per_step(make(name, monkeypatch), "dynamic", reads)
     assert any(len(row.prompt) < SWITCH < len(row.prompt) + len(row.tokens) for row in rows)
     assert (max(parts, default=1) > 1) == (name in CASES)
     assert any(refilled) == (name == "longrope recomputed")
+
+
+@pytest.mark.parametrize("name", ["llama", "longrope recomputed", "indexer"])
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_rows_that_join_and_leave_add_no_read(name, temperature, reads, monkeypatch):
+    """A step in which prompts come to their end and others decode reads the device once; one without either, never."""
+    model = make(name, monkeypatch)
+    decoder = ladon.Decoder(model, ladon.new_heads(model, num_heads=3))
+    decoder._target.prefill_chunk = 5
+    engine = decoder.engine(max_rows=3, sampler=Sampler(temperature=temperature) if temperature else None)
+    rows = [
+        Row(prompt=torch.arange(3, 3 + length), max_new_tokens=limit, is_stop=lambda _: False)
+        for length, limit in ((6, 30), (1, 3), (23, 9), (2, 12), (11, 4))
+    ]
+    kinds = set()
+    reads.forbidden.clear()
+    reads.allowed, reads.in_flight = 0, False
+    with Net(reads), Copies(reads):
+        for number in range(100):
+            if number % 3 == 0 and number < 15:
+                engine.submit(rows[number // 3])
+            if number == 8:
+                engine.cancel(rows[2])
+            before, reads.in_flight = reads.allowed, False
+            step = engine.step()
+            if step is None:
+                break
+            assert reads.allowed - before == bool(step.rows)
+            kinds.add((step.tree is not None, bool(step.joined)))
+    assert reads.forbidden == [] and all(row.finished for row in rows)
+    assert kinds == {(True, True), (True, False), (False, True), (False, False)}
 
 
 def test_the_nets_catch_reads(reads):

@@ -62,6 +62,13 @@ class BenchOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GenerateOptions:
+    """How many prompts are answered on the command line. The field docs are its help."""
+
+    batch: int = field(default=8, metadata={"help": "prompts answered together at most; the others wait for a place"})
+
+
+@dataclass(frozen=True, kw_only=True)
 class DistillOptions:
     """How answers are written for training. The field docs are the help of the command line."""
 

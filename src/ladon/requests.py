@@ -9,10 +9,10 @@ from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ladon.engine import Row
 from ladon.errors import InputError
+from ladon.rows import Row
 from ladon.stopping import StopRules
 
 if TYPE_CHECKING:
@@ -75,6 +75,15 @@ def expand_copies(model: PreTrainedModel, input_ids: Tensor, options: dict[str, 
         if options.get(per_row) is not None:
             options[per_row] = options[per_row].repeat_interleave(copies, 0)
     return input_ids.repeat_interleave(copies, 0)
+
+
+def left_padded(prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Prompts [T] as `generate` takes them: ids and attention mask, [B, T], padded on the left."""
+    ids, mask = (
+        nn.utils.rnn.pad_sequence([row.flip(0) for row in rows], batch_first=True).flip(1)
+        for rows in (prompts, [torch.ones_like(prompt) for prompt in prompts])
+    )
+    return ids, mask
 
 
 def check_prompt(input_ids: Any, attention_mask: Tensor | None, max_new_tokens: Any) -> None:

@@ -1,31 +1,55 @@
-"""`ladon generate`: one prompt, text on standard output."""
+"""`ladon generate`: text on standard output, of one prompt as it comes, of several in their order."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Option
 
 from ladon.cli import options
 from ladon.cli.output import print_json, say
-from ladon.cli.prompts import encode, read_prompt
-from ladon.config import BenchOptions, DecoderOptions
+from ladon.cli.prompts import encode, read_prompt, read_questions
+from ladon.config import BenchOptions, DecoderOptions, GenerateOptions, help_of
+from ladon.errors import InputError
 
 if TYPE_CHECKING:
+    from ladon.bench.workloads import Question
+    from ladon.cli.loading import Loaded
+    from ladon.generation import Decoder
+    from ladon.rows import Row
     from ladon.stats import DecodeStats
 
 _DEFAULTS = DecoderOptions()
 _NEW_TOKENS = BenchOptions().max_new_tokens
-
+_BATCH = GenerateOptions().batch
 
 _StatsOption = Annotated[bool, Option("--stats", help="Show counts and times on standard error at the end.")]
+_PromptOption = Annotated[
+    list[str] | None, Option("--prompt", metavar="TEXT", help="The text to continue; several: give it several times.")
+]
+_PromptsOption = Annotated[
+    Path | None,
+    Option(
+        "--prompts",
+        metavar="FILE",
+        help="Many prompts: JSONL with `prompt`, or MT-Bench `turns` (the first is asked); or a .txt file with one on "
+        "each line.",
+    ),
+]
+_BatchOption = Annotated[
+    int, Option("--batch", metavar="N", min=1, help=f"{help_of(GenerateOptions, 'batch').capitalize()}.")
+]
 
 
 def generate(
     model: options.ModelOption = "demo",
     heads: options.HeadsOption = None,
-    prompt: options.PromptOption = None,
+    prompt: _PromptOption = None,
     prompt_file: options.PromptFileOption = None,
+    prompts: _PromptsOption = None,
+    batch: _BatchOption = _BATCH,
     max_new_tokens: options.NewTokensOption = _NEW_TOKENS,
     tree: options.TreeOption = _DEFAULTS.tree,
     budget: options.BudgetOption = str(_DEFAULTS.budget),
@@ -37,20 +61,26 @@ def generate(
     ignore_generation_config: options.IgnoreConfigOption = False,
     as_json: options.JsonOption = False,
 ) -> None:
-    """Continue one prompt, from --prompt, --prompt-file or standard input.
+    """Continue one prompt, from --prompt, --prompt-file or standard input; or many, from --prompts.
 
-    The text comes as it is decoded. In float32 and float64 it is what greedy decoding with transformers gives;
+    The text of one prompt comes as it is decoded. Many are answered together, --batch at a time, and whenever one is
+    done the next takes its place; the answers come in the order of the prompts, each below a line with its number.
+    In float32 and float64 an answer is what greedy decoding with transformers gives, whatever else is answered;
     in half precision, where two tokens are all but equally likely, the other one may come.
 
     For example:
 
         ladon generate --prompt "def read_config(path):" --max-new-tokens 64 --stats
+        ladon generate --prompts prompts.jsonl --batch 4 --max-new-tokens 32
         ladon generate --model path/to/model --heads path/to/heads --prompt-file prompt.txt --budget 32
     """
-    text, nodes, shape = read_prompt(prompt, prompt_file), options.parse_budget(budget), options.parse_tree(tree)
-    from transformers import TextStreamer
-
-    from ladon.cli.loading import dtype_name, load, require_heads
+    nodes, shape, texts = options.parse_budget(budget), options.parse_tree(tree), prompt or []
+    if prompt_file is not None and (prompts is not None or len(texts) > 1):
+        raise InputError("--prompt-file was given beside other prompts; give one or the other")
+    is_many = prompts is not None or len(texts) > 1
+    questions = read_questions(texts, prompts) if is_many else []
+    text = "" if is_many else read_prompt(texts[0] if texts else None, prompt_file)
+    from ladon.cli.loading import load, require_heads
     from ladon.generation import Decoder
 
     loaded = load(
@@ -64,8 +94,25 @@ def generate(
     )
     require_heads(loaded, shape)
     decoder = Decoder(loaded.model, loaded.heads, tree=shape, budget=nodes, profile=stats)
+    if is_many:
+        document = _answer_many(decoder, loaded, questions, max_new_tokens, batch, is_silent=as_json)
+    else:
+        document = _answer_one(decoder, loaded, text, max_new_tokens, is_silent=as_json)
+    if stats:
+        for line in stats_lines(decoder.stats):
+            say(line)
+    if as_json:
+        from ladon.cli.loading import dtype_name
+
+        print_json(document | {"dtype": dtype_name(loaded.model), "stats": stats_json(decoder.stats)})
+
+
+def _answer_one(decoder: Decoder, loaded: Loaded, text: str, max_new_tokens: int, *, is_silent: bool) -> dict[str, Any]:
+    """Write one answer as it comes; what is known of it."""
+    from transformers import TextStreamer
+
     ids = encode(loaded.tokenizer, text).to(loaded.model.device)
-    streamer = None if as_json else TextStreamer(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    streamer = None if is_silent else TextStreamer(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True)
     output = decoder.generate(
         ids[None],
         attention_mask=ids.new_ones(1, len(ids)),
@@ -73,14 +120,60 @@ def generate(
         do_sample=False,
         streamer=streamer,
     )
-    if stats:
-        for line in stats_lines(decoder.stats):
-            say(line)
-    if as_json:
-        new = output[0, len(ids) :].tolist()
-        answer = {"text": loaded.tokenizer.decode(new, skip_special_tokens=True), "token_ids": new}
-        about = {"prompt_tokens": len(ids), "dtype": dtype_name(loaded.model), "stats": stats_json(decoder.stats)}
-        print_json(answer | about)
+    new = output[0, len(ids) :].tolist()
+    return {"text": _text(loaded, new), "token_ids": new, "prompt_tokens": len(ids)}
+
+
+def _answer_many(
+    decoder: Decoder, loaded: Loaded, questions: Sequence[Question], max_new_tokens: int, batch: int, *, is_silent: bool
+) -> dict[str, Any]:
+    """Answer prompts together, and write each answer once it and all before it are done; what is known of them."""
+    from ladon.bench.report import finite
+
+    rows = _rows(decoder, loaded, questions, max_new_tokens)
+    shown = 0
+    for _ in decoder.decode(rows, max_rows=batch):
+        while shown < len(rows) and rows[shown].finished:
+            if not is_silent:
+                print(
+                    f"=== prompt {shown + 1} of {len(rows)} ===",
+                    _text(loaded, rows[shown].tokens),
+                    sep="\n",
+                    flush=True,
+                )
+            shown += 1
+    answers = [
+        {
+            "id": question.question_id,
+            "text": _text(loaded, row.tokens),
+            "token_ids": row.tokens,
+            "prompt_tokens": len(row.prompt),
+            "acceptance_length": finite(row.stats.acceptance_length),
+        }
+        for question, row in zip(questions, rows, strict=True)
+    ]
+    return {"answers": answers, "batch": batch}
+
+
+def _rows(decoder: Decoder, loaded: Loaded, questions: Sequence[Question], max_new_tokens: int) -> list[Row]:
+    """The prompts for the engine; `InputError` for one that has no tokens, or leaves no room for an answer."""
+    import torch
+
+    from ladon.bench.workloads import prompt_ids
+    from ladon.capability import context_limit
+
+    limit = context_limit(loaded.model.config.get_text_config(decoder=True))
+    prompts = [prompt_ids(loaded.tokenizer, question, []) for question in questions]
+    for number, ids in enumerate(prompts, start=1):
+        if not ids or (limit is not None and len(ids) >= limit):
+            allowed = "1 or more" if limit is None else f"1 to {limit - 1}"
+            raise InputError(f"prompt {number} has {len(ids)} tokens; give {allowed} for this model")
+    ids_on_device = [torch.tensor(ids, device=loaded.model.device) for ids in prompts]
+    return decoder.rows(ids_on_device, max_new_tokens=max_new_tokens)
+
+
+def _text(loaded: Loaded, token_ids: Sequence[int]) -> str:
+    return str(loaded.tokenizer.decode(list(token_ids), skip_special_tokens=True))
 
 
 def stats_json(stats: DecodeStats) -> dict[str, Any]:

@@ -1,8 +1,9 @@
-"""Where a prompt comes from: the command line, a file, or standard input."""
+"""Where prompts come from: the command line, a file, or standard input."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,8 @@ from ladon.errors import InputError
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
+
+    from ladon.bench.workloads import Question
 
 
 def read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
@@ -36,6 +39,26 @@ def read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
     if not text:
         raise InputError(f"{source} is empty; give some text to continue")
     return text
+
+
+def read_questions(prompts: Sequence[str], file: Path | None) -> list[Question]:
+    """Several prompts, from the command line or from a file: JSONL as `ladon bench` reads it, or lines of a .txt file.
+
+    Raises:
+        InputError: both were given; a prompt is empty or not UTF-8; or the file cannot be read, or holds none.
+    """
+    from ladon.bench.workloads import Question, read_text, read_workload
+
+    if file is None:
+        return [Question.to_continue(read_prompt(text, None), number) for number, text in enumerate(prompts, start=1)]
+    if prompts:
+        raise InputError("both --prompt and --prompts were given; give one of them")
+    if file.suffix != ".txt":
+        return list(read_workload(file).questions)
+    lines = [line for line in read_text(file).split("\n") if line.strip()]
+    if not lines:
+        raise InputError(f"{file} holds no prompts; give one on each line")
+    return [Question.to_continue(line.removesuffix("\r"), number) for number, line in enumerate(lines, start=1)]
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
