@@ -7,7 +7,8 @@ from typing import Any
 
 from ladon.errors import TreeError
 
-AUTO_BUDGET = 16  # what budget="auto" means until tree sizes are chosen from measured cost
+AUTO_BUDGET = 16  # nodes where one number must stand for "auto": no clock may decide and there is no profile
+MOST_NODES = 128  # nodes of the largest tree that budget="auto" chooses
 PICTURE_STEPS = 64  # steps that one PNG picture of a run shows at most
 TREES = {  # the tree options that have a name, and what each means
     "dynamic": "grown anew at each step",
@@ -30,8 +31,8 @@ class DecoderOptions:
     budget: int | str = field(
         default="auto",
         metadata={
-            "help": f"nodes verified per step and sequence, root included; auto is the size of a fixed tree, "
-            f"{AUTO_BUDGET} for other trees for now"
+            "help": "nodes verified per step and sequence, root included; auto chooses at each step what pays, and is "
+            "the size of a fixed tree"
         },
     )
     num_candidates: int = field(

@@ -19,9 +19,11 @@ from ladon.batch import Batch
 from ladon.proposers import Proposer
 from ladon.rows import Row
 from ladon.sampling import Sampler
+from ladon.sizing import Sizing
 from ladon.stats import DecodeStats, StageClock
+from ladon.step_sizes import StepSizes
 from ladon.target import Target
-from ladon.tree import TokenTree, ancestor_mask, node_depths
+from ladon.tree import TokenTree, node_depths
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,7 +89,7 @@ class Engine:
         target: Target,
         proposer: Proposer,
         *,
-        budget: int,
+        budget: int | Sizing,
         stats: DecodeStats,
         clock: StageClock,
         sampler: Sampler | None = None,
@@ -98,7 +100,7 @@ class Engine:
         Args:
             target: the model.
             proposer: drafts the trees; no other engine may use it.
-            budget: the greatest number of nodes per row, root included.
+            budget: the greatest number of nodes per row, root included; or what chooses it.
             stats: added to.
             clock: times the stages.
             sampler: how tokens are drawn, with each row's own seed; None is greedy.
@@ -107,8 +109,9 @@ class Engine:
         Raises:
             InputError: `max_rows` is below 1.
         """
-        self._target, self._proposer, self._budget, self._sampler = target, proposer, budget, sampler
+        self._target, self._proposer, self._sampler = target, proposer, sampler
         self._stats, self._clock = stats, clock
+        self._sizes = StepSizes(budget, stats, target.device)
         self._batch = Batch(target, max_rows)
         self._tree: TokenTree | None = None
 
@@ -183,11 +186,16 @@ class Engine:
         if read is not None:
             self._proposer.join([self._batch.rows[place].prompt for place in read.places], read.hidden)
         hidden, root = _cat([outcome.hidden for outcome in outcomes]), _cat([outcome.root for outcome in outcomes])
-        with self._clock.paused(decoded is None):
-            self._tree = self._proposer.propose(hidden, root, self._budget)
-            with self._clock.stage("transfer"):
-                table = to_host(_stacked([outcome.table for outcome in outcomes]))
         self._batch.drafted = [place for outcome in outcomes for place in outcome.places]
+        with self._clock.paused(decoded is None):
+            lengths = [self._batch.cache.host_lengths[place] for place in self._batch.drafted]
+            self._tree = self._proposer.propose(hidden, root, self._sizes.reach(lengths))
+            packed = self._sizes.pack(_stacked([outcome.table for outcome in outcomes]), self._tree)
+            with self._clock.stage("transfer"):
+                table = self._sizes.unpack(to_host(packed)[0], len(lengths))
+        if decoded is not None:
+            counts = [count for count, *_ in table[: len(decoded.places)]]
+            self._sizes.observe(counts, grown=self._tree.num_nodes, seconds=time.perf_counter() - prefilled)
         step = self._deliver(table, decoded)
         ended = time.perf_counter()
         self._stats.prefill_seconds += (ended if decoded is None else prefilled) - started
@@ -221,7 +229,9 @@ class Engine:
     def _decode(self, tree: TokenTree) -> _Outcome:
         """Verify the trees of the rows that decode, and keep what the target would have said."""
         cache, clock = self._batch.cache, self._clock
-        tree = self._within_limits(tree.prefix(self._budget))
+        tree = tree.prefix(self._sizes.choose(cache.host_lengths[: tree.batch_size]))
+        tree, chosen = self._within_limits(tree), tree
+        self._sizes.begin(tree.num_nodes, is_whole=tree is chosen)
         seeds = self._seeds_of(self._batch.decoding)
         with clock.stage("verify"), clock.forward_of(self._target.model, "forward"):
             out = self._target.verify(tree, cache)
@@ -248,12 +258,7 @@ class Engine:
         for row, length in zip(self._batch.rows[: tree.batch_size], self._batch.cache.host_lengths, strict=False):
             target_cap = self._target.depth_cap(length)
             caps.append(row.num_left - 1 if target_cap is None else min(row.num_left - 1, target_cap))
-        if max(caps) == 0:
-            return tree.prefix(1)
-        if min(caps) >= tree.max_depth:
-            return tree
-        depths = node_depths(ancestor_mask(tree.parents, tree.max_depth))
-        return tree.capped(depths, torch.tensor(caps, device=depths.device))
+        return tree.within(caps)
 
     def _deliver(self, table: list[list[int]], decoded: _Outcome | None) -> Step:
         """Hand each row its new tokens and count them; rows decide where they end."""

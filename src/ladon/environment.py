@@ -13,6 +13,8 @@ from typing import Any
 import torch
 import transformers
 
+from ladon.hardware import cpu_flags, cpu_name
+
 BUSY_LOAD = 0.5  # load average per core above which timings are not worth much
 
 
@@ -64,22 +66,6 @@ def system_name() -> str:
     return " ".join([platform.system(), *([leading[0]] if leading else [])])
 
 
-def cpu_name() -> str:
-    """The processor's name, as far as the system tells."""
-    for line in _cpuinfo():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def cpu_flags() -> set[str]:
-    """The processor's instruction sets (Linux on x86; empty elsewhere)."""
-    for line in _cpuinfo():
-        if line.startswith("flags"):
-            return set(line.partition(":")[2].split())
-    return set()
-
-
 def ladon_version() -> str:
     """Version of the installed package; "not installed" when it is run from its sources alone."""
     try:
@@ -104,10 +90,3 @@ def commit() -> str | None:
 def _git(folder: Path, *arguments: str) -> str:
     done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True, timeout=10)
     return done.stdout.strip()
-
-
-def _cpuinfo() -> list[str]:
-    try:
-        return Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return []

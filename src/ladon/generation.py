@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ladon.config import DecoderOptions
+from ladon.budgets import check_budget, make_sizing
+from ladon.config import MOST_NODES, DecoderOptions
 from ladon.engine import Engine, Step
 from ladon.errors import InputError, LadonError
 from ladon.fixed_tree import FixedTree
@@ -25,7 +26,6 @@ from ladon.proposers import (
     RootProposer,
     as_chain,
     candidates_needed,
-    check_budget,
     check_tree,
     tree_builder,
 )
@@ -74,6 +74,7 @@ class Decoder:
         tree: str | FixedTree | TreeSize = _DEFAULTS.tree,
         budget: int | str = _DEFAULTS.budget,
         num_candidates: int = _DEFAULTS.num_candidates,
+        deterministic: bool = False,
         profile: bool = False,
     ) -> None:
         """Check the model and the options.
@@ -85,9 +86,11 @@ class Decoder:
             tree: "dynamic" (grown anew at each step from the heads' joint probabilities), "chain" (each head's best
                 token), "off" (plain decoding), a `FixedTree` or a `TreeSize`. A model that verifies chains but no trees
                 (its self-test says so) gets the chain instead of the dynamic tree.
-            budget: nodes verified per step and row, root included; "auto" is the size of a fixed tree, and 16 for
-                others until sizes are chosen from measured cost. A smaller budget cuts a fixed tree.
+            budget: nodes verified per step and row, root included; "auto" chooses at each step what pays, plain
+                decoding included, and is the size of a fixed tree. A smaller budget cuts a fixed tree.
             num_candidates: candidates kept per head.
+            deterministic: let no clock choose, as with LADON_DETERMINISTIC=1 in the environment: automatic sizes depend
+                on the trees and a profile (`ladon calibrate`) alone, and are 16 without one.
             profile: measure time by stage (waits for the device at each stage).
 
         Raises:
@@ -100,13 +103,13 @@ class Decoder:
             tree, budget, num_candidates = tree.options(budget)
         self._num_candidates = DecoderOptions(num_candidates=num_candidates).num_candidates  # checked there
         self._tree = check_tree(tree, heads, self._num_candidates)
-        self._budget = check_budget(budget, self._tree)
-        self._profile = profile
+        self._budget, self._profile = check_budget(budget), profile
         self.model = model
         self.heads = None if heads is None else heads.bind(model)
         self._target = Target(model)
         if heads is not None and not self._target.supports_trees:
             self._tree = as_chain(self._tree)
+        self._sizing = make_sizing(budget, self._tree, model, self.heads, self._num_candidates, deterministic)
         self.stats = DecodeStats()
 
     def generate(
@@ -236,7 +239,7 @@ class Decoder:
         return Engine(
             self._target,
             self._proposer(clock),
-            budget=self._budget,
+            budget=self._sizing,
             stats=self.stats,
             clock=clock,
             sampler=sampler,
@@ -294,5 +297,6 @@ class Decoder:
             return RootProposer()
         self.heads.bind(self.model, force=True)  # since then another decoder may have bound them to its own model
         tree = self._tree if self._target.supports_trees else as_chain(self._tree)
-        num_candidates = candidates_needed(tree, self._num_candidates, self._budget)
+        most = self._budget if isinstance(self._budget, int) else MOST_NODES
+        num_candidates = candidates_needed(tree, self._num_candidates, most)
         return HeadsProposer(self.heads, tree_builder(tree), num_candidates, clock)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ladon import growth, lattice
 from ladon.accept import Accepted
-from ladon.config import AUTO_BUDGET, TREES
+from ladon.config import TREES
 from ladon.errors import TreeError
 from ladon.fixed_tree import FixedTree
 from ladon.heads import Heads
@@ -127,12 +127,3 @@ def as_chain(tree: str | FixedTree) -> str | FixedTree:
     if isinstance(tree, FixedTree) and tree.num_nodes > tree.max_depth + 1:
         raise TreeError('this model verifies chains only, and the fixed tree branches; give tree="chain"')
     return "chain" if tree == "dynamic" else tree
-
-
-def check_budget(budget: int | str, tree: str | FixedTree) -> int:
-    """The number of nodes that a budget option means; `TreeError` if it is none."""
-    if budget == "auto":
-        return tree.num_nodes if isinstance(tree, FixedTree) else AUTO_BUDGET
-    if isinstance(budget, bool) or not isinstance(budget, int) or budget < 1:
-        raise TreeError(f'budget is {budget!r}; give "auto" or a number of nodes, 1 or more (the root is one of them)')
-    return budget

@@ -84,12 +84,45 @@ class DecodeStats(Counts):
         decode_seconds: time in decode steps; time the caller holds a step's result is left out.
         stage_seconds: the same time by stage, when the run was profiled: "verify" (and of it "forward", the target's
             own forward), "pick", "accept", "commit", "heads", "growth", "transfer".
+        sizes: decode steps by the number of node slots that they verified per row; 1 is plain decoding.
+        probes: decode steps that were taken to learn what a size or the heads are good for.
+        sizing_seconds: time of `decode_seconds` and `prefill_seconds` spent deciding on sizes.
+        predicted_steps: decode steps whose time was predicted.
+        predicted_seconds: what was predicted for them, in sum.
+        measured_seconds: what they took, without the callers' stop rules.
+        prediction_errors: sum over them of |predicted - measured| / measured.
     """
 
     prefill_seconds: float = 0.0
     forwards: int = 0
     decode_seconds: float = 0.0
     stage_seconds: dict[str, float] = field(default_factory=dict)
+    sizes: dict[int, int] = field(default_factory=dict)
+    probes: int = 0
+    sizing_seconds: float = 0.0
+    predicted_steps: int = 0
+    predicted_seconds: float = 0.0
+    measured_seconds: float = 0.0
+    prediction_errors: float = 0.0
+
+    def add_size(self, nodes: int, *, predicted: float, seconds: float) -> None:
+        """Count a decode step of so many node slots per row, and what was predicted for it (NaN: nothing)."""
+        self.sizes[nodes] = self.sizes.get(nodes, 0) + 1
+        if math.isfinite(predicted) and seconds > 0.0:
+            self.predicted_steps += 1
+            self.predicted_seconds += predicted
+            self.measured_seconds += seconds
+            self.prediction_errors += abs(predicted - seconds) / seconds
+
+    @property
+    def prediction_error(self) -> float:
+        """Mean relative error of the predicted times of steps, 0 is exact; NaN where none was predicted."""
+        return _ratio(self.prediction_errors, self.predicted_steps)
+
+    @property
+    def sizing_share(self) -> float:
+        """Share of decode time spent deciding on sizes, 0 to 1."""
+        return _ratio(self.sizing_seconds, self.decode_seconds)
 
     @property
     def tokens_per_second(self) -> float:

@@ -61,6 +61,15 @@ class TokenTree:
         index = torch.tensor(places, dtype=torch.long, device=self.tokens.device)
         return replace(self, tokens=self.tokens[index], parents=self.parents[index], log_probs=self.log_probs[index])
 
+    def within(self, caps: Sequence[int]) -> TokenTree:
+        """The tree without what lies deeper than its row's cap: padding, or no slots where all caps are 0."""
+        if max(caps) == 0:
+            return self.prefix(1)
+        if min(caps) >= self.max_depth:
+            return self
+        depths = node_depths(ancestor_mask(self.parents, self.max_depth))
+        return self.capped(depths, torch.tensor(caps, device=depths.device))
+
     def capped(self, depths: Tensor, max_depths: Tensor) -> TokenTree:
         """Turn every node deeper than its row's bound into padding.
 
@@ -118,6 +127,16 @@ def ancestor_mask(parents: Tensor, max_depth: int) -> Tensor:
 def node_depths(mask: Tensor) -> Tensor:
     """Depth of each node, [B, N] int64, from the ancestor mask [B, N, N]; the root has depth 0."""
     return mask.sum(-1) - 1
+
+
+def depths_by_parents(parents: Tensor, max_depth: int) -> Tensor:
+    """The same from the parents [B, N] alone, in `max_depth` small steps: cheaper where no mask is needed."""
+    above = parents.clamp(min=0)
+    depths = (parents >= 0).long()
+    for _ in range(max_depth - 1):
+        depths = depths.gather(1, above) + 1
+        depths[:, 0] = 0
+    return depths
 
 
 def position_ids(depths: Tensor, lengths: Tensor) -> Tensor:

@@ -15,8 +15,8 @@ import torch
 
 from ladon.bundled import demo_path, load_demo
 from ladon.cli.options import DTYPES, shortened
-from ladon.environment import cpu_flags
 from ladon.errors import InputError
+from ladon.hardware import cpu_flags
 from ladon.heads import load_heads
 
 if TYPE_CHECKING:

@@ -1,0 +1,71 @@
+"""What a decoder's budget means: a fixed number of nodes, or who chooses it."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from ladon.auto_sizing import AutoSizing
+from ladon.config import AUTO_BUDGET, MOST_NODES
+from ladon.errors import TreeError
+from ladon.fixed_tree import FixedTree
+from ladon.profiles import place_of, read_profile
+from ladon.sizing import FixedSizing, FrozenSizing, Sizing
+from ladon.step_cost import StepCost
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ladon.heads import Heads
+
+DETERMINISTIC_VARIABLE = "LADON_DETERMINISTIC"
+
+
+def check_budget(budget: int | str) -> int | str:
+    """The budget option; `TreeError` if it is none."""
+    if budget != "auto" and (isinstance(budget, bool) or not isinstance(budget, int) or budget < 1):
+        raise TreeError(f'budget is {budget!r}; give "auto" or a number of nodes, 1 or more (the root is one of them)')
+    return budget
+
+
+def largest_budget(tree: str | FixedTree, heads: Heads | None, num_candidates: int) -> int:
+    """Nodes of the largest tree that such heads can fill, as far as automatic sizes go."""
+    if heads is None or tree == "off":
+        return 1
+    if isinstance(tree, FixedTree):
+        return tree.num_nodes
+    if tree == "chain":
+        return heads.num_heads + 1
+    width = num_candidates if heads.token_ids is None else min(num_candidates, heads.token_ids.shape[0])
+    width = min(width, heads.vocab_size)
+    nodes: int = sum(width**depth for depth in range(heads.num_heads + 1))
+    return min(MOST_NODES, nodes)
+
+
+def make_sizing(
+    budget: int | str,
+    tree: str | FixedTree,
+    model: PreTrainedModel,
+    heads: Heads | None,
+    num_candidates: int,
+    deterministic: bool,
+) -> Sizing:
+    """Who chooses the sizes of a decoder's trees.
+
+    Args:
+        budget: the decoder's, checked.
+        tree: the decoder's.
+        model: the target.
+        heads: its heads, bound to it; None for plain decoding.
+        num_candidates: candidates kept per head.
+        deterministic: whether no clock may enter; the environment variable LADON_DETERMINISTIC=1 asks for it too.
+    """
+    if budget != "auto":
+        return FixedSizing(int(budget))
+    most = largest_budget(tree, heads, num_candidates)
+    if heads is None or tree == "off" or isinstance(tree, FixedTree):
+        return FixedSizing(most)
+    times = read_profile(place_of(model, heads))
+    if not deterministic and os.environ.get(DETERMINISTIC_VARIABLE, "0") in ("", "0"):
+        return AutoSizing(most, times)
+    return FrozenSizing(StepCost(times), most, heads.num_heads) if times else FixedSizing(min(AUTO_BUDGET, most))

@@ -1,0 +1,139 @@
+"""The size of the trees: how many nodes a step verifies, chosen anew at each step; 1 is plain decoding.
+
+All rows verify the same number of nodes, and output never depends on it. Here is what the engine asks of whatever
+chooses, and two that learn nothing; `ladon.auto_sizing` has the one that does.
+
+Shapes: B rows, K depths, E bucket edges. Everything here is plain host arithmetic.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from ladon.expectation import Expectation, Sums
+from ladon.step_cost import StepCost
+
+EDGES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepRecord:
+    """What a decode step did and took.
+
+    Attributes:
+        batch: B, rows it served.
+        context: cached tokens per row before it, their mean.
+        nodes: node slots verified per row, root included.
+        grown: nodes per row that trees for the next step were grown to; 1 if nothing was drafted.
+        seconds: how long it took.
+        expected: path probability of the verified nodes of each depth, summed over rows; empty if there were none or
+            if they were cut after they had been chosen.
+        accepted: how many rows accepted a node of each depth; as long as `expected`.
+    """
+
+    batch: int
+    context: float
+    nodes: int
+    grown: int
+    seconds: float
+    expected: Sequence[float] = ()
+    accepted: Sequence[int] = ()
+
+
+class Sizing(Protocol):
+    """What the engine asks: before it drafts, after it has drafted, and when a step is done.
+
+    Attributes:
+        edges: numbers of nodes up to which it wants path probabilities summed; empty if it wants none.
+        probes: steps so far that were taken to learn something.
+    """
+
+    edges: Sequence[int]
+    probes: int
+
+    def reach(self, batch: int, context: float) -> int:
+        """Most nodes worth growing now, for the step after this one; 1: the heads need not run."""
+
+    def choose(self, sums: Sums | None, batch: int, context: float) -> int:
+        """Nodes of the next step.
+
+        Args:
+            sums: [K][E], path probability of the new trees' nodes of each depth up to each edge, summed over rows; None
+                if nothing was grown.
+            batch: B, rows of the next step.
+            context: their cached tokens, the mean.
+        """
+
+    def observe(self, record: StepRecord) -> float:
+        """Learn from a step; seconds that were predicted for it, NaN if none were."""
+
+
+class FixedSizing:
+    """Always the same size."""
+
+    def __init__(self, nodes: int) -> None:
+        """`nodes` per step and row, root included."""
+        self.edges: Sequence[int] = ()
+        self.probes = 0
+        self._nodes = nodes
+
+    def reach(self, batch: int, context: float) -> int:
+        """The size."""
+        return self._nodes
+
+    def choose(self, sums: Sums | None, batch: int, context: float) -> int:
+        """The size."""
+        return self._nodes
+
+    def observe(self, record: StepRecord) -> float:
+        """Nothing to learn."""
+        return math.nan
+
+
+class FrozenSizing:
+    """Chosen from frozen times alone: no clock enters, so that the same trees always get the same size.
+
+    The heads' probabilities are taken at their word. Trees are grown to the greatest size that would pay if every draft
+    were right; drafting is off where there is none.
+    """
+
+    def __init__(self, cost: StepCost, most: int, depth: int) -> None:
+        """`cost` must not be added to; trees have `most` nodes and this `depth` at most."""
+        self.edges: Sequence[int] = edges_up_to(most)
+        self.probes = 0
+        self._cost = cost
+        self._depth = depth
+
+    def reach(self, batch: int, context: float) -> int:
+        """The greatest edge that could pay."""
+        plain = self._cost.predict(batch, 1, context, drafts=False)
+        could_pay = [n for n in self.edges[1:] if self._seconds(batch, n, context) < min(n, self._depth + 1) * plain]
+        return could_pay[-1] if could_pay else 1
+
+    def choose(self, sums: Sums | None, batch: int, context: float) -> int:
+        """The best edge for these trees."""
+        if sums is None or not are_finite(sums):
+            return 1
+        tokens = Expectation(len(self.edges)).tokens(sums, batch)
+        rates = [t / self._seconds(batch, n, context) for n, t in zip(self.edges, tokens, strict=True)]
+        return self.edges[rates.index(max(rates))]
+
+    def observe(self, record: StepRecord) -> float:
+        """The time predicted; nothing is learnt."""
+        return self._cost.predict(record.batch, record.nodes, record.context, drafts=record.grown > 1)
+
+    def _seconds(self, batch: int, nodes: int, context: float) -> float:
+        return self._cost.predict(batch, nodes, context, drafts=True)
+
+
+def edges_up_to(most: int) -> tuple[int, ...]:
+    """The bucket edges for trees of `most` nodes at most."""
+    return (*(edge for edge in EDGES if edge < most), most)
+
+
+def are_finite(sums: Sums) -> bool:
+    """Whether the heads' probabilities are numbers: a model in float16 may overflow."""
+    return all(math.isfinite(mass) for masses in sums for mass in masses)

@@ -1,0 +1,259 @@
+"""What a decode step costs: learnt from the steps themselves, as they come.
+
+A step of B rows verifies n nodes per row and then drafts the next trees, or does not: without drafting, a step of one
+node is plain decoding. Its time is modelled in two parts:
+
+- a weighted regression over nodes, batch and context with coefficients that are never negative, so that it can be
+  trusted between the steps that were seen and a little beyond them;
+- what each cell (batch, nodes, drafting or not, octave of the context) itself shows over and above the regression,
+  because real time is a staircase: flat up to a knee on a GPU, with another kernel for every few rows on a CPU.
+
+Both forget. A machine whose speed changes as a whole (another program runs, the clock is throttled) moves one number,
+the pace, which all cells share: sizes that were not tried since then are still compared as they should be.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+_FULL_WEIGHT = 32.0  # steps beyond which a cell counts no more
+_PROFILE_WEIGHT = 8.0  # steps that a time of a profile stands for
+_CELL_RATE, _PACE_RATE = 0.02, 0.15  # share of a surprise that a well-known cell and the pace take over
+_PACE_LEAK = 0.005  # share of the pace that goes with each step: what lasts belongs to the cells
+_NOISE, _NOISE_RATE = 0.05, 0.05  # relative error of a time at first; share of a step that it is corrected by
+_MOST_NOISE = 0.12  # greater surprises are no measure of what is usual
+_CLIP = 0.2  # a surprise counts up to this much (natural logarithm), twice as much for each one that follows another
+_STALE = 2000.0  # steps without a visit after which a cell counts by a factor of e less
+_MOST_CELLS = 128
+_REFIT_EVERY = 32  # steps
+_FRESH = 8.0  # steps during which a cell changes so much that nothing computed from it is kept
+_SWEEPS = 12
+_OTHER_CELLS = 1.0  # what the cells around weigh against a cell's own steps
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepTime:
+    """A measured time.
+
+    Attributes:
+        batch: rows decoded together.
+        nodes: node slots verified per row, root included.
+        context: cached tokens per row, their mean.
+        drafts: whether trees for the next step were drafted in it.
+        seconds: how long it took.
+    """
+
+    batch: int
+    nodes: int
+    context: float
+    drafts: bool
+    seconds: float
+
+
+_Key = tuple[int, int, bool, int]  # batch, nodes, drafts, octave of the context
+
+
+@dataclass(slots=True)
+class _Cell:
+    """What the steps of one key showed.
+
+    Attributes:
+        level: logarithm of the seconds of a step with `context` cached tokens, at the pace 0.
+        context: cached tokens of those steps.
+        count: how many steps there were, up to a bound.
+        seen: number of the last one among all steps.
+    """
+
+    level: float
+    context: float
+    count: float
+    seen: int
+
+
+class StepCost:
+    """Times of decode steps, predicted.
+
+    Times that cannot be (zero, negative, not finite) are ignored. One that is far from the prediction moves it a
+    little; only if others follow does it move much. Of the first two steps of a cell the shorter one counts: the first
+    compiles, allocates and warms caches.
+
+    Attributes:
+        noise: mean relative error of late.
+        version: grows whenever predictions have changed by more than the pace: for those who keep some of them.
+    """
+
+    def __init__(self, times: Sequence[StepTime] = ()) -> None:
+        """Start from measured `times`, a profile, or from nothing."""
+        self._cells: dict[_Key, _Cell] = {}
+        self._weights = [0.0] * _NUM_FEATURES
+        self._pace = 0.0
+        self.noise = _NOISE
+        self._steps = 0
+        self._surprises = 0  # how many times in a row a time was far off, counted with its sign
+        self._residuals: dict[_Key, float] = {}
+        self.version = 0
+        for time in times:
+            if _is_time(time.seconds):
+                self._cells[_key(time.batch, time.nodes, time.drafts, time.context)] = _Cell(
+                    math.log(time.seconds), time.context, _PROFILE_WEIGHT, 0
+                )
+        self._refit()
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether not a single step was seen."""
+        return not self._cells
+
+    def observe(self, time: StepTime) -> None:
+        """Learn from a real step."""
+        self._steps += 1
+        if not _is_time(time.seconds):
+            return
+        key = _key(time.batch, time.nodes, time.drafts, time.context)
+        level = math.log(time.seconds) - self._pace
+        cell = self._cells.get(key)
+        if cell is None or cell.count < 2:
+            level = level if cell is None else min(level, cell.level)
+            self._cells[key] = _Cell(level, time.context, 1 if cell is None else 2, self._steps)
+            self._refit()
+        else:
+            self._correct(cell, level, time)
+            if self._steps % max(_REFIT_EVERY, len(self._cells)) == 0:
+                self._refit()
+            elif cell.count < _FRESH:
+                self._forget_residuals()
+
+    def _forget_residuals(self) -> None:
+        self._residuals.clear()
+        self.version += 1
+
+    def _correct(self, cell: _Cell, level: float, time: StepTime) -> None:
+        """Move a cell and the pace towards a new time."""
+        shape = (time.batch, time.nodes, time.drafts)
+        known = cell.level + self._log_regression(*shape, time.context) - self._log_regression(*shape, cell.context)
+        error = level - known
+        bound = _CLIP * 2.0 ** min(abs(self._surprises), 10)
+        if abs(error) <= _CLIP:
+            self._surprises = 0
+        else:
+            sign = 1 if error > 0 else -1
+            self._surprises = self._surprises + sign if self._surprises * sign > 0 else sign
+        error = max(-bound, min(bound, error))
+        self.noise += _NOISE_RATE * (min(abs(error), _MOST_NOISE) - self.noise)
+        cell.count = min(cell.count + 1, 1 / _CELL_RATE)
+        share = 1 / cell.count
+        cell.level, cell.context, cell.seen = known + share * error, time.context, self._steps
+        self._pace += _PACE_RATE * error - _PACE_LEAK * self._pace
+
+    def predict(self, batch: int, nodes: int, context: float, *, drafts: bool) -> float:
+        """Seconds of such a step; NaN if nothing was seen yet."""
+        if self.is_empty:
+            return math.nan
+        return math.exp(
+            self._log_regression(batch, nodes, drafts, context)
+            + self._residual(_key(batch, nodes, drafts, context))
+            + self._pace
+        )
+
+    def evidence(self, batch: int, nodes: int, *, drafts: bool) -> float:
+        """How many such steps were seen, at this batch or at one like it; below 1 if it was one, or very long ago."""
+        found = 0.0
+        for (other_batch, other_nodes, other_drafts, _), cell in self._cells.items():
+            alike = other_nodes == nodes and other_drafts == drafts
+            if alike and batch <= 2 * other_batch and other_batch <= 2 * batch:
+                found = max(found, self._weight(cell))
+        return found
+
+    def times(self) -> Iterator[StepTime]:
+        """What the cells show now, at the present pace."""
+        for (batch, nodes, drafts, _), cell in self._cells.items():
+            seconds = math.exp(cell.level + self._pace)
+            yield StepTime(batch=batch, nodes=nodes, context=cell.context, drafts=drafts, seconds=seconds)
+
+    def _weight(self, cell: _Cell) -> float:
+        """How much a cell counts: by its steps, less when they are long past; a single step counts little."""
+        count = 0.5 if cell.count < 2 else min(cell.count, _FULL_WEIGHT)
+        return count * math.exp((cell.seen - self._steps) / _STALE)
+
+    def _log_regression(self, batch: int, nodes: int, drafts: bool, context: float) -> float:
+        step, by_node, by_row, by_sight, by_draft, by_drafts = self._weights
+        work, cached = batch * nodes / 16, context / 1024
+        seconds = step + work * (by_node + by_sight * cached) + by_row * batch * cached / 4
+        seconds += drafts * (by_draft + by_drafts * batch / 4)
+        return math.log(seconds + _TINY)
+
+    def _residual(self, key: _Key) -> float:
+        """What the cells show beyond the regression: the cell itself, or those around it if it was little seen."""
+        found = self._residuals.get(key)
+        if found is None:
+            found = self._residuals[key] = self._residual_of(key)
+        return found
+
+    def _residual_of(self, key: _Key) -> float:
+        around, weights = 0.0, 0.25  # a little trust in the regression alone
+        own: _Cell | None = None
+        for other, cell in self._cells.items():
+            if other == key:
+                own = cell
+                continue
+            weight = min(self._weight(cell), _FRESH) * math.exp(-2.0 * _distance(key, other))
+            around += weight * self._gap(other, cell)
+            weights += weight
+        around /= weights
+        if own is None:
+            return around
+        weight = self._weight(own)
+        return (weight * self._gap(key, own) + _OTHER_CELLS * around) / (weight + _OTHER_CELLS)
+
+    def _gap(self, key: _Key, cell: _Cell) -> float:
+        return cell.level - self._log_regression(*key[:3], cell.context)
+
+    def _refit(self) -> None:
+        """Fit the regression to the cells, relative errors alike, by coordinate descent with no weight below 0."""
+        self._forget_residuals()
+        while len(self._cells) > _MOST_CELLS:
+            del self._cells[min(self._cells, key=lambda key: self._cells[key].seen)]
+        gram = [[0.0] * _NUM_FEATURES for _ in range(_NUM_FEATURES)]
+        goal = [0.0] * _NUM_FEATURES
+        for key, cell in self._cells.items():
+            scale = math.exp(-cell.level)
+            row = [scale * x for x in _features(*key[:3], cell.context)]
+            weight = self._weight(cell)
+            for i, x in enumerate(row):
+                goal[i] += weight * x
+                for j in range(_NUM_FEATURES):
+                    gram[i][j] += weight * x * row[j]
+        weights = self._weights
+        for _ in range(_SWEEPS):
+            for i in range(_NUM_FEATURES):
+                rest = sum(g * w for g, w in zip(gram[i], weights, strict=True)) - gram[i][i] * weights[i]
+                weights[i] = max(0.0, (goal[i] - rest) / (gram[i][i] * 1.001 + _TINY))
+
+
+_TINY = 1e-12
+_NUM_FEATURES = 6
+
+
+def _key(batch: int, nodes: int, drafts: bool, context: float) -> _Key:
+    return batch, nodes, drafts, max(0, int(context) // 128).bit_length()
+
+
+def _distance(key: _Key, other: _Key) -> float:
+    """How unlike two cells are."""
+    steps = abs(math.log2(key[0] / other[0])) + abs(math.log2(key[1] / other[1]))
+    return steps + (key[2] != other[2]) + 0.25 * abs(key[3] - other[3])
+
+
+def _features(batch: int, nodes: int, drafts: bool, context: float) -> tuple[float, ...]:
+    """What the cost of a step is made of, scaled to be of like size.
+
+    The step itself, its nodes, what its rows and its nodes read of the cache, drafting, and drafting by row.
+    """
+    work, cached = batch * nodes / 16, context / 1024
+    return (1.0, work, batch * cached / 4, work * cached, float(drafts), drafts * batch / 4)
+
+
+def _is_time(seconds: float) -> bool:
+    return 0.0 < seconds < math.inf

@@ -1,0 +1,126 @@
+"""Between the engine and what chooses its sizes: sums on the device, records of steps, and how long deciding takes.
+
+Shapes: B rows, N node slots, K depths, E bucket edges.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from ladon.sizing import FixedSizing, Sizing, StepRecord
+from ladon.stats import DecodeStats
+from ladon.tree import TokenTree, depths_by_parents
+
+_ONE = (
+    2**32
+)  # probabilities are summed as integers: the order of the sum does not matter, and any device gives the same
+
+
+class StepSizes:
+    """Asks a sizing what the engine needs to know, and tells it what the engine did."""
+
+    def __init__(self, budget: int | Sizing, stats: DecodeStats, device: torch.device) -> None:
+        """`budget` is a number of nodes, root included, or what chooses it; `stats` is added to."""
+        self._sizing: Sizing = FixedSizing(budget) if isinstance(budget, int) else budget
+        self._stats = stats
+        self._edges = list(self._sizing.edges)
+        self._last_nodes = torch.tensor([edge - 1 for edge in self._edges], dtype=torch.long, device=device)
+        self._depth = 0  # K of the newest sums
+        self._sums: list[list[float]] | None = None
+        self._rows = 0  # over how many rows they were summed
+        self._expected: list[float] = []
+        self._batch, self._context, self._nodes, self._probes = 0, 0.0, 1, self._sizing.probes
+
+    def reach(self, lengths: Sequence[int]) -> int:
+        """Most nodes worth growing now, for rows of so many cached tokens each."""
+        with self._timed():
+            self._rows = len(lengths)
+            return self._sizing.reach(len(lengths), sum(lengths) / len(lengths))
+
+    def pack(self, table: Tensor, tree: TokenTree) -> Tensor:
+        """A table [b, n] for the host together with the sums over the new trees, if they are wanted: [1, m] int64."""
+        with self._timed():
+            self._depth = tree.max_depth if self._edges and tree.num_nodes > 1 else 0
+            if self._depth == 0:
+                return table.reshape(1, -1)
+            sums = path_mass(tree, self._edges[-1]).index_select(1, self._last_nodes)
+            return torch.cat([table.flatten(), sums.flatten()])[None]
+
+    def unpack(self, values: list[int], num_rows: int) -> list[list[int]]:
+        """The table back from what the host got; the sums are kept."""
+        size = self._depth * len(self._edges)
+        width = (len(values) - size) // num_rows
+        with self._timed():
+            self._sums = None
+            if size:
+                numbers = [value / _ONE if value >= 0 else math.nan for value in values[len(values) - size :]]
+                self._sums = [numbers[k : k + len(self._edges)] for k in range(0, size, len(self._edges))]
+        return [values[row * width : (row + 1) * width] for row in range(num_rows)]
+
+    def choose(self, lengths: Sequence[int]) -> int:
+        """Nodes to verify now, of rows of so many cached tokens each; some of those drafted for may have ended."""
+        with self._timed():
+            self._batch, self._context = len(lengths), sum(lengths) / len(lengths)
+            sums = self._sums
+            if sums is not None and self._batch < self._rows:
+                share = self._batch / self._rows
+                sums = [[share * mass for mass in masses] for masses in sums]
+            nodes = self._sizing.choose(sums, self._batch, self._context)
+            place = self._edges.index(nodes) if nodes in self._edges and nodes > 1 else 0
+            self._expected = [masses[place] for masses in sums] if sums is not None and place > 0 else []
+            return nodes
+
+    def begin(self, nodes: int, *, is_whole: bool) -> None:
+        """A step verifies so many slots per row; `is_whole`: no node was taken out after the choice."""
+        self._nodes = nodes
+        if not is_whole:
+            self._expected = []
+
+    def observe(self, counts: Sequence[int], *, grown: int, seconds: float) -> None:
+        """The step is done.
+
+        Args:
+            counts: of each row, nodes on the accepted path, the root included.
+            grown: slots of the trees drafted in it; 1 if none were.
+            seconds: how long it took.
+        """
+        with self._timed():
+            depths = range(1, len(self._expected) + 1)
+            record = StepRecord(
+                batch=self._batch,
+                context=self._context,
+                nodes=self._nodes,
+                grown=grown,
+                seconds=seconds,
+                expected=self._expected,
+                accepted=[sum(count > depth for count in counts) for depth in depths],
+            )
+            predicted = self._sizing.observe(record)
+        self._stats.add_size(self._nodes, predicted=predicted, seconds=seconds)
+        self._stats.probes += self._sizing.probes - self._probes
+        self._probes = self._sizing.probes
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self._stats.sizing_seconds += time.perf_counter() - started
+
+
+def path_mass(tree: TokenTree, width: int) -> Tensor:
+    """Path probability of the first n nodes of each depth, summed over rows, for n = 1 to `width`.
+
+    Returns:
+        [K, width] int64, in units of 2^-32, K the tree's greatest depth; slots that a tree lacks add nothing. No host
+        transfer.
+    """
+    depths = depths_by_parents(tree.parents, tree.max_depth)
+    mass = (tree.log_probs.double().exp() * _ONE).long()
+    by_node = mass.new_zeros(tree.max_depth + 1, width).scatter_add_(0, depths, mass)
+    return by_node[1:].cumsum(1)
