@@ -51,8 +51,11 @@ class BenchOptions:
     """What a benchmark runs. The field docs are the help of the command line."""
 
     modes: tuple[str, ...] = field(
-        default=("plain", "chain", "fixed", "dynamic"),
-        metadata={"help": "some of plain, chain, fixed, dynamic; plain always runs, for comparison"},
+        default=("plain", "chain", "fixed", "dynamic", "auto"),
+        metadata={
+            "help": "some of plain, chain, fixed, dynamic (trees of --budget nodes) and auto (a dynamic tree, its size "
+            "chosen at each step); plain always runs, for comparison"
+        },
     )
     budgets: tuple[int, ...] = field(
         default=(AUTO_BUDGET,), metadata={"help": "nodes per step and sequence, root included; several: 8,16,32"}

@@ -63,6 +63,7 @@ class Decoder:
     `bias` buffer. Between forwards the model is as it was.
 
     Attributes:
+        sizing: chooses the sizes of trees; what it has learnt serves the next calls.
         stats: counts and times of the last call.
     """
 
@@ -109,7 +110,7 @@ class Decoder:
         self._target = Target(model)
         if heads is not None and not self._target.supports_trees:
             self._tree = as_chain(self._tree)
-        self._sizing = make_sizing(budget, self._tree, model, self.heads, self._num_candidates, deterministic)
+        self.sizing = make_sizing(budget, self._tree, model, self.heads, self._num_candidates, deterministic)
         self.stats = DecodeStats()
 
     def generate(
@@ -239,7 +240,7 @@ class Decoder:
         return Engine(
             self._target,
             self._proposer(clock),
-            budget=self._sizing,
+            budget=self.sizing,
             stats=self.stats,
             clock=clock,
             sampler=sampler,
