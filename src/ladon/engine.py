@@ -15,11 +15,14 @@ from torch import Tensor
 
 from ladon import sampling
 from ladon.accept import Accepted, longest_match
+from ladon.host import to_host
 from ladon.proposers import Proposer
+from ladon.pruning import Pruning
 from ladon.sampling import Sampler
 from ladon.stats import DecodeStats, StageClock
-from ladon.target import Target, VerifyOutput
+from ladon.target import Target
 from ladon.tree import TokenTree, ancestor_mask, node_depths
+from ladon.verified import VerifyOutput
 
 
 @dataclass(kw_only=True)
@@ -74,22 +77,24 @@ class Step:
     accepted: Accepted | None = None
 
 
-def to_host(values: Tensor) -> list[list[int]]:
-    """The one place where the host reads the device: an int64 table [B, n] as lists."""
-    rows: list[list[int]] = values.tolist()
-    return rows
-
-
 class Engine:
     """Decodes one batch of rows with one target and one proposer."""
 
     def __init__(
-        self, target: Target, proposer: Proposer, *, budget: int, stats: DecodeStats, clock: StageClock
+        self,
+        target: Target,
+        proposer: Proposer,
+        *,
+        budget: int,
+        stats: DecodeStats,
+        clock: StageClock,
+        pruning: Pruning | None = None,
     ) -> None:
         """`budget` is the greatest number of nodes per row, root included; `stats` is added to."""
         self._target = target
         self._proposer = proposer
         self._budget = budget
+        self._pruning = pruning
         self._stats = stats
         self._clock = clock
 
@@ -125,13 +130,13 @@ class Engine:
         clock = self._clock
         tree = self._within_limits(tree)
         with clock.stage("verify"), clock.forward_of(self._target.model, "forward"):
-            out = self._target.verify(tree, self._cache)
+            out = self._target.verify(tree, self._cache, self._pruning)
         with clock.stage("pick"):
             picks = self._picks(out.logits, self._cache.lengths, out)
         with clock.stage("accept"):
             accepted = longest_match(out.tree, picks, out.ancestors)
         with clock.stage("commit"):
-            self._cache.commit(accepted.path, accepted.count)
+            self._cache.commit(out.given(accepted.path), accepted.count)
             self._proposer.observe(accepted, out.hidden)
             batch_index = torch.arange(out.tree.batch_size, device=picks.device)
             hidden, root = out.hidden[batch_index, accepted.last], accepted.bonus
@@ -141,6 +146,7 @@ class Engine:
         counts = [row[0] for row in table]
         self._cache.mirror(counts)
         step = self._deliver([row[1 : 1 + row[0]] for row in table], tree=out.tree, accepted=accepted)
+        self._stats.count_pruned(out.tree.batch_size * out.num_pruned)
         self._count(step, counts)
         next_tree = self._without_finished(next_tree)
         self._stats.decode_seconds += time.perf_counter() - started

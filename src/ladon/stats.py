@@ -4,6 +4,7 @@ acceptance length: tokens emitted by decode steps / row-steps; the bonus token c
 tokens per second: tokens emitted by decode steps / seconds of decode steps; prefill and its token are left out.
 overhead: share of the decode steps' time that is not spent in the target's forward (the stage "forward").
 tree efficiency: accepted draft nodes / verified draft nodes; roots are no drafts, padding slots cost and count.
+pruned share: node slots that later layers did not see / node slots given to the target; roots are never pruned.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ class DecodeStats:
             (`ladon.spans`); prefill and what recomputes a row's cache do not count.
         row_steps: rows, summed over those steps.
         tokens: tokens emitted by decode steps; tokens cut off by a stop or a limit do not count.
-        nodes_verified: node slots given to the target, roots and padding slots included.
+        nodes_verified: node slots given to the target, roots, padding slots and pruned ones included.
+        nodes_pruned: those of them that were pruned on the way.
         accepted_nodes: draft nodes accepted.
         decode_seconds: time in decode steps; time the caller holds a step's result is left out.
         stage_seconds: the same time by stage, when the run was profiled: "verify" (and of it "forward", the target's
@@ -44,6 +46,7 @@ class DecodeStats:
     row_steps: int = 0
     tokens: int = 0
     nodes_verified: int = 0
+    nodes_pruned: int = 0
     accepted_nodes: int = 0
     decode_seconds: float = 0.0
     stage_seconds: dict[str, float] = field(default_factory=dict)
@@ -77,6 +80,16 @@ class DecodeStats:
     def growth_share(self) -> float:
         """Share of decode time spent growing trees, 0 to 1; NaN unless profiled."""
         return _ratio(self.stage_seconds.get("growth", math.nan), self.decode_seconds)
+
+    @property
+    def pruned_share(self) -> float:
+        """Share of the node slots given to the target that were pruned, 0 to 1; NaN before the first step."""
+        return _ratio(self.nodes_pruned, self.nodes_verified)
+
+    def count_pruned(self, nodes: int) -> None:
+        """Node slots that were given to the target besides those that came out of it."""
+        self.nodes_verified += nodes
+        self.nodes_pruned += nodes
 
     @property
     def tree_efficiency(self) -> float:
