@@ -17,17 +17,24 @@ BASE_INSTALL = {"torch", "transformers", "safetensors", "numpy", "typer", "rich"
 
 # A module may import only modules that stand before it here; a package is one entry.
 CORE = ["errors", "config", "tree", "lattice", "fixed_tree", "tree_notations", "growth", "sampling", "accept", "stats"]
+CORE += ["host", "survivors"]
 MODEL_SIDE = [
     "calibration",
     "heads",
     "forwards",
+    "early_scores",
+    "dropping",
+    "pruning",
+    "verified",
     "masks",
     "layer_inputs",
     "spans",
     "capability",
     "cache",
     "self_test",
+    "pruning_test",
     "target",
+    "prune_option",
     "proposers",
     "engine",
     "trace",
@@ -35,6 +42,7 @@ MODEL_SIDE = [
     "requests",
     "override",
     "generation",
+    "attach",
     "bundled",
 ]
 USER_SIDE = ["environment", "viz", "calibrate", "bench", "train", "cli"]

@@ -20,8 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import ladon
 from drafts import FIXED
 from families import FAMILIES, build
-from ladon import engine as engine_module
 from ladon.engine import Row
+from ladon.host import to_host
 from ladon.target import Target
 from test_spans import CASES, SWITCH
 
@@ -46,7 +46,7 @@ class Reads:
     def note(self, what: str) -> None:
         """Remember what was done, unless the innermost frame of Ladon or transformers is the model's or `to_host`."""
         frame = ladon_frame()
-        if frame is not None and frame.f_code is not engine_module.to_host.__code__:
+        if frame is not None and frame.f_code is not to_host.__code__:
             self.forbidden.append(f"{what} at {frame.f_code.co_filename}:{frame.f_lineno}")
 
 
@@ -115,7 +115,7 @@ def reads(monkeypatch):
         original = getattr(torch.Tensor, name)
 
         def reader(tensor, *args, _original=original, _name=name, **kwargs):
-            if _name == "tolist" and sys._getframe(1).f_code is engine_module.to_host.__code__:
+            if _name == "tolist" and sys._getframe(1).f_code is to_host.__code__:
                 found.allowed += 1
                 found.in_flight = False
             else:

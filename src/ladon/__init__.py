@@ -9,11 +9,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ladon.attach import attach, detach
     from ladon.bundled import load_demo
     from ladon.errors import HeadsError, InputError, LadonError, TreeError, UnsupportedModelError
     from ladon.fixed_tree import FixedTree, best_fixed_tree
-    from ladon.generation import Decoder, attach, detach
+    from ladon.generation import Decoder
     from ladon.heads import Heads, load_heads, new_heads
+    from ladon.pruning import Pruning
     from ladon.stats import DecodeStats
     from ladon.trace import TraceStep
     from ladon.tree_notations import TreeSize, read_tree
@@ -21,8 +23,9 @@ if TYPE_CHECKING:
 _HOME = {
     "Decoder": "ladon.generation",
     "TraceStep": "ladon.trace",
-    "attach": "ladon.generation",
-    "detach": "ladon.generation",
+    "attach": "ladon.attach",
+    "detach": "ladon.attach",
+    "Pruning": "ladon.pruning",
     "DecodeStats": "ladon.stats",
     "FixedTree": "ladon.fixed_tree",
     "best_fixed_tree": "ladon.fixed_tree",
@@ -48,6 +51,7 @@ __all__ = [
     "HeadsError",
     "InputError",
     "LadonError",
+    "Pruning",
     "TraceStep",
     "TreeError",
     "TreeSize",

@@ -62,7 +62,7 @@ class _Route:
         self._flat.clear()
         self.reserve(self.reach)
 
-    def keep_tokens(self, tokens: Tensor) -> None:
+    def keep_only(self, tokens: Tensor) -> None:
         """Let the layers that follow write only these of the new tokens, [b, M]; they keep their slots."""
         slots = self.slots
         if slots is None:

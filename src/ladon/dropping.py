@@ -22,7 +22,7 @@ from ladon.forwards import one_state
 class Slots(Protocol):
     """The part of a cache's route that must know."""
 
-    def keep_tokens(self, tokens: Tensor) -> None:
+    def keep_only(self, tokens: Tensor) -> None:
         """Only these tokens of the forward are written from now on."""
 
 
@@ -78,7 +78,7 @@ class Dropping:
             hidden = one_state(self._model, args[0] if args else kwargs["hidden_states"])
             self._num_tokens = hidden.shape[1]
             self.kept = self._choose(hidden)
-            self._route.keep_tokens(self.kept)
+            self._route.keep_only(self.kept)
         return tuple(map(self._of_kept, args)), {name: self._of_kept(value) for name, value in kwargs.items()}
 
     def _of_kept(self, value: Any) -> Any:

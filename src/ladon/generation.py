@@ -1,4 +1,4 @@
-"""The front door: `Decoder`, and `attach` for code that only knows `model.generate`.
+"""The front door: `Decoder`.
 
 Preparing inputs, limits and stop rules is left to transformers' own `generate`, which then calls the decoder through
 `custom_generate`. What it drops on the way is handled here: the streamer, the tokenizer that stop strings need, an
@@ -18,8 +18,10 @@ from ladon.engine import Engine, Row, Step
 from ladon.errors import InputError, LadonError, TreeError
 from ladon.fixed_tree import FixedTree
 from ladon.heads import Heads
-from ladon.override import override_generate, own_generate, restore_generate
+from ladon.override import own_generate
 from ladon.proposers import HeadsProposer, Proposer, RootProposer, candidates_needed, tree_builder
+from ladon.prune_option import chosen_pruning
+from ladon.pruning import Pruning
 from ladon.requests import (
     Request,
     check_prompt,
@@ -52,6 +54,7 @@ class Decoder:
     `bias` buffer. Between forwards the model is as it was.
 
     Attributes:
+        pruning: how trees are pruned; None if they are not.
         stats: counts and times of the last call.
     """
 
@@ -63,6 +66,7 @@ class Decoder:
         tree: str | FixedTree | TreeSize = _DEFAULTS.tree,
         budget: int | str = _DEFAULTS.budget,
         num_candidates: int = _DEFAULTS.num_candidates,
+        prune: str | Pruning = _DEFAULTS.prune,
         profile: bool = False,
     ) -> None:
         """Check the model and the options.
@@ -77,6 +81,7 @@ class Decoder:
             budget: nodes verified per step and row, root included; "auto" is the size of a fixed tree, and 16 for
                 others until sizes are chosen from measured cost. A smaller budget cuts a fixed tree.
             num_candidates: candidates kept per head.
+            prune: "off"; "auto", what `ladon calibrate --pruning` found to pay, if anything; or a `Pruning`.
             profile: measure time by stage (waits for the device at each stage).
 
         Raises:
@@ -96,6 +101,7 @@ class Decoder:
         self._target = Target(model)
         if heads is not None and not self._target.supports_trees:
             self._tree = _as_chain(self._tree)
+        self.pruning = chosen_pruning(prune, heads, self._target)
         self.stats = DecodeStats()
 
     def generate(
@@ -241,7 +247,14 @@ class Decoder:
         self._target.check()  # first of all: the model may have changed since the last call
         self.stats = DecodeStats()
         clock = StageClock(self.stats.stage_seconds, enabled=self._profile, device=self._target.device)
-        return Engine(self._target, self._proposer(clock), budget=self._budget, stats=self.stats, clock=clock)
+        return Engine(
+            self._target,
+            self._proposer(clock),
+            budget=self._budget,
+            stats=self.stats,
+            clock=clock,
+            pruning=self.pruning,
+        )
 
     def _proposer(self, clock: StageClock) -> Proposer:
         if self.heads is None or self._tree == "off":
@@ -250,27 +263,6 @@ class Decoder:
         tree = self._tree if self._target.supports_trees else _as_chain(self._tree)
         num_candidates = candidates_needed(tree, self._num_candidates, self._budget)
         return HeadsProposer(self.heads, tree_builder(tree), num_candidates, clock)
-
-
-def attach(model: PreTrainedModel, heads: Heads | None = None, **options: Any) -> Decoder:
-    """Make `model.generate` decode with trees, for pipelines and any code that calls it; `detach` undoes it.
-
-    Args:
-        model: the model; only this object changes. Copies of it, and what is saved of it, decode as without Ladon.
-        heads: its decoding heads.
-        **options: as `Decoder` takes them.
-
-    Returns:
-        The decoder, whose `stats` tell about the last call.
-    """
-    decoder = Decoder(model, heads, **options)
-    override_generate(model, decoder.generate)
-    return decoder
-
-
-def detach(model: PreTrainedModel) -> None:
-    """Give `model` back the `generate` it had before `attach`; nothing happens if `attach` was not called."""
-    restore_generate(model)
 
 
 def _check_tree_option(tree: str | FixedTree, heads: Heads | None, num_candidates: int) -> str | FixedTree:

@@ -44,23 +44,23 @@ class _Prunable(Protocol):
     def verify(self, tree: TokenTree, cache: TreeCache, pruning: Pruning | None = None) -> VerifyOutput: ...
 
 
-def why_not(target: _Prunable, layer: int) -> str | None:
-    """Why this model's trees cannot be pruned after a layer, in words; None if they can."""
-    name = type(target.model).__name__
+def check_pruning(target: _Prunable, layer: int) -> None:
+    """Raise `UnsupportedModelError` unless this model's trees can be pruned after a layer."""
+    name = f"{type(target.model).__name__} cannot be pruned after layer {layer}"
+    otherwise = "Use prune='off' for it"
     try:
         difference, control = measure(target, layer)
     except (MemoryError, torch.OutOfMemoryError):  # no matter of pruning
         raise
     except Exception as error:
         first_line = str(error).partition("\n")[0]
-        return f"{name} cannot be pruned after layer {layer}: {type(error).__name__}: {first_line}"
+        raise UnsupportedModelError(f"{name}: {type(error).__name__}: {first_line}. {otherwise}") from error
     allowed = allowed_share(target.dtype)
-    if difference <= allowed * control:
-        return None
-    return (
-        f"{name} cannot be pruned after layer {layer}: what survives differs by {difference:.2g} from what it is "
-        f"unpruned (other nodes differ by {control:.2g}; allowed is {allowed:.0%} of that)"
-    )
+    if not difference <= allowed * control:
+        raise UnsupportedModelError(
+            f"{name}: what survives differs by {difference:.2g} from what it is unpruned (other nodes differ by "
+            f"{control:.2g}; allowed is {allowed:.0%} of that). {otherwise}"
+        )
 
 
 @torch.no_grad()

@@ -10,7 +10,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from contextlib import ExitStack
-from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,7 +24,7 @@ from ladon.heads.ends import output_projection
 from ladon.layer_inputs import layer_inputs_of
 from ladon.masks import Sight, causal_mask, localities, model_masks, tree_mask
 from ladon.pruning import Pruner, Pruning
-from ladon.pruning_test import why_not
+from ladon.pruning_test import check_pruning
 from ladon.self_test import Verdict, tested
 from ladon.spans import Part, PrefillGroup, Spans
 from ladon.tree import TokenTree, ancestor_mask, node_depths, position_ids
@@ -83,7 +82,7 @@ class Target:
         self._takes_positions = "position_ids" in arguments
         self._spans, self._layer_inputs = Spans(model), layer_inputs_of(model)
         self._verdict = None if self._self_test else Verdict(trees=True)
-        self._pruner = lru_cache(partial(Pruner, model))
+        self._pruners: dict[Pruning, Pruner] = {}
         self._made_for = state
 
     def check(self) -> Verdict:
@@ -105,10 +104,14 @@ class Target:
         """Whether any tree can be verified; False when only chains can. Checks the model first, as `check` does."""
         return self.check().trees
 
-    def why_unpruned(self, pruning: Pruning) -> str | None:
-        """Why trees cannot be pruned after this layer, found by a test of it; None if they can."""
-        self.check()
-        return why_not(Target(self.model, self_test=False), pruning.layer)
+    def pruner(self, pruning: Pruning) -> Pruner:
+        """`pruning` made ready for the model, each layer tested once. Raises what `Pruner` and `check_pruning` do."""
+        if pruning not in self._pruners:
+            made, layers = Pruner(self.model, pruning), {known.layer for known in self._pruners}
+            if self._self_test and pruning.layer not in layers:
+                check_pruning(Target(self.model, self_test=False), pruning.layer)
+            self._pruners[pruning] = made
+        return self._pruners[pruning]
 
     def new_cache(self, batch_size: int) -> TreeCache:
         """An empty cache for this many rows: the start of a run, so the model is checked first, as `check` does."""
@@ -129,7 +132,7 @@ class Target:
         Args:
             tree: the tree of each row, [B, N]; its root at position `cache.lengths`.
             cache: the rows' committed tokens.
-            pruning: which nodes later layers see (`why_unpruned`); rows in several spans, or in a plain one, see all.
+            pruning: which nodes later layers see; rows in several spans, or in a plain one, see all.
         """
         self._recompute(cache)
         ancestors = ancestor_mask(tree.parents, tree.max_depth)
@@ -138,7 +141,7 @@ class Target:
         parts = self._spans.parts(cache.host_lengths)
         drop = None
         if len(parts) == 1 and not parts[0].span.plain:
-            drop = None if pruning is None else self._pruner(pruning).during(tree, ancestors, cache.route)
+            drop = None if pruning is None else self.pruner(pruning).during(tree, ancestors, cache.route)
             logits, hidden = self._verify_rows(tree.tokens, ancestors, depths, cache, parts[0], None, drop)
         else:
             logits, hidden = self._verify_parts(tree.tokens, ancestors, depths, cache, parts)
