@@ -150,8 +150,8 @@ def make(name, monkeypatch):
 MODELS = ("llama", "bloom", "gpt_neo", "mistral with eager", "longrope recomputed", "longrope in a window", "indexer")
 
 
-def check_one_read_per_step(model, tree, reads):
-    decoder = ladon.Decoder(model, ladon.new_heads(model, num_heads=3), tree=tree)
+def check_one_read_per_step(model, tree, reads, prune="off", more_reads=0):
+    decoder = ladon.Decoder(model, ladon.new_heads(model, num_heads=3), tree=tree, prune=prune)
     prompts = [torch.arange(3, 9), torch.arange(5, 25), torch.arange(7, 8)]
     rows = [
         Row(prompt=p, max_new_tokens=n, is_stop=lambda _: False) for p, n in zip(prompts, (13, 20, 18), strict=True)
@@ -163,13 +163,26 @@ def check_one_read_per_step(model, tree, reads):
     with Net(reads), Copies(reads):
         num_steps = sum(1 for _ in run)
     assert reads.forbidden == []
-    assert reads.allowed == num_steps > 5
+    assert reads.allowed - more_reads * decoder.stats.forwards == num_steps > 5
+    assert (decoder.stats.nodes_pruned > 0) == (prune != "off")
     return rows
 
 
 @pytest.mark.parametrize("tree", ["dynamic", "chain", "off", FIXED], ids=["dynamic", "chain", "off", "fixed"])
 def test_one_read_per_step(tiny_llama, reads, tree):
     check_one_read_per_step(tiny_llama, tree, reads)
+
+
+@pytest.mark.parametrize("criterion", ["evidence", "siblings", "top-k"])
+@pytest.mark.parametrize("name", ["llama", "bloom", "gpt_neo", "mistral with eager"])
+def test_pruning_to_a_size_reads_nothing_more(name, criterion, reads, monkeypatch):
+    pruning = ladon.Pruning(layer=1, keep=4, criterion=criterion)
+    check_one_read_per_step(make(name, monkeypatch), "dynamic", reads, pruning)
+
+
+def test_pruning_by_a_threshold_reads_once_more(tiny_llama, reads):
+    pruning = ladon.Pruning(layer=1, keep="threshold", threshold=0.5)
+    check_one_read_per_step(tiny_llama, "chain", reads, pruning, more_reads=1)
 
 
 @pytest.mark.parametrize("name", MODELS)
