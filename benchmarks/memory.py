@@ -17,9 +17,10 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import ladon
-from ladon.engine import Engine, Row
+from ladon.engine import Engine
 from ladon.growth import grow_dynamic
 from ladon.proposers import HeadsProposer
+from ladon.rows import Row
 from ladon.stats import DecodeStats, StageClock
 from ladon.target import Target
 
@@ -69,7 +70,7 @@ def measure(num_layers: int, vocab_size: int, batch: int, context: int, budget: 
     nodes = step.tree.num_nodes
     reach = context + stats.tokens // batch + nodes
     parts = {
-        "cache": engine._cache.nbytes,
+        "cache": engine.cache_bytes,
         "mask": batch * nodes * reach,  # bool
         "logits": batch * nodes * vocab_size * 4,
     }

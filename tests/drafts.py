@@ -10,11 +10,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ladon.engine import Engine, Row
+from ladon.engine import Engine
 from ladon.fixed_tree import FixedTree
 from ladon.lattice import Lattice
 from ladon.proposers import HeadsProposer, Proposer, RootProposer, tree_builder
 from ladon.pruning import Pruning
+from ladon.rows import Row
 from ladon.stats import DecodeStats, StageClock
 from ladon.target import Target
 
@@ -28,21 +29,24 @@ PROPOSERS = ("root", "oracle", "adversary", "random", "heads")
 class DraftedLattice:
     """Fills each depth with candidates that hold the true next token (oracle), never do (adversary), or may.
 
-    The truth per row is what the reference decoding emitted. Where the row stands is counted on the device, as any
-    proposer has to.
+    The truth is what the reference decoding emitted: of each row, in the order in which the rows join. Where a row
+    stands is counted on the device, as any proposer has to.
     """
 
     def __init__(self, kind: str, truth: Sequence[Sequence[int]], vocab_size: int, tree: str | FixedTree) -> None:
         longest = max(len(row) for row in truth) + DEPTH + 2
-        self._truth = torch.tensor([[*row, *[0] * (longest - len(row))] for row in truth])
+        self._all = torch.tensor([[*row, *[0] * (longest - len(row))] for row in truth])
+        self._joined, self._truth = 0, self._all[:0]
         self._kind, self._vocab_size = kind, vocab_size
         self._build = tree_builder(tree)
-        self._place = torch.zeros(len(truth), dtype=torch.long)
+        self._place = torch.zeros(0, dtype=torch.long)
         self._generator = torch.Generator().manual_seed(1)
 
     def join(self, prompts, hidden):
         """The prefill's token is the first of the truth: the next one to draft is the second."""
-        self._place += 1
+        start, self._joined = self._joined, self._joined + len(prompts)
+        self._truth = torch.cat([self._truth, self._all[start : self._joined]])
+        self._place = torch.cat([self._place, torch.ones(len(prompts), dtype=torch.long)])
 
     def observe(self, accepted, hidden):
         self._place += accepted.count

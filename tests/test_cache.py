@@ -22,11 +22,13 @@ WIDTHS = (3, 2)  # of keys and of values
 
 def write(cache: TreeCache, states: Tensor, rows: list[int] | None = None) -> None:
     """Write N new tokens [b, N] to every layer, each entry telling its token, layer, head and kind apart."""
-    lengths = [cache.host_lengths[row] for row in rows or range(cache.num_rows)]
+    places = list(range(cache.num_rows)) if rows is None else rows
+    lengths = [cache.host_lengths[row] for row in places]
     slots = torch.tensor(lengths)[:, None] + torch.arange(states.shape[1]) if len(set(lengths)) > 1 else None
-    index = None if rows is None else torch.tensor(rows)
+    side_by_side = places == list(range(places[0], places[-1] + 1))
+    index = range(places[0], places[-1] + 1) if side_by_side else torch.tensor(places)
     cache.route.reserve(max(cache.host_lengths) + states.shape[1])
-    cache.route.aim(max(lengths), states.shape[1], slots=slots, rows=index)
+    cache.route.aim(max(lengths), states.shape[1], index, slots=slots)
     for layer, heads in enumerate(HEADS):
         keys, values = (entry(states, layer, heads, kind) for kind in (0, 1))
         seen_keys, seen_values = cache.update(keys, values, layer)
@@ -53,7 +55,7 @@ def check(cache: TreeCache, tokens: list[list[int]]) -> None:
         stored = cache.layers[layer]
         for kind, buffer in enumerate((stored.keys, stored.values)):
             assert buffer.isfinite().all()
-            assert buffer.shape[:2] == (len(tokens), heads)
+            assert buffer.shape[0] >= len(tokens) and buffer.shape[1] == heads
             for row, row_tokens in enumerate(tokens):
                 wanted = entry(torch.tensor([row_tokens]), layer, heads, kind)[0]
                 assert torch.equal(buffer[row, :, : len(row_tokens)], wanted)
@@ -97,7 +99,7 @@ def test_any_sequence_of_trees(
         check(cache, tokens)
         if action == 1:
             kept = rng.sample(range(len(tokens)), rng.randint(1, len(tokens)))
-            cache.keep_rows(kept)
+            cache.keep(kept)
             tokens = [tokens[row] for row in kept]
             check(cache, tokens)
 
@@ -121,7 +123,7 @@ def test_growth_is_geometric_and_layer_by_layer() -> None:
         write(cache, torch.full((1, 8), 3))
         capacities.add(cache.layers[0].keys.shape[2])
     assert len(capacities) <= 4  # 64, 128, 256, 512: copies stay proportional to the tokens
-    cache.route.aim(capacity := cache.route.capacity, 8)
+    cache.route.aim(capacity := cache.route.capacity, 8, range(1))
     states = torch.zeros(1, HEADS[0], 8, WIDTHS[0])
     cache.update(states, states[..., : WIDTHS[1]], 0)
     assert cache.layers[0].keys.shape[2] == 2 * capacity
@@ -142,7 +144,7 @@ def test_layers_that_are_never_written_cost_nothing() -> None:
     write(cache, torch.tensor([[5, 6], [7, 8]]))
     cache.commit(torch.tensor([[0, 1], [0, 0]]), torch.tensor([2, 1]))
     cache.mirror([2, 1])
-    cache.keep_rows([1])
+    cache.keep([1])
     assert cache.layers[-1].keys is None
     assert cache.host_lengths == [1]
 

@@ -11,7 +11,7 @@ import ladon
 from drafts import TREES, decode, make_proposer
 from ladon import engine as engine_module
 from ladon import target as target_module
-from ladon.engine import Row
+from ladon.rows import Row
 from ladon.self_test import Verdict
 from ladon.target import Target
 
@@ -109,7 +109,7 @@ def test_a_model_that_has_lost_its_trees_gets_chains(model, monkeypatch):
     model.set_attn_implementation("eager")
     monkeypatch.setattr(target_module, "tested", lambda _: Verdict(trees=False))
     rows = [Row(prompt=PROMPTS[0], max_new_tokens=9, is_stop=lambda _: False)]
-    trees = [step.tree for step in decoder._engine().run(rows) if step.tree is not None]
+    trees = [step.tree for step in decoder.engine().run(rows) if step.tree is not None]
     assert trees
     for tree in trees:
         drafted = tree.log_probs[0].isfinite()  # the others are padding
@@ -137,7 +137,7 @@ def test_two_runs_on_one_model_do_not_disturb_each_other(model):
     heads = ladon.new_heads(model, num_heads=3)
     first, second = ladon.Decoder(model, heads), ladon.Decoder(model, heads, tree="chain")
     rows = [Row(prompt=p, max_new_tokens=10, is_stop=lambda _: False) for p in PROMPTS[:2]]
-    runs = [first._engine().run(rows[:1]), second._engine().run(rows[1:])]
+    runs = [first.engine().run(rows[:1]), second.engine().run(rows[1:])]
     while runs:
         runs = [run for run in runs if next(run, None) is not None]
     assert [row.tokens for row in rows] == [generate(model, p, 10) for p in PROMPTS[:2]]
@@ -174,6 +174,6 @@ def test_a_run_that_is_dropped_leaves_the_model_as_it_was(model):
 def test_no_gradients_are_recorded(model):
     heads = ladon.new_heads(model, num_heads=3)
     decoder = ladon.Decoder(model, heads)
-    for step in decoder._engine().run([Row(prompt=PROMPTS[0], max_new_tokens=4, is_stop=lambda _: False)]):
+    for step in decoder.engine().run([Row(prompt=PROMPTS[0], max_new_tokens=4, is_stop=lambda _: False)]):
         if step.tree is not None:
             assert not step.tree.log_probs.requires_grad

@@ -17,7 +17,7 @@ BASE_INSTALL = {"torch", "transformers", "safetensors", "numpy", "typer", "rich"
 
 # A module may import only modules that stand before it here; a package is one entry.
 CORE = ["errors", "config", "tree", "lattice", "fixed_tree", "tree_notations", "growth", "sampling", "accept", "stats"]
-CORE += ["host", "survivors"]
+CORE += ["rows", "route", "host", "survivors"]
 MODEL_SIDE = [
     "calibration",
     "heads",
@@ -31,11 +31,13 @@ MODEL_SIDE = [
     "spans",
     "capability",
     "cache",
+    "prefill",
     "self_test",
     "pruning_test",
     "target",
     "prune_option",
     "proposers",
+    "batch",
     "engine",
     "trace",
     "stopping",

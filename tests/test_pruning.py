@@ -1,4 +1,4 @@
-"""Early pruning against decoding without it: every family, random trees and keep sets, what the layers see, what is refused."""
+"""Early pruning against decoding without it: every family, random trees and keep sets, the layers, what is refused."""
 
 from __future__ import annotations
 
@@ -316,7 +316,7 @@ def test_a_packed_projection_takes_top_k_only() -> None:
     model.lm_head = Packed(model.lm_head)
     target = Target(model, self_test=False)
     assert run_pruned(target, [5, 9], Pruning(layer=1, keep=4, criterion="top-k")) < 1e-5
-    with pytest.raises(InputError, match="packed or offloaded.*criterion='top-k'"):
+    with pytest.raises(InputError, match=r"packed or offloaded.*criterion='top-k'"):
         target.pruner(Pruning(layer=1, keep=4))
 
 
@@ -349,7 +349,7 @@ def test_what_does_not_fit_the_model_is_refused(model: PreTrainedModel) -> None:
     other = EarlyExit(layer=1, num_layers=4, hidden_size=8, width=1)
     with pytest.raises(InputError, match=r"for a model of 4 layers of width 8, this one has 2 of\s+width 32"):
         ladon.Decoder(model, heads, prune=Pruning(layer=1, keep=4, early_exit=other))
-    with pytest.raises(InputError, match='prune is True; give "off", "auto" or a ladon.Pruning'):
+    with pytest.raises(InputError, match=r'prune is True; give "off", "auto" or a ladon.Pruning'):
         ladon.Decoder(model, heads, prune=True)
 
 

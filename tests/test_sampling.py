@@ -10,7 +10,7 @@ import torch
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from ladon import Decoder, InputError, new_heads
-from ladon.engine import Row
+from ladon.rows import Row
 from ladon.sampling import Sampler, check_settings, gumbel_noise, mix, pick
 
 
@@ -34,10 +34,10 @@ def test_agrees_with_argmax_on_ordinary_logits_and_on_masked_ones(vocab_size):
     assert torch.equal(pick(logits), logits.argmax(-1)), "NaN counts as the greatest, as in argmax"
 
 
-def draws(sampler: Sampler, logits: torch.Tensor, num: int) -> torch.Tensor:
-    """`num` picks, each at a position of its own, of one row's logits [V]."""
+def draws(sampler: Sampler, seed: int, logits: torch.Tensor, num: int) -> torch.Tensor:
+    """`num` picks, each at a position of its own, of the logits [V] of one row with this seed."""
     depths = torch.arange(num)[None]
-    return sampler.pick(logits.expand(1, num, -1), torch.tensor([0]), depths, num - 1)[0]
+    return sampler.pick(logits.expand(1, num, -1), torch.tensor([seed]), torch.tensor([0]), depths, num - 1)[0]
 
 
 def chi_square(counts: torch.Tensor, law: torch.Tensor) -> float:
@@ -59,8 +59,8 @@ def test_the_law_is_that_of_generate(settings, dtype):
     warpers += [TopKLogitsWarper(top_k)] if top_k else []
     warpers += [TopPLogitsWarper(top_p)] if top_p < 1 else []
     law = warpers(torch.zeros(1, 1, dtype=torch.int64), logits.double()[None]).softmax(-1)[0]
-    sampler = Sampler(temperature=temperature, top_k=top_k, top_p=top_p, seeds=torch.tensor([mix(1, 2)]))
-    counts = torch.bincount(draws(sampler, logits, 40_000), minlength=12)
+    sampler = Sampler(temperature=temperature, top_k=top_k, top_p=top_p)
+    counts = torch.bincount(draws(sampler, mix(1, 2), logits, 40_000), minlength=12)
     assert abs(chi_square(counts, law)) < 4
 
 
@@ -69,7 +69,7 @@ def test_rows_and_positions_are_independent():
     logits = torch.tensor([0.5, 0.0, -0.5, -1.0])
     law = logits.softmax(-1)
     for seeds, shift in [((mix(7, 0), mix(7, 1)), 0), ((5, 5), 1), ((0, 1), 0)]:
-        left, right = (draws(Sampler(temperature=1.0, seeds=torch.tensor([s])), logits, 30_001) for s in seeds)
+        left, right = (draws(Sampler(temperature=1.0), seed, logits, 30_001) for seed in seeds)
         pairs = left[: 30_001 - shift] * 4 + right[shift:]
         assert abs(chi_square(torch.bincount(pairs, minlength=16), torch.outer(law, law).flatten())) < 4
 
@@ -134,13 +134,16 @@ def test_other_settings_without_a_law_are_refused():
         with pytest.raises(InputError, match=name):
             check_settings(1.0, top_k, top_p)
     with pytest.raises(InputError, match="greedy"):
-        Sampler(temperature=0.0, seeds=torch.tensor([0]))
+        Sampler(temperature=0.0)
 
 
 def sampled(decoder: Decoder, prompts, seeds, **settings) -> list[list[int]]:
     """New tokens of each prompt, decoded together."""
-    rows = [Row(prompt=prompt, max_new_tokens=17, is_stop=frozenset({5}).__contains__) for prompt in prompts]
-    for _ in decoder.decode(rows, Sampler(seeds=torch.tensor(seeds), **settings)):
+    rows = [
+        Row(prompt=prompt, max_new_tokens=17, is_stop=frozenset({5}).__contains__, seed=seed)
+        for prompt, seed in zip(prompts, seeds, strict=True)
+    ]
+    for _ in decoder.decode(rows, Sampler(**settings)):
         pass
     return [row.tokens for row in rows]
 
@@ -167,8 +170,8 @@ def test_follows_the_models_law_at_every_position(tiny_llama):
     tiny_llama.lm_head.weight.data *= 8
     prompt, num = torch.tensor([3, 1, 4]), 10_000
     plain = Decoder(tiny_llama)
-    rows = [Row(prompt=prompt, max_new_tokens=2, is_stop=frozenset().__contains__) for _ in range(num)]
-    for _ in plain.decode(rows, Sampler(temperature=0.8, seeds=torch.arange(num))):
+    rows = [Row(prompt=prompt, max_new_tokens=2, is_stop=frozenset().__contains__, seed=seed) for seed in range(num)]
+    for _ in plain.decode(rows, Sampler(temperature=0.8)):
         pass
     pairs = torch.tensor([row.tokens for row in rows])
     with torch.no_grad():

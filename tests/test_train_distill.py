@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
 from ladon import InputError
-from ladon.engine import Row
 from ladon.generation import Decoder
+from ladon.rows import Row
 from ladon.sampling import Sampler, mix
 from ladon.train.distill import Answer, Failure, Report, Settings, distill, failed_path
 from ladon.train.local import LocalModel, weights_hash
@@ -108,9 +108,10 @@ def test_a_sampled_row_can_be_replayed_from_itself(double, local, tmp_path):
             prompt=torch.tensor(row.prompt_ids),
             max_new_tokens=int(row.sampling["max_new_tokens"]),
             is_stop=double.generation_config.eos_token_id.__contains__,
+            seed=row.seed,
         )
         law = {name: row.sampling[name] for name in ("temperature", "top_p", "top_k")}
-        for _ in Decoder(double).decode([again], Sampler(seeds=torch.tensor([row.seed]), **law)):
+        for _ in Decoder(double).decode([again], Sampler(**law)):
             pass
         assert again.tokens == row.answer_ids
     assert len({tuple(row.answer_ids) for row in rows}) == len(rows)

@@ -20,8 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import ladon
 from drafts import FIXED
 from families import FAMILIES, build
-from ladon.engine import Row
 from ladon.host import to_host
+from ladon.prefill import PromptReader
+from ladon.rows import Row
 from ladon.target import Target
 from test_spans import CASES, SWITCH
 
@@ -157,7 +158,7 @@ def check_one_read_per_step(model, tree, reads, prune="off", more_reads=0):
         Row(prompt=p, max_new_tokens=n, is_stop=lambda _: False) for p, n in zip(prompts, (13, 20, 18), strict=True)
     ]
     assert decoder._target.supports_trees
-    run = decoder._engine().run(rows)
+    run = decoder.engine().run(rows)
     reads.forbidden.clear()  # what comes before the run is no part of it
     reads.allowed, reads.in_flight = 0, False
     with Net(reads), Copies(reads):
@@ -189,18 +190,18 @@ def test_pruning_by_a_threshold_reads_once_more(tiny_llama, reads):
 def test_one_read_per_step_of_every_kind_of_model(name, reads, monkeypatch):
     """Masks of every kind, rows that must not share a forward, and rows whose cache is computed again."""
     parts, refilled = [], []
-    verify_parts, prefill_group = Target._verify_parts, Target._prefill_group
+    verify_parts, read_group = Target._verify_parts, PromptReader._read_group
 
     def note_parts(*args):
         parts.append(len(args[-1]))
         return verify_parts(*args)
 
-    def note_lengths(target, tokens, lengths, *args):
-        refilled.append(set(lengths) == {SWITCH})
-        return prefill_group(target, tokens, lengths, *args)
+    def note_lengths(reader, prompts, *args):
+        refilled.append({len(prompt) for prompt in prompts} == {SWITCH})
+        return read_group(reader, prompts, *args)
 
     monkeypatch.setattr(Target, "_verify_parts", note_parts)
-    monkeypatch.setattr(Target, "_prefill_group", note_lengths)
+    monkeypatch.setattr(PromptReader, "_read_group", note_lengths)
     rows = check_one_read_per_step(make(name, monkeypatch), "dynamic", reads)
     assert any(len(row.prompt) < SWITCH < len(row.prompt) + len(row.tokens) for row in rows)
     assert (max(parts, default=1) > 1) == (name in CASES)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ladon.generation import Decoder
     from ladon.heads import Heads, load_heads, new_heads
     from ladon.pruning import Pruning
+    from ladon.rows import Row
     from ladon.stats import DecodeStats
     from ladon.trace import TraceStep
     from ladon.tree_notations import TreeSize, read_tree
@@ -26,6 +27,7 @@ _HOME = {
     "attach": "ladon.attach",
     "detach": "ladon.attach",
     "Pruning": "ladon.pruning",
+    "Row": "ladon.rows",
     "DecodeStats": "ladon.stats",
     "FixedTree": "ladon.fixed_tree",
     "best_fixed_tree": "ladon.fixed_tree",
@@ -52,6 +54,7 @@ __all__ = [
     "InputError",
     "LadonError",
     "Pruning",
+    "Row",
     "TraceStep",
     "TreeError",
     "TreeSize",

@@ -1,11 +1,16 @@
 """The key/value cache of tree decoding: preallocated, ragged, rewritten in place.
 
-Every layer holds buffers [B, heads, capacity, D] for keys and for values (and for the keys of a sparse indexer, where
+Every layer holds buffers [rows, heads, slots, D] for keys and for values (and for the keys of a sparse indexer, where
 the model has one); where keys and values have one shape, they are the two parts of one allocation, so that `commit`
 moves them in one operation. Row b has `lengths[b]` committed tokens in slots 0 to `lengths[b]` - 1; a verified
 tree puts node i of that row into slot `lengths[b]` + i, and `commit` moves the accepted nodes down to the committed
 part. Whatever lies beyond is stale: it is masked until the next tree overwrites it. It must stay finite, because a
 masked NaN in the values still spoils the softmax average.
+
+The B rows in use are the first of the buffers, and a forward works on a stretch of them, so that it needs a view and
+no copy. Rows come behind the others (`append`), with nothing committed: what the last owner of their place has left
+is as stale as the rest. Rows that leave are overwritten by others (`keep`). Buffers only grow, by doubling, in rows
+and in slots; who needs them no more drops the cache.
 """
 
 from __future__ import annotations
@@ -18,77 +23,9 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ladon.errors import InputError
+from ladon.route import Route, flat_index
 
-_FIRST_CAPACITY = 64  # slots; buffers double from here
-_FlatKey = tuple[int, int, torch.device]
-_MoveKey = tuple[int, int, int, torch.device]
-
-
-class _Route:
-    """Where the next forward writes and what it reads; one per cache, set before each forward, read by every layer.
-
-    Attributes:
-        rows: the rows of the cache that take part, [b] int64; None for all of them.
-        slots: the slot of each new token, [b, N] int64; None when every row writes from slot `start`.
-        start: the first slot written, when it is the same in all rows.
-        num_tokens: N, the new tokens of each row.
-        widest: the most tokens written to a row since the last commit.
-        reach: the number of leading slots the forward can see (the widest row's length plus the new tokens).
-        past: what the model is told when it asks how many tokens came before.
-        capacity: slots a layer must have before the forward writes to it.
-    """
-
-    def __init__(self, batch_size: int) -> None:
-        self.batch_size = batch_size
-        self.rows: Tensor | None = None
-        self.slots: Tensor | None = None
-        self.start = self.num_tokens = self.reach = self.past = self.widest = 0
-        self.capacity = _FIRST_CAPACITY
-        self._flat: dict[_FlatKey, Tensor] = {}
-
-    def aim(
-        self,
-        start: int,
-        num_tokens: int,
-        *,
-        past: int | None = None,
-        slots: Tensor | None = None,
-        rows: Tensor | None = None,
-    ) -> None:
-        """Describe the next forward; `start` is the widest row's length, `past` the same unless said."""
-        self.start, self.num_tokens, self.reach = start, num_tokens, start + num_tokens
-        self.past, self.slots, self.rows = start if past is None else past, slots, rows
-        self.widest = max(self.widest, num_tokens)
-        self._flat.clear()
-        self.reserve(self.reach)
-
-    def keep_only(self, tokens: Tensor) -> None:
-        """Let the layers that follow write only these of the new tokens, [b, M]; they keep their slots."""
-        slots = self.slots
-        if slots is None:
-            slots = torch.arange(self.start, self.reach, device=tokens.device)[None]
-        self.slots = slots.expand(len(tokens), -1).gather(1, tokens)
-        self._flat.clear()
-
-    def reserve(self, slots: int) -> None:
-        """Make sure that every layer has this many slots after its next write."""
-        if slots > self.capacity:
-            self.capacity = max(slots, 2 * self.capacity)
-
-    def flat_slots(self, heads: int, capacity: int, device: torch.device) -> Tensor:
-        """Where the new entries go in a buffer seen as [B * heads * capacity, D]; made once per forward."""
-        key = (heads, capacity, device)
-        if key not in self._flat:
-            rows = torch.arange(self.batch_size, device=device) if self.rows is None else self.rows
-            slots = torch.arange(self.start, self.reach, device=device)[None] if self.slots is None else self.slots
-            self._flat[key] = _flat_index(rows.to(device), slots.to(device), heads, capacity)
-        return self._flat[key]
-
-
-def _flat_index(rows: Tensor, slots: Tensor, heads: int, capacity: int) -> Tensor:
-    """Positions [b * heads * N] of `slots` [b|1, N] of `rows` [b] in a buffer seen as [B * heads * capacity, D]."""
-    first = (rows[:, None] * heads + torch.arange(heads, device=rows.device)) * capacity
-    return (first[:, :, None] + slots[:, None, :]).view(-1)
+_MoveKey = tuple[int, int, int, int, torch.device]
 
 
 class _TreeLayer(CacheLayerMixin):
@@ -98,10 +35,10 @@ class _TreeLayer(CacheLayerMixin):
     is_compileable = False
     is_croppable = True
 
-    def __init__(self, route: _Route) -> None:
+    def __init__(self, route: Route) -> None:
         super().__init__()
         self.route = route
-        self.stores: dict[str, Tensor] = {}  # each [parts, B, heads, capacity, D]; empty for a layer never written
+        self.stores: dict[str, Tensor] = {}  # each [parts, rows, heads, capacity, D]; empty for a layer never written
         self.indexer_keys: Tensor | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -134,11 +71,11 @@ class _TreeLayer(CacheLayerMixin):
         self._write(self.indexer_keys, states)
         return self._visible(self.indexer_keys)[:, 0]
 
-    def keep_rows(self, index: Tensor) -> None:
-        """Drop all rows but these, in this order."""
-        for name, store in self.stores.items():
-            self.stores[name] = store.index_select(1, index.to(store.device))
-        self._name_parts()
+    def move_rows(self, source: Tensor, target: Tensor, used: int) -> None:
+        """Copy the first `used` slots of the rows `source` [m] to the rows `target` [m], which may overlap."""
+        for store in self.stores.values():
+            slots = store.narrow(3, 0, used)
+            slots.index_copy_(1, target.to(store.device), slots.index_select(1, source.to(store.device)))
 
     def get_seq_length(self) -> int:
         """The tokens before this forward, for the models that ask instead of reading position ids."""
@@ -155,15 +92,15 @@ class _TreeLayer(CacheLayerMixin):
     get_max_cache_shape = get_max_length  # its name before transformers 5.17
 
     def _allocate(self, parts: int, states: Tensor) -> Tensor:
-        shape = (parts, self.route.batch_size, states.shape[-3], self.route.capacity, states.shape[-1])
+        shape = (parts, self.route.row_capacity, states.shape[-3], self.route.capacity, states.shape[-1])
         return states.new_zeros(shape)
 
     def _grow(self) -> None:
         """Larger buffers with the same content, if needed: layers grow one by one, as the forward reaches them."""
         for name, store in self.stores.items():
-            if store.shape[3] < self.route.capacity:
+            if store.shape[1] < self.route.row_capacity or store.shape[3] < self.route.capacity:
                 grown = self._allocate(store.shape[0], store)
-                grown[:, :, :, : store.shape[3]] = store
+                grown[:, : store.shape[1], :, : store.shape[3]] = store
                 self.stores[name] = grown
                 self._name_parts()
 
@@ -178,16 +115,20 @@ class _TreeLayer(CacheLayerMixin):
 
     def _write(self, buffer: Tensor, states: Tensor) -> None:
         route = self.route
-        if route.slots is None and route.rows is None:
-            buffer.narrow(2, route.start, route.num_tokens).copy_(states)
+        if route.slots is None and isinstance(route.rows, range):
+            rows = buffer[route.rows.start : route.rows.stop]
+            rows.narrow(2, route.start, route.num_tokens).copy_(states)
             return
         _, heads, capacity, width = buffer.shape
         index = route.flat_slots(heads, capacity, buffer.device)
         buffer.view(-1, width).index_copy_(0, index, states.reshape(-1, width))
 
     def _visible(self, buffer: Tensor) -> Tensor:
+        rows = self.route.rows
         seen = buffer.narrow(2, 0, self.route.reach)
-        return seen if self.route.rows is None else seen.index_select(0, self.route.rows.to(buffer.device))
+        if isinstance(rows, range):
+            return seen[rows.start : rows.stop]
+        return seen.index_select(0, rows.to(buffer.device))
 
 
 class TreeCache(Cache):
@@ -199,7 +140,7 @@ class TreeCache(Cache):
     """
 
     def __init__(self, num_layers: int, batch_size: int, device: torch.device, *, keep_tokens: bool = False) -> None:
-        self.route = _Route(batch_size)
+        self.route = Route(batch_size)
         super().__init__(layers=[_TreeLayer(self.route) for _ in range(num_layers)])
         self._tokens = _TreeLayer(self.route) if keep_tokens else None  # ids move like an indexer's keys
         self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
@@ -207,8 +148,8 @@ class TreeCache(Cache):
 
     @property
     def num_rows(self) -> int:
-        """B, the number of rows."""
-        return self.route.batch_size
+        """B, the number of rows in use."""
+        return len(self.host_lengths)
 
     @property
     def nbytes(self) -> int:
@@ -221,10 +162,10 @@ class TreeCache(Cache):
             self._tokens.update_indexer(tokens[:, :, None])
 
     def tokens(self, length: int) -> Tensor:
-        """The first `length` token ids of every row, [B, length]."""
+        """The first `length` token ids of every row, [B, length]; those beyond a row's own length are stale."""
         if self._tokens is None or self._tokens.indexer_keys is None:
             raise InputError("this cache holds no token ids: make it with keep_tokens=True")
-        return self._tokens.indexer_keys[:, 0, :length, 0]
+        return self._tokens.indexer_keys[: self.num_rows, 0, :length, 0]
 
     def _all_layers(self) -> list[_TreeLayer]:
         return [*self.layers, *([] if self._tokens is None else [self._tokens])]
@@ -235,34 +176,37 @@ class TreeCache(Cache):
         return seen
 
     def commit(self, path: Tensor, count: Tensor) -> None:
-        """Keep the accepted nodes of the tree that was verified last, and drop the rest.
+        """Keep the accepted nodes of the trees that were verified last, and drop the rest.
 
-        Everything is gathered before anything is written, so moves may overlap. Slots beyond a row's new length hold
-        what the padding of `path` points at; they are stale like all others there.
+        The trees are those of the first b rows; any others stay as they are. Everything is gathered before anything is
+        written, so moves may overlap. Slots beyond a row's new length hold what the padding of `path` points at; they
+        are stale like all others there.
 
         Args:
-            path: accepted nodes of each row, root first, padded by repeating the last one, [B, A] int64.
-            count: how many of them are real, [B] int64, at least 1.
+            path: accepted nodes of each row, root first, padded by repeating the last one, [b, A] int64.
+            count: how many of them are real, [b] int64, at least 1.
         """
         # The root is where it belongs already, and no row can have accepted more nodes than were written.
         path = path[:, 1 : self.route.widest]
+        others = self.num_rows - len(count)
         if path.shape[1] > 0:
-            self._move(self.lengths[:, None] + path, path.shape[1])
-        self.lengths = self.lengths + count
+            self._move(path, self.lengths[: len(count), None])
+        self.lengths = self.lengths + (torch.nn.functional.pad(count, (0, others)) if others else count)
         self.route.widest = 0
 
-    def _move(self, source: Tensor, num_slots: int) -> None:
-        """Copy the slots `source` [B, A] of every buffer to the A slots after the root's."""
-        after_root = torch.arange(1, num_slots + 1, device=source.device)
-        both = torch.cat((source, self.lengths[:, None] + after_root), 1)
+    def _move(self, path: Tensor, lengths: Tensor) -> None:
+        """Copy the nodes `path` [b, A] of the trees at slots `lengths` [b, 1] to the A slots after the root's."""
+        batch_size, num_slots = path.shape
+        after_root = torch.arange(1, num_slots + 1, device=path.device)
+        both = torch.cat((lengths + path, lengths + after_root), 1)
         moves: dict[_MoveKey, tuple[Tensor, Tensor]] = {}
         for layer in self._all_layers():
             for store in layer.stores.values():
-                parts, batch_size, heads, capacity, width = store.shape
-                key = (parts, heads, capacity, store.device)
+                parts, row_capacity, heads, capacity, width = store.shape
+                key = (parts, row_capacity, heads, capacity, store.device)
                 if key not in moves:
-                    rows = torch.arange(parts * batch_size, device=both.device)
-                    index = _flat_index(rows, both.repeat(parts, 1), heads, capacity)
+                    rows = torch.arange(parts * row_capacity, device=both.device).view(parts, -1)[:, :batch_size]
+                    index = flat_index(rows.reshape(-1), both.repeat(parts, 1), heads, capacity)
                     index = index.to(store.device).view(-1, 2, num_slots)
                     moves[key] = index[:, 0].reshape(-1), index[:, 1].reshape(-1)
                 read, write = moves[key]
@@ -270,17 +214,27 @@ class TreeCache(Cache):
                 flat.index_copy_(0, write, flat.index_select(0, read))
 
     def mirror(self, counts: Sequence[int]) -> None:
-        """Tell the host what `commit` kept in each row, after the step's one transfer."""
-        self.host_lengths = [length + count for length, count in zip(self.host_lengths, counts, strict=True)]
+        """Tell the host what `commit` kept in each of the first rows, after the step's one transfer."""
+        for row, count in enumerate(counts):
+            self.host_lengths[row] += count
 
-    def keep_rows(self, rows: Sequence[int]) -> None:
-        """Drop all rows but these, in this order."""
-        index = torch.tensor(list(rows), dtype=torch.int64, device=self.lengths.device)
-        for layer in self._all_layers():
-            layer.keep_rows(index)
-        self.lengths = self.lengths[index]
-        self.host_lengths = [self.host_lengths[row] for row in rows]
-        self.route.batch_size = len(self.host_lengths)
+    def append(self, count: int) -> None:
+        """Put new rows of length 0 behind the others."""
+        self.set_lengths([*self.host_lengths, *[0] * count])
+        self.route.reserve_rows(self.num_rows)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Drop all rows but these, in this order; only those that change their place are copied, as far as in use.
+
+        The host must know the lengths: call `mirror` first.
+        """
+        moved = [(old, new) for new, old in enumerate(rows) if old != new and self.host_lengths[old] > 0]
+        if moved:
+            source, target = torch.tensor(moved, device=self.lengths.device).unbind(1)
+            used = max(self.host_lengths[old] for old, _ in moved)
+            for layer in self._all_layers():
+                layer.move_rows(source, target, used)
+        self.set_lengths([self.host_lengths[row] for row in rows])
 
     def set_lengths(self, lengths: Sequence[int]) -> None:
         """Declare how many leading slots of each row are committed, on the host and on the device."""

@@ -1,4 +1,4 @@
-"""The loop: propose, verify, pick, accept, commit.
+"""The loop: propose, verify, pick, accept, commit, for rows that join and leave at any step.
 
 Everything is batched and nothing on the way reads the device but `to_host`, once a step. Plain decoding is the same
 loop with a tree of one node.
@@ -7,67 +7,35 @@ loop with a tree of one node.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ladon import sampling
 from ladon.accept import Accepted, longest_match
+from ladon.batch import Batch
 from ladon.host import to_host
 from ladon.proposers import Proposer
 from ladon.pruning import Pruning
+from ladon.rows import Row
 from ladon.sampling import Sampler
 from ladon.stats import DecodeStats, StageClock
 from ladon.target import Target
 from ladon.tree import TokenTree, ancestor_mask, node_depths
-from ladon.verified import VerifyOutput
-
-
-@dataclass(kw_only=True)
-class Row:
-    """One sequence being decoded.
-
-    Attributes:
-        prompt: its token ids, [T] int64, no padding.
-        max_new_tokens: how many tokens it may get, at least 1.
-        is_stop: called with each new token, in order; True ends the row with that token.
-        tokens: what has been emitted so far.
-        finished: whether it has ended.
-    """
-
-    prompt: Tensor
-    max_new_tokens: int
-    is_stop: Callable[[int], bool]
-    tokens: list[int] = field(default_factory=list)
-    finished: bool = False
-
-    @property
-    def num_left(self) -> int:
-        """Tokens it may still get."""
-        return self.max_new_tokens - len(self.tokens)
-
-    def take(self, tokens: Sequence[int]) -> list[int]:
-        """Append tokens one by one, as if they came alone, up to the first stop or the limit; return those taken."""
-        taken: list[int] = []
-        for token in tokens:
-            taken.append(token)
-            self.tokens.append(token)
-            if self.is_stop(token) or self.num_left == 0:
-                self.finished = True
-                break
-        return taken
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Step:
-    """What one decode step did.
+    """What one step did.
 
     Attributes:
-        rows: the rows it served, B of them.
-        emitted: the tokens each row took, in order: accepted drafts, then the bonus token unless the row ended before.
-        tree: the verified tree, on the device; None for the step that emits the prefill's token.
+        rows: the rows it served: first those that it decoded, then those whose prompts it has read to the end. None in
+            a step that has only read on in prompts.
+        emitted: the tokens each row took, in order: accepted drafts, then the bonus token unless the row ended before;
+            for a prompt read to its end, the first token. None for a row that was cancelled meanwhile.
+        tree: the verified trees of the rows decoded, on the device; None if there was none.
         accepted: the accepted paths, on the device; None likewise.
     """
 
@@ -76,9 +44,41 @@ class Step:
     tree: TokenTree | None = None
     accepted: Accepted | None = None
 
+    @property
+    def joined(self) -> list[Row]:
+        """The rows whose prompts it has read to the end."""
+        return self.rows if self.tree is None else self.rows[self.tree.batch_size :]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Outcome:
+    """What a step's forward says of b rows, on the device: where they go on from, and what the host must know.
+
+    Attributes:
+        places: the rows.
+        hidden: hidden state of the last token kept, [b, H].
+        root: the token picked last, [b].
+        table: of each row, the number of its new tokens, then these, [b, 1 + A]; the rest is meaningless.
+        tree: the verified tree; None for prompts.
+        accepted: the accepted paths likewise.
+        num_pruned: nodes per row that were given to the target and are not in the tree.
+    """
+
+    places: list[int]
+    hidden: Tensor
+    root: Tensor
+    table: Tensor
+    tree: TokenTree | None = None
+    accepted: Accepted | None = None
+    num_pruned: int = 0
+
 
 class Engine:
-    """Decodes one batch of rows with one target and one proposer."""
+    """Decodes rows with one target and one proposer: they are submitted, join, decode together, and leave.
+
+    One thread steps; any thread may submit and cancel. While no row is in flight the engine holds no cache: the model
+    may be changed then, and is looked at anew before the next row joins.
+    """
 
     def __init__(
         self,
@@ -88,82 +88,172 @@ class Engine:
         budget: int,
         stats: DecodeStats,
         clock: StageClock,
+        sampler: Sampler | None = None,
+        max_rows: int | None = None,
         pruning: Pruning | None = None,
     ) -> None:
-        """`budget` is the greatest number of nodes per row, root included; `stats` is added to."""
-        self._target = target
-        self._proposer = proposer
-        self._budget = budget
-        self._pruning = pruning
-        self._stats = stats
-        self._clock = clock
+        """Make an engine without rows.
 
-    def run(self, rows: Sequence[Row], sampler: Sampler | None = None) -> Iterator[Step]:
-        """Decode until every row has ended; the first step carries the prefill's tokens. Greedy without a sampler."""
-        self._rows, self._sampler = list(rows), sampler
-        tree, step = self._start()
-        yield step
-        while self._rows:
-            tree, step = self._step(tree)
-            yield step
+        Args:
+            target: the model.
+            proposer: drafts the trees; no other engine may use it.
+            budget: the greatest number of nodes per row, root included.
+            stats: added to.
+            clock: times the stages.
+            sampler: how tokens are drawn, with each row's own seed; None is greedy.
+            max_rows: rows in flight at most, others wait in the order they came; None for no bound.
+            pruning: how trees are pruned while they are verified; None for not at all.
+
+        Raises:
+            InputError: `max_rows` is below 1.
+        """
+        self._target, self._proposer, self._budget, self._sampler = target, proposer, budget, sampler
+        self._stats, self._clock, self._pruning = stats, clock, pruning
+        self._batch = Batch(target, max_rows)
+        self._tree: TokenTree | None = None
+
+    @property
+    def cache_bytes(self) -> int:
+        """What keys and values take now; 0 when no row is in flight."""
+        return self._batch.nbytes
+
+    def submit(self, row: Row) -> None:
+        """Let a row wait for its turn; it joins in the next step that has room. From any thread.
+
+        Raises:
+            InputError: it was submitted before, its prompt is empty, or it may get no token.
+        """
+        self._batch.submit(row)
+
+    def cancel(self, row: Row) -> None:
+        """End a row, wherever it is, from any thread: `Row.cancel`. The next step gives its place to another."""
+        row.cancel()
+
+    def run(self, rows: Sequence[Row]) -> Iterator[Step]:
+        """Submit rows and step until nothing is left to do. Closing the iterator cancels those that have not ended."""
+        for row in rows:
+            self.submit(row)
+        try:
+            while (step := self.step()) is not None:
+                yield step
+        finally:
+            for row in rows:
+                row.cancel()
+            self._settle()
 
     @torch.no_grad()
-    def _start(self) -> tuple[TokenTree, Step]:
-        """Read the prompts, emit the first token of each row and grow the first trees."""
-        prompts = [row.prompt for row in self._rows]
-        self._cache = self._target.new_cache(len(prompts))  # tests the model, which is no part of the prefill
-        started = time.perf_counter()
-        hidden, logits = self._target.prefill(prompts, self._cache)
-        root = self._picks(logits[:, None], self._cache.lengths)[:, 0]
-        self._proposer.join(prompts, hidden)
-        with self._clock.paused():
-            tree = self._proposer.propose(hidden, root, self._budget)
-        step = self._deliver(to_host(root[:, None]))
-        self._stats.prefill_tokens += sum(len(prompt) for prompt in prompts)
-        self._stats.prefill_seconds += time.perf_counter() - started
-        return self._without_finished(tree), step
+    def step(self) -> Step | None:
+        """Rows leave and join, prompts are read on by a chunk, and all rows that have read theirs take a decode step.
+
+        A step that raises takes the rows in flight with it: they are cancelled. Waiting rows go on waiting.
+
+        Returns:
+            What was done; None if there is no row.
+        """
+        try:
+            self._settle()
+            self._batch.admit()
+            return self._step() if self._batch.rows else None
+        except BaseException:  # an interrupt, too, leaves rows half done
+            self._batch.drop()
+            self._tree = None
+            self._proposer.keep([])
+            raise
 
     @torch.no_grad()
-    def _step(self, tree: TokenTree) -> tuple[TokenTree, Step]:
-        """One decode step: verify this tree, keep what the target would have said, grow the next tree."""
+    def _settle(self) -> None:
+        """Rows that have ended leave; those that have read their prompts are among the others now."""
+        trees = self._batch.settle()
+        if self._tree is not None and trees is not None:
+            self._tree = self._tree.rows(trees) if trees else None
+            self._proposer.keep(trees)
+
+    def _step(self) -> Step:
+        """Read prompts on, verify the trees, keep what the target would have said, and grow the next trees."""
         started = time.perf_counter()
-        clock = self._clock
-        tree = self._within_limits(tree)
+        read = self._read()
+        if self._tree is not None and self._batch.joining:
+            self._clock.wait()  # or the prefill would be timed as decoding
+        prefilled = time.perf_counter()
+        decoded = None if self._tree is None else self._decode(self._tree)
+        outcomes = [outcome for outcome in (decoded, read) if outcome is not None]
+        if not outcomes:
+            self._stats.prefill_seconds += prefilled - started
+            return Step(rows=[], emitted=[])
+        if read is not None:
+            self._proposer.join([self._batch.rows[place].prompt for place in read.places], read.hidden)
+        hidden, root = _cat([outcome.hidden for outcome in outcomes]), _cat([outcome.root for outcome in outcomes])
+        with self._clock.paused(decoded is None):
+            self._tree = self._proposer.propose(hidden, root, self._budget)
+            with self._clock.stage("transfer"):
+                table = to_host(_stacked([outcome.table for outcome in outcomes]))
+        self._batch.drafted = [place for outcome in outcomes for place in outcome.places]
+        step = self._deliver(table, decoded)
+        ended = time.perf_counter()
+        self._stats.prefill_seconds += (ended if decoded is None else prefilled) - started
+        self._stats.decode_seconds += 0.0 if decoded is None else ended - prefilled
+        return step
+
+    def _read(self) -> _Outcome | None:
+        """Read joining rows' prompts on by a chunk; what is said after those that have come to their end, if any."""
+        batch, first = self._batch, len(self._batch.drafted)
+        if not batch.joining:
+            return None
+        before = batch.cache.host_lengths[first:]
+        done, hidden, logits = self._target.read([row.prompt for row in batch.joining], batch.cache)
+        for row, old, new in zip(batch.joining, before, batch.cache.host_lengths[first:], strict=True):
+            row.stats.prefill_tokens += new - old
+            self._stats.prefill_tokens += new - old
+        if hidden is None or logits is None:
+            return None
+        root = self._first_picks(logits, [batch.joining[index] for index in done])
+        table = torch.stack([torch.ones_like(root), root], dim=1)
+        return _Outcome(places=[first + index for index in done], hidden=hidden, root=root, table=table)
+
+    def _first_picks(self, logits: Tensor, rows: list[Row]) -> Tensor:
+        """The first token of each row, [b], from the logits after its prompt [b, V]."""
+        seeds = self._seeds_of(rows)
+        if self._sampler is None or seeds is None:
+            return sampling.pick(logits)
+        lengths = torch.tensor([len(row.prompt) for row in rows], device=logits.device)
+        return self._sampler.pick(logits[:, None], seeds, lengths, torch.zeros_like(lengths)[:, None], 0)[:, 0]
+
+    def _decode(self, tree: TokenTree) -> _Outcome:
+        """Verify the trees of the rows that decode, and keep what the target would have said."""
+        cache, clock = self._batch.cache, self._clock
+        tree = self._within_limits(tree.prefix(self._budget))
+        seeds = self._seeds_of(self._batch.decoding)
         with clock.stage("verify"), clock.forward_of(self._target.model, "forward"):
-            out = self._target.verify(tree, self._cache, self._pruning)
+            out = self._target.verify(tree, cache, self._pruning)
         with clock.stage("pick"):
-            picks = self._picks(out.logits, self._cache.lengths, out)
+            if self._sampler is None or seeds is None:
+                picks = sampling.pick(out.logits)
+            else:
+                first, depths = cache.lengths[: tree.batch_size] + 1, node_depths(out.ancestors)
+                picks = self._sampler.pick(out.logits, seeds, first, depths, out.tree.max_depth)
         with clock.stage("accept"):
             accepted = longest_match(out.tree, picks, out.ancestors)
         with clock.stage("commit"):
-            self._cache.commit(out.given(accepted.path), accepted.count)
+            cache.commit(out.given(accepted.path), accepted.count)
             self._proposer.observe(accepted, out.hidden)
             batch_index = torch.arange(out.tree.batch_size, device=picks.device)
             hidden, root = out.hidden[batch_index, accepted.last], accepted.bonus
-        next_tree = self._proposer.propose(hidden, root, self._budget)
-        with clock.stage("transfer"):
-            table = to_host(torch.cat([accepted.count[:, None], accepted.tokens], dim=1))
-        counts = [row[0] for row in table]
-        self._cache.mirror(counts)
-        step = self._deliver([row[1 : 1 + row[0]] for row in table], tree=out.tree, accepted=accepted)
-        self._stats.count_pruned(out.tree.batch_size * out.num_pruned)
-        self._count(step, counts)
-        next_tree = self._without_finished(next_tree)
-        self._stats.decode_seconds += time.perf_counter() - started
-        return next_tree, step
-
-    def _picks(self, logits: Tensor, lengths: Tensor, out: VerifyOutput | None = None) -> Tensor:
-        """What the target says after each node of `out`, [B, N], or after the prompts; rows have `lengths` [B]."""
-        if self._sampler is None:
-            return sampling.pick(logits)
-        if out is None:
-            return self._sampler.pick(logits, lengths, torch.zeros_like(lengths)[:, None], 0)
-        return self._sampler.pick(logits, lengths + 1, node_depths(out.ancestors), out.tree.max_depth)
+        table = torch.cat([accepted.count[:, None], accepted.tokens], dim=1)
+        places = self._batch.drafted
+        return _Outcome(
+            places=places,
+            hidden=hidden,
+            root=root,
+            table=table,
+            tree=out.tree,
+            accepted=accepted,
+            num_pruned=out.num_pruned,
+        )
 
     def _within_limits(self, tree: TokenTree) -> TokenTree:
         """Drop nodes that no row may emit any more, or that the target could not verify exactly at this length."""
         caps = []
-        for row, length in zip(self._rows, self._cache.host_lengths, strict=True):
+        for row, length in zip(self._batch.rows[: tree.batch_size], self._batch.cache.host_lengths, strict=False):
             target_cap = self._target.depth_cap(length)
             caps.append(row.num_left - 1 if target_cap is None else min(row.num_left - 1, target_cap))
         if max(caps) == 0:
@@ -173,30 +263,38 @@ class Engine:
         depths = node_depths(ancestor_mask(tree.parents, tree.max_depth))
         return tree.capped(depths, torch.tensor(caps, device=depths.device))
 
-    def _deliver(
-        self, tokens: list[list[int]], tree: TokenTree | None = None, accepted: Accepted | None = None
-    ) -> Step:
-        """Hand each row its new tokens; rows decide where they end."""
-        emitted = [row.take(row_tokens) for row, row_tokens in zip(self._rows, tokens, strict=True)]
-        return Step(rows=list(self._rows), emitted=emitted, tree=tree, accepted=accepted)
+    def _deliver(self, table: list[list[int]], decoded: _Outcome | None) -> Step:
+        """Hand each row its new tokens and count them; rows decide where they end."""
+        rows, emitted = self._batch.decoding, []
+        tree, accepted, num_decoded, pruned = None, None, 0, 0
+        if decoded is not None:
+            tree, accepted, num_decoded = decoded.tree, decoded.accepted, len(decoded.places)
+            pruned = decoded.num_pruned
+            self._batch.cache.mirror([count for count, *_ in table[:num_decoded]])
+            self._stats.forwards += 1
+        for index, (row, (count, *tokens)) in enumerate(zip(rows, table, strict=True)):
+            taken = row.take(tokens[:count])
+            emitted.append(taken)
+            if tree is not None and index < num_decoded:
+                for stats in (row.stats, self._stats):
+                    stats.add_step(emitted=len(taken), nodes=tree.num_nodes + pruned, accepted=count - 1, pruned=pruned)
+            elif taken:
+                row.stats.first_token = time.perf_counter()
+            if row.finished:
+                row.stats.finished = time.perf_counter()
+        return Step(rows=rows, emitted=emitted, tree=tree, accepted=accepted)
 
-    def _count(self, step: Step, counts: list[int]) -> None:
-        stats = self._stats
-        stats.forwards += 1
-        stats.row_steps += len(step.rows)
-        stats.tokens += sum(len(tokens) for tokens in step.emitted)
-        stats.accepted_nodes += sum(counts) - len(counts)
-        if step.tree is not None:
-            stats.nodes_verified += step.tree.batch_size * step.tree.num_nodes
+    def _seeds_of(self, rows: Sequence[Row]) -> Tensor | None:
+        """The seeds [b], on the device; None where nothing is drawn."""
+        return None if self._sampler is None else torch.tensor([row.seed for row in rows], device=self._target.device)
 
-    def _without_finished(self, tree: TokenTree) -> TokenTree:
-        """Let the rows that have ended leave the batch, the cache and the proposer."""
-        kept = [place for place, row in enumerate(self._rows) if not row.finished]
-        if len(kept) == len(self._rows):
-            return tree
-        self._rows = [self._rows[place] for place in kept]
-        if kept:
-            self._cache.keep_rows(kept)
-            self._proposer.keep(kept)
-            self._sampler = None if self._sampler is None else self._sampler.rows(kept)
-        return tree.rows(kept)
+
+def _cat(parts: list[Tensor]) -> Tensor:
+    """The parts one after the other; most steps have a single one."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _stacked(tables: list[Tensor]) -> Tensor:
+    """Tables of different widths, one below the other."""
+    width = max(table.shape[1] for table in tables)
+    return _cat([torch.nn.functional.pad(table, (0, width - table.shape[1])) for table in tables])

@@ -13,15 +13,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ladon.config import AUTO_BUDGET, TREES, DecoderOptions
-from ladon.engine import Engine, Row, Step
-from ladon.errors import InputError, LadonError, TreeError
+from ladon.config import DecoderOptions
+from ladon.engine import Engine, Step
+from ladon.errors import InputError, LadonError
 from ladon.fixed_tree import FixedTree
 from ladon.heads import Heads
 from ladon.override import own_generate
-from ladon.proposers import HeadsProposer, Proposer, RootProposer, candidates_needed, tree_builder
-from ladon.prune_option import chosen_pruning
-from ladon.pruning import Pruning
+from ladon.proposers import (
+    HeadsProposer,
+    Proposer,
+    RootProposer,
+    as_chain,
+    candidates_needed,
+    check_budget,
+    check_tree,
+    tree_builder,
+)
+from ladon.prune_option import Prune, chosen_pruning
 from ladon.requests import (
     Request,
     check_prompt,
@@ -32,6 +40,7 @@ from ladon.requests import (
     refuse_cache,
     refuse_unsupported,
 )
+from ladon.rows import Row
 from ladon.sampling import Sampler
 from ladon.stats import DecodeStats, StageClock
 from ladon.stopping import stop_string_rule
@@ -66,7 +75,7 @@ class Decoder:
         tree: str | FixedTree | TreeSize = _DEFAULTS.tree,
         budget: int | str = _DEFAULTS.budget,
         num_candidates: int = _DEFAULTS.num_candidates,
-        prune: str | Pruning = _DEFAULTS.prune,
+        prune: Prune = _DEFAULTS.prune,
         profile: bool = False,
     ) -> None:
         """Check the model and the options.
@@ -93,14 +102,14 @@ class Decoder:
         if isinstance(tree, TreeSize):
             tree, budget, num_candidates = tree.options(budget)
         self._num_candidates = DecoderOptions(num_candidates=num_candidates).num_candidates  # checked there
-        self._tree = _check_tree_option(tree, heads, self._num_candidates)
-        self._budget = _check_budget(budget, self._tree)
+        self._tree = check_tree(tree, heads, self._num_candidates)
+        self._budget = check_budget(budget, self._tree)
         self._profile = profile
         self.model = model
         self.heads = None if heads is None else heads.bind(model)
         self._target = Target(model)
         if heads is not None and not self._target.supports_trees:
-            self._tree = _as_chain(self._tree)
+            self._tree = as_chain(self._tree)
         self.pruning = chosen_pruning(prune, heads, self._target)
         self.stats = DecodeStats()
 
@@ -183,18 +192,55 @@ class Decoder:
             InputError: what `generate` refuses, the options in the model's generation config included; or several
                 prompts.
         """
-        prompt = input_ids[None] if input_ids.ndim == 1 else input_ids
-        check_prompt(prompt, None, max_new_tokens)
-        if len(prompt) > 1:
-            raise InputError(f"a trace shows one sequence, but there are {len(prompt)}; give one prompt")
         options = {} if eos_token_id is None else {"eos_token_id": eos_token_id}
-        mask = torch.ones_like(prompt)
-        request = self._prepare(prompt, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, **options)
-        return Trace(self._engine().run(request.rows), prompt.shape[1])
+        row = self.row(input_ids, max_new_tokens=max_new_tokens, **options)
+        return Trace(self.engine().run([row]), len(row.prompt))
 
-    def decode(self, rows: Sequence[Row], sampler: Sampler | None = None) -> Iterator[Step]:
-        """Decode rows whose limits, stops and token ids the caller has checked; what comes is in the rows too."""
-        return self._engine().run(rows, sampler)
+    def row(self, input_ids: Tensor, **options: Any) -> Row:
+        """One prompt for `engine` or `decode`, with the limits and stop rules that `generate` would give it.
+
+        Args:
+            input_ids: one prompt, [T] or [1, T] int64, without padding.
+            **options: `generate`'s: `max_new_tokens`, `eos_token_id`, `stopping_criteria` and so on.
+
+        Raises:
+            InputError: what `generate` refuses; or several prompts.
+        """
+        prompt = input_ids[None] if input_ids.ndim == 1 else input_ids
+        check_prompt(prompt, None, merged_option(self.model, options, "max_new_tokens"))
+        if len(prompt) > 1:
+            raise InputError(f"a row is one sequence, but there are {len(prompt)}; give one prompt")
+        return self._prepare(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, **options).rows[0]
+
+    def decode(
+        self, rows: Sequence[Row], sampler: Sampler | None = None, *, max_rows: int | None = None
+    ) -> Iterator[Step]:
+        """Decode rows whose limits, stops and token ids the caller has checked, in an `engine` that they join in order."""
+        return self.engine(sampler=sampler, max_rows=max_rows).run(rows)
+
+    def engine(self, *, sampler: Sampler | None = None, max_rows: int | None = None) -> Engine:
+        """An engine for rows that come and go, with statistics of its own, which are `stats` from now on.
+
+        Args:
+            sampler: how tokens are drawn, with each row's own seed; None is greedy.
+            max_rows: rows in flight at most, the others wait; None for no bound.
+
+        Raises:
+            InputError: `max_rows` is below 1.
+        """
+        self._target.check()  # first of all: the model may have changed since the last call
+        self.stats = DecodeStats()
+        clock = StageClock(self.stats.stage_seconds, enabled=self._profile, device=self._target.device)
+        return Engine(
+            self._target,
+            self._proposer(clock),
+            budget=self._budget,
+            stats=self.stats,
+            clock=clock,
+            sampler=sampler,
+            max_rows=max_rows,
+            pruning=self.pruning,
+        )
 
     def _prepare(self, input_ids: Tensor, **options: Any) -> Request:
         """What transformers makes of a call's options; its complaints about them become an `InputError`."""
@@ -235,57 +281,17 @@ class Decoder:
             raise InputError(f"a streamer shows one sequence, but there are {len(request.rows)}; give one prompt")
         if streamer is not None:
             streamer.put(request.input_ids.cpu())
-        for step in self._engine().run(request.rows):
-            if streamer is not None:
+        for step in self.engine().run(request.rows):
+            if streamer is not None and step.emitted:  # none while a long prompt is read
                 streamer.put(torch.tensor(step.emitted[0]))
         if streamer is not None:
             streamer.end()
         return pack_output(request.input_ids, request.rows, request.config)
 
-    def _engine(self) -> Engine:
-        """An engine for one call, with statistics of its own."""
-        self._target.check()  # first of all: the model may have changed since the last call
-        self.stats = DecodeStats()
-        clock = StageClock(self.stats.stage_seconds, enabled=self._profile, device=self._target.device)
-        return Engine(
-            self._target,
-            self._proposer(clock),
-            budget=self._budget,
-            stats=self.stats,
-            clock=clock,
-            pruning=self.pruning,
-        )
-
     def _proposer(self, clock: StageClock) -> Proposer:
         if self.heads is None or self._tree == "off":
             return RootProposer()
         self.heads.bind(self.model, force=True)  # since then another decoder may have bound them to its own model
-        tree = self._tree if self._target.supports_trees else _as_chain(self._tree)
+        tree = self._tree if self._target.supports_trees else as_chain(self._tree)
         num_candidates = candidates_needed(tree, self._num_candidates, self._budget)
         return HeadsProposer(self.heads, tree_builder(tree), num_candidates, clock)
-
-
-def _check_tree_option(tree: str | FixedTree, heads: Heads | None, num_candidates: int) -> str | FixedTree:
-    if isinstance(tree, FixedTree):
-        if heads is not None:
-            tree.check_fits(heads.num_heads, min(num_candidates, heads.vocab_size))
-        return tree
-    if tree not in TREES:
-        names = ", ".join(f'"{name}"' for name in TREES)
-        raise TreeError(f"tree is {tree!r}; give {names} or a ladon.FixedTree")
-    return tree
-
-
-def _as_chain(tree: str | FixedTree) -> str | FixedTree:
-    """The option for a model that verifies chains only; a fixed tree that branches would not be exact there."""
-    if isinstance(tree, FixedTree) and tree.num_nodes > tree.max_depth + 1:
-        raise TreeError('this model verifies chains only, and the fixed tree branches; give tree="chain"')
-    return "chain" if tree == "dynamic" else tree
-
-
-def _check_budget(budget: int | str, tree: str | FixedTree) -> int:
-    if budget == "auto":
-        return tree.num_nodes if isinstance(tree, FixedTree) else AUTO_BUDGET
-    if isinstance(budget, bool) or not isinstance(budget, int) or budget < 1:
-        raise TreeError(f'budget is {budget!r}; give "auto" or a number of nodes, 1 or more (the root is one of them)')
-    return budget

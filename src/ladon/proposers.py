@@ -1,7 +1,7 @@
 """Proposers: whatever drafts a tree. The decoding heads, and nothing at all (plain decoding).
 
-A proposer serves one run and holds per-row state only. Rows are named by their place in the batch; when rows leave,
-those behind them move up.
+A proposer serves one engine and holds per-row state only. Rows are named by their place: those that join come behind
+the others, and `keep` says who is where when rows have left.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from torch import Tensor
 
 from ladon import growth, lattice
 from ladon.accept import Accepted
+from ladon.config import AUTO_BUDGET, TREES
+from ladon.errors import TreeError
 from ladon.fixed_tree import FixedTree
 from ladon.heads import Heads
 from ladon.lattice import Lattice
@@ -27,16 +29,16 @@ class Proposer(Protocol):
     """What the engine asks of a proposer. None of these may read the device."""
 
     def join(self, prompts: Sequence[Tensor], hidden: Tensor) -> None:
-        """The batch has been read: B prompts (1-D ids) and their last hidden rows [B, H]."""
+        """Rows come behind those there are: their prompts (1-D ids), read to the end, and last hidden rows [b, H]."""
 
     def propose(self, hidden: Tensor, root: Tensor, max_nodes: int) -> TokenTree:
         """A tree of at most `max_nodes` nodes, best first, after the rows `hidden` [B, H] and the roots [B]."""
 
     def observe(self, accepted: Accepted, hidden: Tensor) -> None:
-        """A step's outcome: the accepted paths, and the hidden rows of all verified nodes [B, N, H]."""
+        """A step's outcome, before rows join: the accepted paths, and hidden rows of all verified nodes [B, N, H]."""
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Only the rows at these places stay, in this order."""
+        """Only the rows at these places stay, in this order; there may be none."""
 
 
 class _Stateless:
@@ -106,3 +108,31 @@ def candidates_needed(tree: str | FixedTree, num_candidates: int, budget: int) -
     if isinstance(tree, FixedTree):
         return max(1, tree.max_rank + 1)
     return 1 if tree == "chain" else max(1, min(num_candidates, budget - 1))
+
+
+def check_tree(tree: str | FixedTree, heads: Heads | None, num_candidates: int) -> str | FixedTree:
+    """The tree option; `TreeError` if it is unknown, or a fixed tree that these heads cannot fill."""
+    if isinstance(tree, FixedTree):
+        if heads is not None:
+            tree.check_fits(heads.num_heads, min(num_candidates, heads.vocab_size))
+        return tree
+    if tree not in TREES:
+        names = ", ".join(f'"{name}"' for name in TREES)
+        raise TreeError(f"tree is {tree!r}; give {names} or a ladon.FixedTree")
+    return tree
+
+
+def as_chain(tree: str | FixedTree) -> str | FixedTree:
+    """The option for a model that verifies chains only; a fixed tree that branches would not be exact there."""
+    if isinstance(tree, FixedTree) and tree.num_nodes > tree.max_depth + 1:
+        raise TreeError('this model verifies chains only, and the fixed tree branches; give tree="chain"')
+    return "chain" if tree == "dynamic" else tree
+
+
+def check_budget(budget: int | str, tree: str | FixedTree) -> int:
+    """The number of nodes that a budget option means; `TreeError` if it is none."""
+    if budget == "auto":
+        return tree.num_nodes if isinstance(tree, FixedTree) else AUTO_BUDGET
+    if isinstance(budget, bool) or not isinstance(budget, int) or budget < 1:
+        raise TreeError(f'budget is {budget!r}; give "auto" or a number of nodes, 1 or more (the root is one of them)')
+    return budget

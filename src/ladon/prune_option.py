@@ -10,8 +10,10 @@ from ladon.heads.early_exit import load_early_exit
 from ladon.pruning import Pruning
 from ladon.target import Target
 
+Prune = str | Pruning
 
-def chosen_pruning(prune: str | Pruning, heads: Heads | None, target: Target) -> Pruning | None:
+
+def chosen_pruning(prune: Prune, heads: Heads | None, target: Target) -> Pruning | None:
     """How to prune, tested on the model; None for not at all.
 
     Args:

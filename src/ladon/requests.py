@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ladon.engine import Row
 from ladon.errors import InputError
+from ladon.rows import Row
 from ladon.stopping import StopRules
 
 if TYPE_CHECKING:

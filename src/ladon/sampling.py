@@ -8,8 +8,7 @@ tokens, a row alone or in a batch.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -48,13 +47,11 @@ class Sampler:
 
     Attributes:
         temperature: the logits are divided by it; above 0.
-        seeds: one for each row, [B] int64, on the model's device.
         top_k: only the likeliest so many tokens, and those that tie with the last of them; 0 for no bound.
         top_p: only the likeliest tokens whose predecessors together have a probability below it; 1 for no bound.
     """
 
     temperature: float
-    seeds: Tensor
     top_k: int = 0
     top_p: float = 1.0
 
@@ -64,11 +61,12 @@ class Sampler:
         if self.temperature == 0:
             raise InputError("temperature is 0, which is greedy decoding; give no sampler for it")
 
-    def pick(self, logits: Tensor, first: Tensor, depths: Tensor, max_depth: int) -> Tensor:
+    def pick(self, logits: Tensor, seeds: Tensor, first: Tensor, depths: Tensor, max_depth: int) -> Tensor:
         """Sampled picks, [B, N] int64. Its cost is that of the noise, [B, depths, V], and of the sort if top_p asks.
 
         Args:
             logits: after each node, [B, N, V].
+            seeds: one for each row, [B] int64.
             first: the position, among the row's real tokens, of the token after a node of depth 0, [B].
             depths: of the nodes, [B, N], at most `max_depth`.
             max_depth: known to the host, so that nothing is read from the device.
@@ -76,13 +74,9 @@ class Sampler:
         work = torch.float64 if logits.dtype == torch.float64 else torch.float32
         scores = _cut(logits.to(work) / self.temperature, self.top_k, self.top_p)
         positions = first[:, None] + torch.arange(max_depth + 1, device=first.device)
-        noise = gumbel_noise(self.seeds, positions, logits.shape[-1], work)
+        noise = gumbel_noise(seeds, positions, logits.shape[-1], work)
         rows = torch.arange(len(first), device=first.device)[:, None]
         return (scores + noise[rows, depths]).argmax(-1)
-
-    def rows(self, kept: Sequence[int]) -> Sampler:
-        """The sampler of these rows."""
-        return replace(self, seeds=self.seeds[torch.tensor(kept, device=self.seeds.device)])
 
 
 def check_settings(temperature: float, top_k: int, top_p: float) -> None:

@@ -46,12 +46,14 @@ class PrefillGroup:
     """Prompts that share prefill calls.
 
     Attributes:
-        rows: their rows.
+        rows: which of the prompts.
+        start: how many tokens of each have been read.
         anchor: a position that every call must contain, so that the rotary embedding sees how long the prompt is.
         whole: the prompt goes in one call, because its parts would not see the same thing.
     """
 
     rows: list[int]
+    start: int
     anchor: int | None
     whole: bool
 
@@ -110,17 +112,20 @@ class Spans:
             found.setdefault(self.at(length), []).append(row)
         return [Part(span=span, rows=rows) for span, rows in found.items()]
 
-    def prefill_groups(self, lengths: Sequence[int]) -> list[PrefillGroup]:
-        """Prompts of these lengths, by what their prefill calls must have in common."""
-        found: dict[tuple[int | None, int | None], list[int]] = {}
-        for row, length in enumerate(lengths):
+    def prefill_groups(self, lengths: Sequence[int], starts: Sequence[int]) -> list[PrefillGroup]:
+        """Prompts of these lengths of which `starts` tokens have been read, by what their next calls have in common."""
+        found: dict[tuple[int, int | None, int | None], list[int]] = {}
+        for row, (length, start) in enumerate(zip(lengths, starts, strict=True)):
+            if start == length:
+                continue
             anchor = max((switch for switch in self._switches if switch < length), default=None)
             if self._dynamic_from is not None and length > self._dynamic_from:
                 anchor = length - 1
             whole = length if self._sparse_from is not None and length > self._sparse_from else None
-            found.setdefault((anchor, whole), []).append(row)
+            found.setdefault((start, anchor, whole), []).append(row)
         return [
-            PrefillGroup(rows=rows, anchor=anchor, whole=whole is not None) for (anchor, whole), rows in found.items()
+            PrefillGroup(rows=rows, start=start, anchor=anchor, whole=whole is not None)
+            for (start, anchor, whole), rows in found.items()
         ]
 
     @contextmanager

@@ -21,40 +21,84 @@ from torch import nn
 
 
 @dataclass(kw_only=True)
-class DecodeStats:
-    """Counts over one run. Times are seconds of wall clock.
+class Counts:
+    """What decoding took, of one row or of all.
 
     Attributes:
         prefill_tokens: prompt tokens read.
-        prefill_seconds: from the start of the run to the first token in hand. The model's self-test comes before it;
-            the first trees are in it, because they are grown before the first token is read from the device.
-        forwards: decode steps. A step is one forward of the target, or one per span where rows must not share a call
-            (`ladon.spans`); prefill and what recomputes a row's cache do not count.
-        row_steps: rows, summed over those steps.
+        row_steps: decode steps, counted once for each row in them.
         tokens: tokens emitted by decode steps; tokens cut off by a stop or a limit do not count.
-        nodes_verified: node slots given to the target, roots, padding slots and pruned ones included.
+        nodes_verified: node slots given to the target; roots, padding slots and pruned ones included.
         nodes_pruned: those of them that were pruned on the way.
         accepted_nodes: draft nodes accepted.
-        decode_seconds: time in decode steps; time the caller holds a step's result is left out.
-        stage_seconds: the same time by stage, when the run was profiled: "verify" (and of it "forward", the target's
-            own forward), "pick", "accept", "commit", "heads", "growth", "transfer".
     """
 
     prefill_tokens: int = 0
-    prefill_seconds: float = 0.0
-    forwards: int = 0
     row_steps: int = 0
     tokens: int = 0
     nodes_verified: int = 0
     nodes_pruned: int = 0
     accepted_nodes: int = 0
-    decode_seconds: float = 0.0
-    stage_seconds: dict[str, float] = field(default_factory=dict)
 
     @property
     def acceptance_length(self) -> float:
         """Tokens per row-step, bonus token included; NaN before the first step."""
         return _ratio(self.tokens, self.row_steps)
+
+    @property
+    def tree_efficiency(self) -> float:
+        """Accepted draft nodes per verified draft node; NaN in plain decoding."""
+        return _ratio(self.accepted_nodes, self.nodes_verified - self.row_steps)
+
+    @property
+    def pruned_share(self) -> float:
+        """Share of the node slots given to the target that were pruned, 0 to 1; NaN before the first step."""
+        return _ratio(self.nodes_pruned, self.nodes_verified)
+
+    def add_step(self, *, emitted: int, nodes: int, accepted: int, pruned: int = 0) -> None:
+        """Count one row in one decode step: tokens emitted, node slots verified and pruned, draft nodes accepted."""
+        self.row_steps += 1
+        self.tokens += emitted
+        self.nodes_verified += nodes
+        self.nodes_pruned += pruned
+        self.accepted_nodes += accepted
+
+
+@dataclass(kw_only=True)
+class RowStats(Counts):
+    """Counts of one row, and when it got where it is: readings of `time.perf_counter`, None until then.
+
+    Attributes:
+        submitted: given to the engine.
+        joined: taken into the batch, where its prompt is read.
+        first_token: the first token in hand.
+        finished: ended, seen by the engine.
+    """
+
+    submitted: float | None = None
+    joined: float | None = None
+    first_token: float | None = None
+    finished: float | None = None
+
+
+@dataclass(kw_only=True)
+class DecodeStats(Counts):
+    """Counts over one run. Times are seconds of wall clock.
+
+    Attributes:
+        prefill_seconds: in which prompts were read. The model's self-test comes before it; where no row decodes
+            meanwhile, the growth and the transfer that give the first tokens are in it.
+        forwards: decode steps. A step is one forward of the target, or one per span where rows must not share a call
+            (`ladon.spans`); prefill and what recomputes a row's cache do not count.
+        decode_seconds: time in decode steps; time the caller holds a step's result is left out.
+        stage_seconds: the same time by stage, when the run was profiled: "verify" (and of it "forward", the target's
+            own forward), "pick", "accept", "commit", "heads", "growth", "transfer".
+    """
+
+    prefill_seconds: float = 0.0
+    forwards: int = 0
+    decode_seconds: float = 0.0
+    stage_seconds: dict[str, float] = field(default_factory=dict)
 
     @property
     def tokens_per_second(self) -> float:
@@ -81,21 +125,6 @@ class DecodeStats:
         """Share of decode time spent growing trees, 0 to 1; NaN unless profiled."""
         return _ratio(self.stage_seconds.get("growth", math.nan), self.decode_seconds)
 
-    @property
-    def pruned_share(self) -> float:
-        """Share of the node slots given to the target that were pruned, 0 to 1; NaN before the first step."""
-        return _ratio(self.nodes_pruned, self.nodes_verified)
-
-    def count_pruned(self, nodes: int) -> None:
-        """Node slots that were given to the target besides those that came out of it."""
-        self.nodes_verified += nodes
-        self.nodes_pruned += nodes
-
-    @property
-    def tree_efficiency(self) -> float:
-        """Accepted draft nodes per verified draft node; NaN in plain decoding."""
-        return _ratio(self.accepted_nodes, self.nodes_verified - self.row_steps)
-
 
 def _ratio(numerator: float, denominator: float) -> float:
     return numerator / denominator if denominator else math.nan
@@ -121,9 +150,9 @@ class StageClock:
         self._seconds[name] = self._seconds.get(name, 0.0) + self._now() - started
 
     @contextmanager
-    def paused(self) -> Iterator[None]:
-        """While this lasts, nothing is timed: what runs is no part of a decode step."""
-        enabled, self._enabled = self._enabled, False
+    def paused(self, when: bool) -> Iterator[None]:
+        """While this lasts, `when` it is true, nothing is timed: what runs is no part of a decode step."""
+        enabled, self._enabled = self._enabled, self._enabled and not when
         try:
             yield
         finally:
@@ -153,7 +182,11 @@ class StageClock:
             for handle in handles:
                 handle.remove()
 
-    def _now(self) -> float:
+    def wait(self) -> None:
+        """Wait until the device has done all it was given, so that it is not timed with what follows."""
         if self._waits:
             torch.accelerator.synchronize()
+
+    def _now(self) -> float:
+        self.wait()
         return time.perf_counter()

@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ladon.cache import TreeCache
 from ladon.capability import check_model, context_limit
@@ -22,11 +22,12 @@ from ladon.errors import UnsupportedModelError
 from ladon.forwards import at, lock_of, projection_inputs
 from ladon.heads.ends import output_projection
 from ladon.layer_inputs import layer_inputs_of
-from ladon.masks import Sight, causal_mask, localities, model_masks, tree_mask
+from ladon.masks import Sight, localities, model_masks, tree_mask
+from ladon.prefill import Ends, PromptReader
 from ladon.pruning import Pruner, Pruning
 from ladon.pruning_test import check_pruning
 from ladon.self_test import Verdict, tested
-from ladon.spans import Part, PrefillGroup, Spans
+from ladon.spans import Part, Spans
 from ladon.tree import TokenTree, ancestor_mask, node_depths, position_ids
 from ladon.verified import VerifyOutput
 
@@ -130,16 +131,16 @@ class Target:
         Rows in different spans (`ladon.spans`) take one forward per span. No node may be deeper than `depth_cap`.
 
         Args:
-            tree: the tree of each row, [B, N]; its root at position `cache.lengths`.
-            cache: the rows' committed tokens.
+            tree: the trees of the cache's first B rows, [B, N]; the root of each at position `cache.lengths`.
+            cache: the rows' committed tokens. Rows after these (`read`) do not matter.
             pruning: which nodes later layers see; rows in several spans, or in a plain one, see all.
         """
-        self._recompute(cache)
+        self._recompute(cache, tree.batch_size)
+        lengths = cache.host_lengths[: tree.batch_size]
         ancestors = ancestor_mask(tree.parents, tree.max_depth)
         depths = node_depths(ancestors)
-        cache.route.reserve(max(cache.host_lengths) + tree.num_nodes)
-        parts = self._spans.parts(cache.host_lengths)
-        drop = None
+        cache.route.reserve(max(lengths) + tree.num_nodes)
+        parts, drop = self._spans.parts(lengths), None
         if len(parts) == 1 and not parts[0].span.plain:
             drop = None if pruning is None else self.pruner(pruning).during(tree, ancestors, cache.route)
             logits, hidden = self._verify_rows(tree.tokens, ancestors, depths, cache, parts[0], None, drop)
@@ -174,14 +175,15 @@ class Target:
         rows: Tensor | None,
         drop: Dropping | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """One forward over the trees of the rows of `part`; `rows` is None if that is the whole batch."""
+        """One forward over the trees of the rows of `part`; `rows` is None if that is every row with a tree."""
         host_lengths = [cache.host_lengths[row] for row in part.rows]
-        lengths = cache.lengths if rows is None else cache.lengths[rows]
+        lengths = cache.lengths[: len(part.rows)] if rows is None else cache.lengths[rows]
         start, num_nodes = max(host_lengths), tokens.shape[1]
         ragged = min(host_lengths) < start
         slots = lengths[:, None] + torch.arange(num_nodes, device=self.device) if ragged else None
         past = None if part.span.stop is None else part.span.start
-        cache.route.aim(start, num_nodes, past=past, slots=slots, rows=rows)
+        places = range(len(part.rows)) if rows is None else rows
+        cache.route.aim(start, num_nodes, places, past=past, slots=slots)
         positions = position_ids(depths, lengths)
         stop = part.span.stop or self.context_limit
         if stop is not None and cache.route.reach > stop:
@@ -189,6 +191,24 @@ class Target:
         visible = tree_mask(ancestors, lengths, None if ragged else start, cache.route.reach)
         sight = Sight(visible=visible, queries=positions, tree=(depths, lengths))
         return self._forward(tokens, positions, sight, cache, drop=drop)
+
+    @torch.no_grad()
+    def read(self, prompts: Sequence[Tensor], cache: TreeCache) -> tuple[list[int], Tensor | None, Tensor | None]:
+        """Read one chunk more of prompts that are on their way into the last rows of a cache.
+
+        Args:
+            prompts: 1-D token ids without padding, at least one each; as far as `cache.lengths` says they are read.
+            cache: has the prompts' rows behind all others.
+
+        Returns:
+            The places in `prompts` of those that are read to their end now; hidden state after the final norm [b, H]
+            and logits [b, V] of their last tokens, one position per row. None where no prompt has come to its end.
+        """
+        ends = self._reader().read(prompts, cache)
+        if not ends:
+            return [], None, None
+        hidden, logits = (torch.stack(parts) for parts in zip(*ends.values(), strict=True))
+        return list(ends), hidden, logits
 
     @torch.no_grad()
     def prefill(self, rows: Sequence[Tensor], cache: TreeCache) -> tuple[Tensor, Tensor]:
@@ -201,68 +221,21 @@ class Target:
         Returns:
             Hidden state after the final norm [B, H] and logits [B, V] of each row's last token.
         """
-        lengths = [len(row) for row in rows]
-        tokens = nn.utils.rnn.pad_sequence([row.to(self.device) for row in rows], batch_first=True)
-        ends: dict[int, tuple[Tensor, Tensor]] = {}
-        for group in self._spans.prefill_groups(lengths):
-            ends |= self._prefill_group(tokens, lengths, group, cache)
-        cache.set_lengths(lengths)
-        logits, hidden = (torch.stack([ends[row][part] for row in range(len(rows))]) for part in (0, 1))
+        ends: Ends = {}
+        while len(ends) < len(rows):
+            ends |= self._reader().read(rows, cache)
+        hidden, logits = (torch.stack([ends[row][part] for row in range(len(rows))]) for part in (0, 1))
         return hidden, logits
 
-    def _prefill_group(
-        self, tokens: Tensor, lengths: list[int], group: PrefillGroup, cache: TreeCache
-    ) -> dict[int, tuple[Tensor, Tensor]]:
-        """Run the prompts of a group; logits [V] and hidden state [H] of each row's last token, by row."""
-        ends: dict[int, tuple[Tensor, Tensor]] = {}
-        longest = max(lengths[row] for row in group.rows)
-        chunk = longest if group.whole else self.prefill_chunk
-        for start in range(0, longest, chunk):
-            stop = min(start + chunk, longest)
-            active = [row for row in group.rows if lengths[row] > start]
-            last = [min(lengths[row], stop) - 1 - start for row in active]
-            logits, hidden = self._prefill_chunk(tokens, (start, stop), active, last, cache, group.anchor)
-            for index, row in enumerate(active):
-                if lengths[row] <= stop:
-                    ends[row] = logits[index, 0], hidden[index, 0]
-        return ends
+    def _reader(self) -> PromptReader:
+        return PromptReader(self._forward, self._spans, self.prefill_chunk, self.device)
 
-    def _prefill_chunk(
-        self,
-        tokens: Tensor,
-        bounds: tuple[int, int],
-        rows: list[int],
-        last: list[int],
-        cache: TreeCache,
-        anchor: int | None,
-    ) -> tuple[Tensor, Tensor]:
-        """Run positions `bounds` of some rows; logits and hidden state of index `last` of each.
-
-        With an `anchor` beyond the chunk, one more token claims that position, so that the rotary embedding sees it.
-        Its slot is the next one, which is stale, and what it may see goes by that slot: a window before the anchor
-        itself could hold no token at all.
-        """
-        start, stop = bounds
-        chosen = torch.tensor(rows, device=self.device) if len(rows) < cache.num_rows else None
-        chunk = tokens[:, start:stop] if chosen is None else tokens[chosen, start:stop]
-        positions = torch.arange(start, stop, device=self.device)[None]
-        if anchor is not None and anchor >= stop:
-            chunk = nn.functional.pad(chunk, (0, 1))
-            positions = nn.functional.pad(positions, (0, 1), value=anchor)
-        cache.route.aim(start, chunk.shape[1], rows=chosen)
-        slots = torch.arange(start, cache.route.reach, device=self.device)[None]
-        visible = causal_mask(slots, cache.route.reach).expand(len(rows), -1, -1)
-        only = torch.tensor(last, device=self.device)
-        return self._forward(chunk, positions, Sight(visible=visible, queries=slots), cache, only)
-
-    def _recompute(self, cache: TreeCache) -> None:
+    def _recompute(self, cache: TreeCache, num_rows: int) -> None:
         """Fill rows that have just reached a switch again, with the frequencies of the other side, as generate does."""
         for switch in self._spans.recomputed_at:
-            rows = [row for row, length in enumerate(cache.host_lengths) if length == switch]
+            rows = [row for row, length in enumerate(cache.host_lengths[:num_rows]) if length == switch]
             if rows:
-                tokens = cache.tokens(switch).clone()  # the anchors of the chunks overwrite the next chunk's first
-                group = PrefillGroup(rows=rows, anchor=switch, whole=False)
-                self._prefill_group(tokens, [switch] * cache.num_rows, group, cache)
+                self._reader().read_again(switch, rows, cache)
 
     def _forward(
         self,

@@ -45,7 +45,7 @@ class Trace(Iterator[TraceStep]):
 
     def __init__(self, steps: Iterator[Step], length: int) -> None:
         """`steps` is a run of the engine, whose first step is the prefill's; `length` is that of the prompt."""
-        self.first = next(steps).emitted[0][0]
+        self.first = next(step for step in steps if step.emitted).emitted[0][0]  # a long prompt takes several steps
         self._steps = _decode_steps(steps, length)
 
     def __next__(self) -> TraceStep:

@@ -12,10 +12,11 @@ from torch import Tensor
 from ladon.accept import Accepted
 from ladon.calibrate.lattice_trace import GRID, LatticeTrace
 from ladon.config import DecoderOptions
-from ladon.engine import Engine, Row
+from ladon.engine import Engine
 from ladon.errors import InputError
 from ladon.heads import Heads
 from ladon.requests import end_ids
+from ladon.rows import Row
 from ladon.stats import DecodeStats, StageClock
 from ladon.target import Target
 from ladon.tree import TokenTree, root_tree
@@ -57,15 +58,19 @@ def record(
     heads.bind(model, force=True)
     target = Target(model)
     rows = [_row(index, prompt, max_new_tokens, target) for index, prompt in enumerate(prompts)]
-    recorders = []
-    for start in range(0, len(rows), batch_size):
-        batch = rows[start : start + batch_size]
-        recorders.append(_Recorder(heads, num_candidates))
-        clock = StageClock({}, enabled=False, device=target.device)
-        for _ in Engine(target, recorders[-1], budget=1, stats=DecodeStats(), clock=clock).run(batch):
-            pass
-        progress("recording the heads' guesses", start + len(batch), len(rows))
-    return _assemble(recorders, [row.tokens for row in rows], heads, about or {})
+    recorder, clock = _Recorder(heads, num_candidates), StageClock({}, enabled=False, device=target.device)
+    engine = Engine(target, recorder, budget=1, stats=DecodeStats(), clock=clock, max_rows=batch_size)
+    joined: list[Row] = []
+    done = 0
+    for step in engine.run(rows):
+        joined += step.joined
+        ended = sum(row.finished for row in step.rows)
+        if ended:
+            done += ended
+            progress("recording the heads' guesses", done, len(rows))
+    place_of = {row: place for place, row in enumerate(rows)}
+    places = torch.tensor([place_of[row] for row in joined])
+    return _assemble(recorder, places, [row.tokens for row in rows], heads, about or {})
 
 
 class _Recorder:
@@ -74,11 +79,13 @@ class _Recorder:
     def __init__(self, heads: Heads, num_candidates: int) -> None:
         self._heads, self._num_candidates = heads, min(num_candidates, heads.vocab_size)
         self._rows = torch.arange(0)
+        self._joined = 0
         self.steps: list[list[Tensor]] = []  # of each: rows, tokens, logits, log-normalisers
 
     def join(self, prompts: Sequence[Tensor], hidden: Tensor) -> None:
-        """Rows are named by their place in the batch at the start."""
-        self._rows = torch.arange(len(prompts))
+        """Rows are numbered in the order in which they join."""
+        self._rows = torch.cat([self._rows, torch.arange(self._joined, self._joined + len(prompts))])
+        self._joined += len(prompts)
 
     def propose(self, hidden: Tensor, root: Tensor, max_nodes: int) -> TokenTree:
         """The root alone; the heads' candidates after it are noted."""
@@ -128,18 +135,18 @@ def _row(index: int, prompt: Tensor, max_new_tokens: int, target: Target) -> Row
 
 
 def _assemble(
-    recorders: Sequence[_Recorder], answers: Sequence[Sequence[int]], heads: Heads, about: Mapping[str, Any]
+    recorder: _Recorder, places: Tensor, answers: Sequence[Sequence[int]], heads: Heads, about: Mapping[str, Any]
 ) -> LatticeTrace:
-    """Sort the steps by row and add what was said; a row's last token had nothing to follow it and is left out."""
-    tables: list[list[Tensor]] = [[], [], []]
-    for recorder in recorders:
-        rows = torch.cat([step[0] for step in recorder.steps])
-        order = rows.argsort(stable=True)
-        is_last = torch.ones_like(order, dtype=torch.bool)
-        is_last[:-1] = rows[order].diff() > 0
-        for part, table in enumerate(tables, start=1):
-            table.append(torch.cat([step[part] for step in recorder.steps])[order[~is_last]])
-    tokens, logits, normalizers = map(torch.cat, tables)
+    """Sort the steps by row and add what was said; a row's last token had nothing to follow it and is left out.
+
+    `places` says which answer belongs to each row, as the recorder has numbered them.
+    """
+    rows, *tables = (torch.cat(parts) for parts in zip(*recorder.steps, strict=True))
+    rows = places[rows]
+    order = rows.argsort(stable=True)
+    is_last = torch.ones_like(order, dtype=torch.bool)
+    is_last[:-1] = rows[order].diff() > 0
+    tokens, logits, normalizers = (table[order[~is_last]] for table in tables)
     return LatticeTrace(
         tokens=tokens,
         logits=logits,

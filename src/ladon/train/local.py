@@ -1,4 +1,4 @@
-"""Answers from our own engine, in batches."""
+"""Answers from our own engine."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ladon.capability import context_limit
-from ladon.engine import Row
 from ladon.errors import InputError
 from ladon.generation import Decoder
 from ladon.heads.fingerprint import fingerprint
 from ladon.requests import end_ids
+from ladon.rows import Row
 from ladon.sampling import Sampler
 from ladon.train.distill import Answer, Failure, Settings
 from ladon.train.prompts import Prompt
@@ -65,37 +65,37 @@ class LocalModel:
         return self._tokens / self._row_steps if self._decoder.heads is not None and self._row_steps else None
 
     def answers(self, prompts: Sequence[Prompt], settings: Settings) -> Iterator[list[Answer | Failure]]:
-        """Answers batch by batch, in order; prompts that leave no room for an answer fail."""
+        """Answers in order, as they come, `batch` prompts at work; prompts that leave no room for an answer fail."""
         for prompt in prompts:
             if max(prompt.token_ids) >= self._vocab_size:
                 raise InputError(
                     f"prompt {prompt.id!r} holds token {max(prompt.token_ids)}, but the model has "
                     f"{self._vocab_size}; encode the prompts with this model's tokenizer"
                 )
-        for start in range(0, len(prompts), self._batch):
-            yield self._answer(prompts[start : start + self._batch], settings)
-
-    def _answer(self, prompts: Sequence[Prompt], settings: Settings) -> list[Answer | Failure]:
-        """One batch."""
-        rows = {prompt.id: row for prompt in prompts if (row := self._row(prompt, settings)) is not None}
-        if rows:
-            for _ in self._decoder.decode(list(rows.values()), self._sampler(prompts, rows, settings)):
-                pass
+        rows = [self._row(prompt, settings) for prompt in prompts]
+        steps = self._decoder.decode(
+            [row for row in rows if row is not None], self._sampler(settings), max_rows=self._batch
+        )
+        told = 0
+        try:
+            for _ in steps:
+                done = told
+                while done < len(rows) and ((row := rows[done]) is None or row.finished):
+                    done += 1
+                if done > told:
+                    yield [self._outcome(prompts[place], rows[place]) for place in range(told, done)]
+                    told = done
+        finally:
             self._tokens += self._decoder.stats.tokens
             self._row_steps += self._decoder.stats.row_steps
-        return [self._outcome(prompt, rows.get(prompt.id)) for prompt in prompts]
+        if told < len(rows):  # no row at all, or none after the last
+            yield [self._outcome(prompts[place], rows[place]) for place in range(told, len(rows))]
 
-    def _sampler(self, prompts: Sequence[Prompt], rows: dict[str, Row], settings: Settings) -> Sampler | None:
-        """The noise of these rows; None for greedy decoding."""
-        seeds = [seed for prompt in prompts if prompt.id in rows and (seed := settings.seed_of(prompt)) is not None]
-        if not seeds:
+    def _sampler(self, settings: Settings) -> Sampler | None:
+        """How tokens are drawn; None for greedy decoding."""
+        if settings.temperature == 0:
             return None
-        return Sampler(
-            temperature=settings.temperature,
-            top_k=settings.top_k,
-            top_p=settings.top_p,
-            seeds=torch.tensor(seeds, device=self._decoder.model.device),
-        )
+        return Sampler(temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p)
 
     def _row(self, prompt: Prompt, settings: Settings) -> Row | None:
         """The prompt for the engine; None if the context has no room for an answer."""
@@ -104,7 +104,12 @@ class LocalModel:
             room = min(room, self._context_limit - len(prompt.token_ids))
         if room < 1:
             return None
-        return Row(prompt=torch.tensor(prompt.token_ids), max_new_tokens=room, is_stop=self._ends.__contains__)
+        return Row(
+            prompt=torch.tensor(prompt.token_ids),
+            max_new_tokens=room,
+            is_stop=self._ends.__contains__,
+            seed=settings.seed_of(prompt) or 0,
+        )
 
     def _outcome(self, prompt: Prompt, row: Row | None) -> Answer | Failure:
         if row is None:

@@ -1,0 +1,115 @@
+"""Who is in flight: rows wait, join, change places and leave, and the cache follows.
+
+Rows stand in the cache in one order: first those that decode, then those whose prompts are being read. A row that
+leaves is overwritten by the last of its kind; nothing else moves.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Sequence
+
+from ladon.cache import TreeCache
+from ladon.errors import InputError
+from ladon.rows import Row
+from ladon.target import Target
+
+
+class Batch:
+    """The rows of one engine. Any thread may submit.
+
+    Attributes:
+        rows: those in flight, in the order of the cache.
+        drafted: places of the rows that decode, in the order of their trees; between `settle` and the end of the step
+            the first ones, 0, 1, ...
+    """
+
+    def __init__(self, target: Target, max_rows: int | None) -> None:
+        if max_rows is not None and max_rows < 1:
+            raise InputError(f"max_rows is {max_rows}; give how many rows may be in flight, 1 or more, or None")
+        self._target, self._max_rows = target, max_rows
+        self._waiting: deque[Row] = deque()
+        self._cache: TreeCache | None = None
+        self.rows: list[Row] = []
+        self.drafted: list[int] = []
+
+    @property
+    def cache(self) -> TreeCache:
+        """The keys and values of the rows in flight; there is none while there is no row."""
+        assert self._cache is not None
+        return self._cache
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the cache holds."""
+        return 0 if self._cache is None else self._cache.nbytes
+
+    @property
+    def decoding(self) -> list[Row]:
+        """The rows that have a tree, in its order."""
+        return [self.rows[place] for place in self.drafted]
+
+    @property
+    def joining(self) -> list[Row]:
+        """After `settle`, the rows whose prompts are being read."""
+        return self.rows[len(self.drafted) :]
+
+    def submit(self, row: Row) -> None:
+        """Let a row wait for its turn; `InputError` if it cannot be decoded."""
+        row.check()
+        row.stats.submitted = time.perf_counter()
+        self._waiting.append(row)
+
+    def settle(self) -> list[int] | None:
+        """Let rows that have ended leave, put those with a tree first, and fill the gaps with few moves.
+
+        Returns:
+            The trees that stay, by their old places, in their new order; None if all stay as they are.
+        """
+        tree_of = {place: index for index, place in enumerate(self.drafted)}
+        kept = [place for place, row in enumerate(self.rows) if not row.finished]
+        decoding = [place for place in kept if place in tree_of]
+        order = _compacted(decoding, [place for place in kept if place not in tree_of])
+        trees = [tree_of[place] for place in order[: len(decoding)]]
+        if order != list(range(len(self.rows))):
+            self.cache.keep(order)
+            self.rows = [self.rows[place] for place in order]
+        self.drafted = list(range(len(decoding)))
+        if not self.rows:
+            self._cache = None
+        return None if trees == list(range(len(tree_of))) else trees
+
+    def admit(self) -> None:
+        """Let waiting rows join behind the others, as far as there is room."""
+        room = len(self._waiting) if self._max_rows is None else self._max_rows - len(self.rows)
+        new: list[Row] = []
+        while self._waiting and len(new) < room:
+            row = self._waiting.popleft()
+            if not row.finished:
+                new.append(row)
+        if not new:
+            return
+        self.rows += new
+        if self._cache is None:
+            self._cache = self._target.new_cache(0)  # tests the model, which is no part of the prefill
+        self._cache.append(len(new))
+        for row in new:
+            row.stats.joined = time.perf_counter()
+
+    def drop(self) -> None:
+        """Cancel the rows in flight, whatever state they are in."""
+        for row in self.rows:
+            row.cancel()
+        self.rows, self.drafted, self._cache = [], [], None
+
+
+def _compacted(decoding: Sequence[int], joining: Sequence[int]) -> list[int]:
+    """Rows by their old places, those that decode first; who stands in the right stretch already stays there."""
+    order: list[int] = []
+    for group in (decoding, joining):
+        stretch = range(len(order), len(order) + len(group))
+        movers = iter([place for place in group if place not in stretch])
+        staying = set(group)
+        order += [place if place in staying else next(movers) for place in stretch]
+    return order

@@ -1,0 +1,72 @@
+"""One sequence being decoded: what it may say, what it has said, and what that took."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from ladon.errors import InputError
+from ladon.stats import RowStats
+
+
+@dataclass(kw_only=True, eq=False)
+class Row:
+    """One sequence being decoded. It joins an engine once.
+
+    Attributes:
+        prompt: its token ids, [T] int64, no padding, at least one.
+        max_new_tokens: how many tokens it may get, at least 1.
+        is_stop: called with each new token, in order; True ends the row with that token.
+        seed: of its noise, where tokens are sampled.
+        tokens: what has been emitted so far.
+        finished: whether it has ended, in whatever way.
+        cancelled: whether `cancel` has ended it.
+        stats: its own counts and times.
+    """
+
+    prompt: Tensor
+    max_new_tokens: int
+    is_stop: Callable[[int], bool]
+    seed: int = 0
+    tokens: list[int] = field(default_factory=list)
+    finished: bool = False
+    cancelled: bool = False
+    stats: RowStats = field(default_factory=RowStats)
+    _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
+
+    @property
+    def num_left(self) -> int:
+        """Tokens it may still get."""
+        return self.max_new_tokens - len(self.tokens)
+
+    def take(self, tokens: Sequence[int]) -> list[int]:
+        """Append tokens one by one, as if they came alone, up to the first stop or the limit; return those taken."""
+        taken: list[int] = []
+        for token in tokens:
+            with self._lock:  # not while the stop rule runs: it may cancel, or wait for who does
+                if self.finished:
+                    break
+                self.tokens.append(token)
+            taken.append(token)
+            if self.is_stop(token) or self.num_left == 0:
+                with self._lock:
+                    self.finished = True
+        return taken
+
+    def cancel(self) -> None:
+        """End the row, from any thread: when this returns, it gets no further token. No effect once it has ended."""
+        with self._lock:
+            if not self.finished:
+                self.finished = self.cancelled = True
+
+    def check(self) -> None:
+        """Raise `InputError` unless the row can join an engine."""
+        if self.stats.submitted is not None:
+            raise InputError("this row has been given to an engine before; make a new Row for each answer")
+        if self.prompt.ndim != 1 or len(self.prompt) == 0:
+            raise InputError(f"the row's prompt has shape {list(self.prompt.shape)}; give [T] token ids, one or more")
+        if self.max_new_tokens < 1:
+            raise InputError(f"the row's max_new_tokens is {self.max_new_tokens}; ask for 1 or more")
