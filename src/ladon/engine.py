@@ -239,9 +239,8 @@ class Engine:
             batch_index = torch.arange(out.tree.batch_size, device=picks.device)
             hidden, root = out.hidden[batch_index, accepted.last], accepted.bonus
         table = torch.cat([accepted.count[:, None], accepted.tokens], dim=1)
-        places = self._batch.drafted
         return _Outcome(
-            places=places,
+            places=self._batch.drafted,
             hidden=hidden,
             root=root,
             table=table,

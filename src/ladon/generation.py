@@ -215,7 +215,7 @@ class Decoder:
     def decode(
         self, rows: Sequence[Row], sampler: Sampler | None = None, *, max_rows: int | None = None
     ) -> Iterator[Step]:
-        """Decode rows whose limits, stops and token ids the caller has checked, in an `engine` that they join in order."""
+        """Decode rows whose limits, stops and token ids the caller has checked, in an `engine` of their own."""
         return self.engine(sampler=sampler, max_rows=max_rows).run(rows)
 
     def engine(self, *, sampler: Sampler | None = None, max_rows: int | None = None) -> Engine:
