@@ -16,6 +16,9 @@ from ladon.config import BenchOptions
 from ladon.errors import InputError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ladon.bench.workloads import Workload
     from ladon.calibrate.lattice_trace import LatticeTrace
     from ladon.calibration import Calibration
     from ladon.cli.loading import Loaded
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
 _NEW_TOKENS = BenchOptions().max_new_tokens
 _DEMO_PROMPTS = 120
 _CONTEXT = 256  # tokens in the cache when steps are timed
+_PRUNING_PROMPTS = 32  # whose answers pruning is judged on, at most
 
 _PromptsArgument = Annotated[
     Path | None,
@@ -36,6 +40,9 @@ _PromptsArgument = Annotated[
 _LimitOption = Annotated[int | None, Option("--limit", metavar="N", min=1, help="Use only the first so many prompts.")]
 _BatchOption = Annotated[int, Option("--batch", metavar="N", min=1, help="Prompts answered together.")]
 _TimesOption = Annotated[bool, Option("--step-times/--no-step-times", help="Time decode steps on this machine.")]
+_PruningOption = Annotated[
+    bool, Option("--pruning/--no-pruning", help="Find out whether early pruning pays on this machine, and how.")
+]
 _TraceOption = Annotated[
     Path | None, Option("--trace", metavar="FILE", help="Write the recorded trace too, a safetensors file.")
 ]
@@ -62,6 +69,7 @@ def calibrate(
     limit: _LimitOption = None,
     batch: _BatchOption = 16,
     step_times: _TimesOption = True,
+    pruning: _PruningOption = False,
     trace: _TraceOption = None,
     from_trace: _FromTraceOption = None,
     simulate: _SimulateOption = "8,16,32,64",
@@ -83,8 +91,8 @@ def calibrate(
         ladon calibrate prompts.jsonl --model path/to/model --heads path/to/heads
         ladon calibrate --dry-run --limit 20
     """
-    if from_trace is not None and (prompts is not None or limit is not None or trace is not None):
-        raise InputError("--from-trace has its answers: leave out the prompts, --limit and --trace")
+    if from_trace is not None and (prompts is not None or limit is not None or trace is not None or pruning):
+        raise InputError("--from-trace has its answers: leave out the prompts, --limit, --trace and --pruning")
     budgets = tuple(dict.fromkeys(_sizes(simulate)))
     folder = _destination(model, heads, out, dry_run)
     check_writable(trace)
@@ -96,10 +104,13 @@ def calibrate(
         if from_trace is not None:
             recorded = _read(from_trace, loaded, heads)
         else:
-            recorded = _record(loaded, heads, prompts, limit, max_new_tokens, batch, progress)
+            workload = _workload(loaded, prompts, limit)
+            recorded = _record(loaded, heads, workload, max_new_tokens, batch, progress)
         if trace is not None:
             recorded.save(trace)
         found = _findings(loaded, recorded, budgets, step_times, progress)
+        if pruning:
+            found = replace(found, pruning=_pruning(loaded, workload, progress))
     if folder is not None:
         found.save(folder)
     _show(found, loaded.name)
@@ -134,37 +145,42 @@ def _destination(model: str, heads: str | None, out: Path | None, dry_run: bool)
     return out
 
 
-def _record(
-    loaded: Loaded,
-    heads: str | None,
-    prompts: Path | None,
-    limit: int | None,
-    max_new_tokens: int,
-    batch: int,
-    progress: Any,
-) -> LatticeTrace:
-    """Let the model answer the prompts."""
+def _workload(loaded: Loaded, prompts: Path | None, limit: int | None) -> Workload:
+    """What is asked."""
+    from ladon.bench.workloads import Question, make_workload, read_workload
+    from ladon.bundled import demo_prompts
+
+    if prompts is not None:
+        return read_workload(prompts, limit)
+    if not loaded.is_demo:
+        raise InputError("no prompts; give a JSONL file with a JSON object with `prompt` or `turns` on each line")
+    texts = demo_prompts(limit or _DEMO_PROMPTS, "calibration")
+    questions = [Question.to_continue(text, number) for number, text in enumerate(texts, start=1)]
+    return make_workload("standard library modules set aside to calibrate", questions)
+
+
+def _token_ids(loaded: Loaded, workload: Workload) -> list[Tensor]:
+    """The prompts' token ids, [T] each."""
     import torch
 
-    from ladon.bench.workloads import Question, make_workload, prompt_ids, read_workload
-    from ladon.bundled import demo_prompts
+    from ladon.bench.workloads import prompt_ids
+
+    return [torch.tensor(prompt_ids(loaded.tokenizer, question, [])).long() for question in workload.questions]
+
+
+def _record(
+    loaded: Loaded, heads: str | None, workload: Workload, max_new_tokens: int, batch: int, progress: Any
+) -> LatticeTrace:
+    """Let the model answer the prompts."""
     from ladon.calibrate.recording import record
     from ladon.cli.loading import dtype_name
 
-    if prompts is not None:
-        workload = read_workload(prompts, limit)
-    elif loaded.is_demo:
-        texts = demo_prompts(limit or _DEMO_PROMPTS, "calibration")
-        questions = [Question.to_continue(text, number) for number, text in enumerate(texts, start=1)]
-        workload = make_workload("standard library modules set aside to calibrate", questions)
-    else:
-        raise InputError("no prompts; give a JSONL file with a JSON object with `prompt` or `turns` on each line")
     about = {"model": loaded.name, "dtype": dtype_name(loaded.model), "max_new_tokens": max_new_tokens}
     assert loaded.heads is not None  # checked when loaded
     trace = record(
         loaded.model,
         loaded.heads,
-        [torch.tensor(prompt_ids(loaded.tokenizer, question, [])).long() for question in workload.questions],
+        _token_ids(loaded, workload),
         max_new_tokens=max_new_tokens,
         batch_size=batch,
         about={**about, "workload": workload.summary()},
@@ -214,6 +230,17 @@ def _findings(
     times = measure_step_times(loaded.model, loaded.heads, context, progress=progress)
     place = environment(loaded.model.device) | {"dtype": dtype_name(loaded.model)}
     return find(trace, budgets=budgets, step_times=times, place=place)
+
+
+def _pruning(loaded: Loaded, workload: Workload, progress: Any) -> dict[str, Any]:
+    from ladon.calibrate.pruning import find_pruning
+    from ladon.cli.loading import dtype_name
+    from ladon.environment import environment
+
+    assert loaded.heads is not None  # checked when loaded
+    place = environment(loaded.model.device) | {"dtype": dtype_name(loaded.model)}
+    prompts = _token_ids(loaded, workload)[:_PRUNING_PROMPTS]
+    return find_pruning(loaded.model, loaded.heads, prompts, place=place, progress=progress)
 
 
 def _show(found: Calibration, name: str) -> None:
