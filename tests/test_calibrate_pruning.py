@@ -127,7 +127,7 @@ def test_it_must_pay_on_every_batch_size() -> None:
 def test_which_ways_are_tried() -> None:
     trained = EarlyExit(layer=3, num_layers=8, hidden_size=8, width=1)
     ways = ways_to_prune(8, trained)
-    assert {way.layer for way in ways} == {2, 3, 4}
+    assert {way.layer for way in ways} == {1, 2, 3, 4}
     assert {way.layer for way in ways if way.early_exit is not None} == {3}
     assert {way.criterion for way in ways} == {"evidence", "siblings", "top-k"}
     assert {way.layer for way in ways_to_prune(2, None)} == {1}

@@ -48,7 +48,7 @@ class Verdict:
 
 def ways_to_prune(num_layers: int, early_exit: EarlyExit | None) -> list[Pruning]:
     """Layers in the first half, every criterion and its settings; without a trained early exit and with it."""
-    layers = sorted({max(1, num_layers * quarter // 8) for quarter in (2, 3, 4)} & set(range(1, num_layers)))
+    layers = sorted({max(1, num_layers * eighth // 8) for eighth in range(1, 5)} & set(range(1, num_layers)))
     exits: list[tuple[int, EarlyExit | None]] = [(layer, None) for layer in layers]
     if early_exit is not None:
         exits.append((early_exit.layer, early_exit))
