@@ -93,3 +93,12 @@ def test_scores_that_are_none() -> None:
     real = tree.log_probs == 0
     assert scores[0, 0] == 0 and torch.all(scores[real][1:] == LOWEST)
     assert torch.all(scores[~real] == -torch.inf) and not bool(real.all())
+
+
+def test_no_path_is_better_than_its_beginning() -> None:
+    """Not by a score above 0 either, as rounding may leave one: a node kept without its parent would be wrong."""
+    drawn = draw(random.Random(1), [None], 30, 97)
+    ancestors = ancestor_mask(drawn.tree.parents, drawn.tree.max_depth)
+    paths = path_scores(torch.randn(1, 30), ancestors)
+    parents = drawn.tree.parents[:, 1:]
+    assert torch.all(paths[:, 1:] <= paths.gather(1, parents))
