@@ -32,6 +32,8 @@ class Calibration:
             "acceptance_length", "accepted"}; the last is the share of steps that emitted a draft of each depth.
         step_times: milliseconds of a decode step per number of nodes, with the machine they were measured on, and the
             budget that they and `simulated` would make the fastest.
+        pruning: what early pruning would gain by layer, criterion and kept size, and what is best, if that was asked
+            for (`ladon.calibrate.pruning`).
         measured_on: model, prompts, positions and settings behind the numbers.
     """
 
@@ -43,6 +45,7 @@ class Calibration:
     fixed_trees: Mapping[str, Sequence[Sequence[int]]] = field(default_factory=dict)
     simulated: Sequence[Mapping[str, Any]] = ()
     step_times: Mapping[str, Any] = field(default_factory=dict)
+    pruning: Mapping[str, Any] = field(default_factory=dict)
     measured_on: Mapping[str, Any] = field(default_factory=dict)
 
     def save(self, folder: str | Path) -> None:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 _NEW_TOKENS = BenchOptions().max_new_tokens
 _DEMO_PROMPTS = 120
 _CONTEXT = 256  # tokens in the cache when steps are timed
+_PRUNING_PROMPTS = 32  # whose answers pruning is judged on, at most
 
 _PromptsArgument = Annotated[
     str | None,
@@ -38,6 +39,9 @@ _PromptsArgument = Annotated[
 _LimitOption = Annotated[int | None, Option("--limit", metavar="N", min=1, help="Use only the first so many prompts.")]
 _BatchOption = Annotated[int, Option("--batch", metavar="N", min=1, help="Prompts answered together.")]
 _TimesOption = Annotated[bool, Option("--step-times/--no-step-times", help="Time decode steps on this machine.")]
+_PruningOption = Annotated[
+    bool, Option("--pruning/--no-pruning", help="Find out whether early pruning pays on this machine, and how.")
+]
 _TraceOption = Annotated[
     Path | None, Option("--trace", metavar="FILE", help="Write the recorded trace too, a safetensors file.")
 ]
@@ -64,6 +68,7 @@ def calibrate(
     limit: _LimitOption = None,
     batch: _BatchOption = 16,
     step_times: _TimesOption = True,
+    pruning: _PruningOption = False,
     trace: _TraceOption = None,
     from_trace: _FromTraceOption = None,
     simulate: _SimulateOption = "8,16,32,64",
@@ -85,8 +90,8 @@ def calibrate(
         ladon calibrate prompts.jsonl --model path/to/model --heads path/to/heads
         ladon calibrate --dry-run --limit 20
     """
-    if from_trace is not None and (prompts is not None or limit is not None or trace is not None):
-        raise InputError("--from-trace has its answers: leave out the prompts, --limit and --trace")
+    if from_trace is not None and (prompts is not None or limit is not None or trace is not None or pruning):
+        raise InputError("--from-trace has its answers: leave out the prompts, --limit, --trace and --pruning")
     budgets = tuple(dict.fromkeys(_sizes(simulate)))
     folder = _destination(model, heads, out, dry_run)
     check_writable(trace)
@@ -98,10 +103,13 @@ def calibrate(
         if from_trace is not None:
             recorded = _read(from_trace, loaded, heads)
         else:
-            recorded = _record(loaded, heads, prompts, limit, max_new_tokens, batch, progress)
+            asked = _asked(loaded, prompts, limit)
+            recorded = _record(loaded, heads, asked, max_new_tokens, batch, progress)
         if trace is not None:
             recorded.save(trace)
         found = _findings(loaded, recorded, budgets, step_times, progress)
+        if pruning:
+            found = replace(found, pruning=_pruning(loaded, asked, progress))
     if folder is not None:
         found.save(folder)
     _show(found, loaded.name)
@@ -136,14 +144,11 @@ def _destination(model: str, heads: str | None, out: Path | None, dry_run: bool)
     return out
 
 
+_Asked = tuple[str, list[list[int]]]  # a name for the prompts, and their token ids
+
+
 def _record(
-    loaded: Loaded,
-    heads: str | None,
-    prompts: str | None,
-    limit: int | None,
-    max_new_tokens: int,
-    batch: int,
-    progress: Any,
+    loaded: Loaded, heads: str | None, asked: _Asked, max_new_tokens: int, batch: int, progress: Any
 ) -> LatticeTrace:
     """Let the model answer the prompts."""
     import torch
@@ -151,14 +156,14 @@ def _record(
     from ladon.calibrate.recording import record
     from ladon.cli.loading import dtype_name
 
-    name, asked = _asked(loaded, prompts, limit)
-    workload = {"name": name, "sha256": hashlib.sha256(json.dumps(asked).encode()).hexdigest(), "questions": len(asked)}
+    name, ids = asked
+    workload = {"name": name, "sha256": hashlib.sha256(json.dumps(ids).encode()).hexdigest(), "questions": len(ids)}
     about = {"model": loaded.name, "dtype": dtype_name(loaded.model), "max_new_tokens": max_new_tokens}
     assert loaded.heads is not None  # checked when loaded
     trace = record(
         loaded.model,
         loaded.heads,
-        [torch.tensor(ids) for ids in asked],
+        [torch.tensor(prompt) for prompt in ids],
         max_new_tokens=max_new_tokens,
         batch_size=batch,
         about={**about, "workload": workload},
@@ -167,7 +172,7 @@ def _record(
     return replace(trace, heads=_stored_hash(loaded, heads))
 
 
-def _asked(loaded: Loaded, prompts: str | None, limit: int | None) -> tuple[str, list[list[int]]]:
+def _asked(loaded: Loaded, prompts: str | None, limit: int | None) -> _Asked:
     """What the model is asked, as token ids, and a name for it."""
     from ladon.bundled import demo_prompts
     from ladon.train.prompts import read_prompts
@@ -229,6 +234,19 @@ def _findings(
     times = measure_step_times(loaded.model, loaded.heads, context, progress=progress)
     place = environment(loaded.model.device) | {"dtype": dtype_name(loaded.model)}
     return find(trace, budgets=budgets, step_times=times, place=place)
+
+
+def _pruning(loaded: Loaded, asked: _Asked, progress: Any) -> dict[str, Any]:
+    import torch
+
+    from ladon.calibrate.pruning import find_pruning
+    from ladon.cli.loading import dtype_name
+    from ladon.environment import environment
+
+    assert loaded.heads is not None  # checked when loaded
+    place = environment(loaded.model.device) | {"dtype": dtype_name(loaded.model)}
+    prompts = [torch.tensor(ids) for ids in asked[1][:_PRUNING_PROMPTS]]
+    return find_pruning(loaded.model, loaded.heads, prompts, place=place, progress=progress)
 
 
 def _show(found: Calibration, name: str) -> None:

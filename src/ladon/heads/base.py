@@ -40,6 +40,7 @@ class Heads(nn.Module, ABC):
         training_record: how the heads were trained, as JSON values; saved with them.
         is_conditioned: whether head k looks at the tokens between the one it reads and the one it guesses.
         calibration: what `ladon calibrate` found for these heads on their model; None if it never ran.
+        folder: the folder they were loaded from, where an early exit may lie beside them; None for new ones.
     """
 
     family: ClassVar[str]
@@ -57,6 +58,7 @@ class Heads(nn.Module, ABC):
         self.base_fingerprint: Fingerprint | None = None
         self.training_record: dict[str, Any] = {}
         self.calibration: Calibration | None = None
+        self.folder: Path | None = None
         # In tuples, so that the target's modules are no submodules: not saved, not trained, not moved with the heads.
         self._projection: tuple[nn.Module, ...] = ()
         self._embedding: tuple[nn.Module, ...] = ()
