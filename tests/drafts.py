@@ -15,6 +15,7 @@ from ladon.fixed_tree import FixedTree
 from ladon.lattice import Lattice
 from ladon.proposers import HeadsProposer, Proposer, RootProposer, tree_builder
 from ladon.rows import Row
+from ladon.sizing import Sizing
 from ladon.stats import DecodeStats, StageClock
 from ladon.target import Target
 
@@ -91,7 +92,7 @@ def decode(
     prompts: Sequence[Tensor],
     max_new_tokens: int,
     eos_token_ids: frozenset[int] = frozenset(),
-    budget: int = NUM_NODES,
+    budget: int | Sizing = NUM_NODES,
 ) -> tuple[list[list[int]], DecodeStats]:
     """Run the engine; the emitted tokens of each prompt, and the statistics."""
     rows = [Row(prompt=p, max_new_tokens=max_new_tokens, is_stop=eos_token_ids.__contains__) for p in prompts]
