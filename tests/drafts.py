@@ -16,6 +16,7 @@ from ladon.lattice import Lattice
 from ladon.proposers import HeadsProposer, Proposer, RootProposer, tree_builder
 from ladon.pruning import Pruning
 from ladon.rows import Row
+from ladon.sizing import Sizing
 from ladon.stats import DecodeStats, StageClock
 from ladon.target import Target
 
@@ -92,7 +93,7 @@ def decode(
     prompts: Sequence[Tensor],
     max_new_tokens: int,
     eos_token_ids: frozenset[int] = frozenset(),
-    budget: int = NUM_NODES,
+    budget: int | Sizing = NUM_NODES,
     pruning: Pruning | None = None,
 ) -> tuple[list[list[int]], DecodeStats]:
     """Run the engine; the emitted tokens of each prompt, and the statistics."""

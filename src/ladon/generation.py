@@ -14,21 +14,13 @@ import torch
 from torch import Tensor
 
 from ladon.budgets import check_budget, make_sizing
-from ladon.config import MOST_NODES, DecoderOptions
+from ladon.config import DecoderOptions
 from ladon.engine import Engine, Step
 from ladon.errors import InputError, LadonError
 from ladon.fixed_tree import FixedTree
 from ladon.heads import Heads
 from ladon.override import own_generate
-from ladon.proposers import (
-    HeadsProposer,
-    Proposer,
-    RootProposer,
-    as_chain,
-    candidates_needed,
-    check_tree,
-    tree_builder,
-)
+from ladon.proposers import Proposer, RootProposer, as_chain, check_tree, drafting
 from ladon.prune_option import Prune, chosen_pruning
 from ladon.requests import (
     Request,
@@ -298,6 +290,4 @@ class Decoder:
             return RootProposer()
         self.heads.bind(self.model, force=True)  # since then another decoder may have bound them to its own model
         tree = self._tree if self._target.supports_trees else as_chain(self._tree)
-        most = self._budget if isinstance(self._budget, int) else MOST_NODES
-        num_candidates = candidates_needed(tree, self._num_candidates, most)
-        return HeadsProposer(self.heads, tree_builder(tree), num_candidates, clock)
+        return drafting(self.heads, tree, self._num_candidates, self._budget, clock)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ladon import growth, lattice
 from ladon.accept import Accepted
-from ladon.config import TREES
+from ladon.config import MOST_NODES, TREES
 from ladon.errors import TreeError
 from ladon.fixed_tree import FixedTree
 from ladon.heads import Heads
@@ -86,6 +86,14 @@ class HeadsProposer(_Stateless):
             )
         with self._clock.stage("growth"):
             return self._build(candidates, root, max_nodes)
+
+
+def drafting(
+    heads: Heads, tree: str | FixedTree, num_candidates: int, budget: int | str, clock: StageClock
+) -> HeadsProposer:
+    """Heads that draft trees of a kind with at most `num_candidates` each, for a budget, which may be "auto"."""
+    most = budget if isinstance(budget, int) else MOST_NODES
+    return HeadsProposer(heads, tree_builder(tree), candidates_needed(tree, num_candidates, most), clock)
 
 
 def calibrated_temperatures(heads: Heads) -> Tensor | None:

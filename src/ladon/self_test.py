@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ladon.errors import UnsupportedModelError
 from ladon.forwards import lock_of
+from ladon.machine import cache_folder
 from ladon.tree import TokenTree
 
 if TYPE_CHECKING:
@@ -198,8 +199,7 @@ def _key(target: _Testable) -> str:
 
 
 def _file() -> Path:
-    folder = os.environ.get("LADON_CACHE")
-    return (Path(folder) if folder else Path.home() / ".cache" / "ladon") / "self_test.json"
+    return cache_folder() / "self_test.json"
 
 
 def _read() -> dict[str, Verdict]:

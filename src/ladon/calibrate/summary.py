@@ -88,6 +88,9 @@ def _times(step_times: Mapping[str, Any]) -> Iterable[RenderableType]:
         bold = "bold" if nodes == projected["best_budget"] else ""
         table.add_row(str(nodes), f"{ms:.2f}", f"{relative:.2f}x", f"{length:.2f}", f"{speedup:.2f}x", style=bold)
     yield table
+    for other in step_times["measured"][1:]:
+        relative = ", ".join(f"{n}: {r:.2f}x" for n, r in zip(other["nodes"], other["relative"], strict=True))
+        yield Text(f"{other['batch']} rows at {other['context']} tokens: {other['ms'][0]:.2f} ms plain; {relative}")
     yield Text(
         " · ".join(f"{name} {place[name]}" for name in ("device", "cpu", "threads", "dtype") if name in place), "dim"
     )

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import warnings
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,12 +19,12 @@ from ladon.errors import InputError
 
 if TYPE_CHECKING:
     from ladon.calibrate.lattice_trace import LatticeTrace
+    from ladon.calibrate.step_times import StepTimes
     from ladon.calibration import Calibration
     from ladon.cli.loading import Loaded
 
 _NEW_TOKENS = BenchOptions().max_new_tokens
 _DEMO_PROMPTS = 120
-_CONTEXT = 256  # tokens in the cache when steps are timed
 _PRUNING_PROMPTS = 32  # whose answers pruning is judged on, at most
 
 _PromptsArgument = Annotated[
@@ -41,6 +41,10 @@ _BatchOption = Annotated[int, Option("--batch", metavar="N", min=1, help="Prompt
 _TimesOption = Annotated[bool, Option("--step-times/--no-step-times", help="Time decode steps on this machine.")]
 _PruningOption = Annotated[
     bool, Option("--pruning/--no-pruning", help="Find out whether early pruning pays on this machine, and how.")
+]
+_BatchesOption = Annotated[str, Option("--batches", metavar="N,...", help="Rows decoded together in timed steps.")]
+_ContextsOption = Annotated[
+    str, Option("--contexts", metavar="N,...", help="Tokens in the cache of each row in timed steps.")
 ]
 _TraceOption = Annotated[
     Path | None, Option("--trace", metavar="FILE", help="Write the recorded trace too, a safetensors file.")
@@ -69,6 +73,8 @@ def calibrate(
     batch: _BatchOption = 16,
     step_times: _TimesOption = True,
     pruning: _PruningOption = False,
+    batches: _BatchesOption = "1,4",
+    contexts: _ContextsOption = "256",
     trace: _TraceOption = None,
     from_trace: _FromTraceOption = None,
     simulate: _SimulateOption = "8,16,32,64",
@@ -84,6 +90,8 @@ def calibrate(
 
     The result is calibration.json beside the heads, which decoding then uses: dynamic trees are grown from
     probabilities divided by the temperatures. About 100 prompts of the kind that the model will be asked are enough.
+    Step times go into the cache folder of this machine too (LADON_CACHE, else ~/.cache/ladon): `--budget auto` starts
+    from them.
 
     For example:
 
@@ -93,6 +101,7 @@ def calibrate(
     if from_trace is not None and (prompts is not None or limit is not None or trace is not None or pruning):
         raise InputError("--from-trace has its answers: leave out the prompts, --limit, --trace and --pruning")
     budgets = tuple(dict.fromkeys(_sizes(simulate)))
+    timed = _Timed.of(batches, contexts) if step_times else None
     folder = _destination(model, heads, out, dry_run)
     check_writable(trace)
     from ladon.cli.loading import load, require_heads
@@ -107,14 +116,16 @@ def calibrate(
             recorded = _record(loaded, heads, asked, max_new_tokens, batch, progress)
         if trace is not None:
             recorded.save(trace)
-        found = _findings(loaded, recorded, budgets, step_times, progress)
+        measured = [] if timed is None else timed.measure(loaded, recorded, progress)
+        found = _findings(loaded, recorded, budgets, measured)
         if pruning:
             found = replace(found, pruning=_pruning(loaded, asked, progress))
     if folder is not None:
         found.save(folder)
+    profile = None if folder is None else _write_profile(loaded, measured)
     _show(found, loaded.name)
     if folder is not None:
-        say(f"ladon: written to {folder}")
+        say(f"ladon: written to {folder}" + (f"; step times to {profile}" if profile else ""))
     if as_json:
         print_json(found.document())
 
@@ -219,21 +230,49 @@ def _stored_hash(loaded: Loaded, heads: str | None) -> str:
         return read_heads(place, loaded.model).weights_hash
 
 
-def _findings(
-    loaded: Loaded, trace: LatticeTrace, budgets: tuple[int, ...], step_times: bool, progress: Any
-) -> Calibration:
+@dataclass(frozen=True, slots=True)
+class _Timed:
+    """Batch sizes and context lengths at which steps are timed."""
+
+    batches: tuple[int, ...]
+    contexts: tuple[int, ...]
+
+    @classmethod
+    def of(cls, batches: str, contexts: str) -> _Timed:
+        """As they stand on the command line."""
+        return cls(options.parse_counts("--batches", batches), options.parse_counts("--contexts", contexts))
+
+    def measure(self, loaded: Loaded, trace: LatticeTrace, progress: Any) -> list[StepTimes]:
+        """Time steps in each of these ways, after the beginning of the model's own answers."""
+        from ladon.calibrate.step_times import measure_step_times
+
+        assert loaded.heads is not None  # checked when loaded
+        tokens = trace.truth[:, 0].long()
+        longest = max(self.contexts)
+        text = tokens.repeat(-(-longest // max(len(tokens), 1)))
+        return [
+            measure_step_times(loaded.model, loaded.heads, text[:context], batch=batch, progress=progress)
+            for context in self.contexts
+            for batch in self.batches
+        ]
+
+
+def _findings(loaded: Loaded, trace: LatticeTrace, budgets: tuple[int, ...], measured: list[StepTimes]) -> Calibration:
     from ladon.calibrate.findings import calibrate as find
-    from ladon.calibrate.step_times import measure_step_times
     from ladon.cli.loading import dtype_name
     from ladon.environment import environment
 
-    if not step_times:
-        return find(trace, budgets=budgets)
-    assert loaded.heads is not None  # checked when loaded
-    context = trace.truth[:_CONTEXT, 0].long()
-    times = measure_step_times(loaded.model, loaded.heads, context, progress=progress)
     place = environment(loaded.model.device) | {"dtype": dtype_name(loaded.model)}
-    return find(trace, budgets=budgets, step_times=times, place=place)
+    return find(trace, budgets=budgets, step_times=measured, place=place)
+
+
+def _write_profile(loaded: Loaded, measured: list[StepTimes]) -> Path | None:
+    """Keep the step times for this machine; where, or None if there are none."""
+    from ladon.calibrate.step_times import profile_of
+    from ladon.profiles import place_of, write_profile
+
+    assert loaded.heads is not None  # checked when loaded
+    return write_profile(place_of(loaded.model, loaded.heads), profile_of(measured)) if measured else None
 
 
 def _pruning(loaded: Loaded, asked: _Asked, progress: Any) -> dict[str, Any]:
