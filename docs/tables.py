@@ -16,6 +16,7 @@ NAMES = {
     "chain": "chain",
     "fixed": "fixed tree (MEDUSA)",
     "dynamic": "dynamic tree (MEDUSA+)",
+    "auto": "dynamic tree, size chosen at each step",
 }
 
 
@@ -44,7 +45,7 @@ def timing_rows(document: dict[str, Any]) -> list[list[str]]:
         rows.append(
             [
                 NAMES[result["mode"]],
-                str(result["budget"]),
+                str(result["budget"]) if result["budget"] != "auto" else f"{result['nodes_per_step']:.1f}",
                 f"{result['acceptance_length']:.2f}",
                 f"{speed:.0f}",
                 f"{speed / plain:.2f}x",
@@ -72,7 +73,9 @@ def acceptance_rows(document: dict[str, Any]) -> list[list[str]]:
 
 def block_rows(document: dict[str, Any]) -> list[list[str]]:
     """Head and rows of a `benchmarks/head_blocks.py` document: what a draft reads and takes, and what is accepted."""
-    rows = [["head block", "parameters", "read per draft", "draft, bf16", "draft, fp32", "chain", "16 nodes", "64 nodes"]]
+    rows = [
+        ["head block", "parameters", "read per draft", "draft, bf16", "draft, fp32", "chain", "16 nodes", "64 nodes"]
+    ]
     for result in document["results"]:
         lengths = {
             (entry["tree"], entry["nodes"]): entry["acceptance_length"]

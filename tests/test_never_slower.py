@@ -182,13 +182,7 @@ def test_done_cells_are_taken_from_the_work_file(script: ModuleType, tmp_path: P
     assert script.kept_cells(tmp_path / "none", key) == {} and script.kept_cells(None, key) == {}
 
 
-def test_random_models_get_prompts_of_the_length_asked(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The materials alone; the bundled heads' rates come with their calibration."""
-    from ladon.bundled import load_demo
-
-    heads = load_demo()[2]
-    if heads.calibration is None:
-        pytest.skip("the bundled heads have no calibration")
+def test_prompts_have_the_length_asked_and_the_large_model_its_size(script: ModuleType) -> None:
     materials = script.Materials(None, None)
     for name in ("demo/bundled/code/c64/b16", "demo/bundled/code/c1024/b16", "demo/bundled/code/c1792/b4"):
         (chosen,) = [cell for cell in script.all_cells(1792, False) if cell.name == name]
