@@ -249,14 +249,9 @@ class Engine:
             batch_index = torch.arange(out.tree.batch_size, device=picks.device)
             hidden, root = out.hidden[batch_index, accepted.last], accepted.bonus
         table = torch.cat([accepted.count[:, None], accepted.tokens], dim=1)
+        places, pruned = self._batch.drafted, out.num_pruned
         return _Outcome(
-            places=self._batch.drafted,
-            hidden=hidden,
-            root=root,
-            table=table,
-            tree=out.tree,
-            accepted=accepted,
-            num_pruned=out.num_pruned,
+            places=places, hidden=hidden, root=root, table=table, tree=out.tree, accepted=accepted, num_pruned=pruned
         )
 
     def _within_limits(self, tree: TokenTree) -> TokenTree:
