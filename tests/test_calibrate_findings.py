@@ -23,7 +23,7 @@ from ladon.fixed_tree import FixedTree, best_fixed_tree
 from ladon.viz.outline import outline
 from test_calibrate_trace import trace_of
 
-TIMES = StepTimes(batch=1, context=9, nodes=(1, 4, 16), ms=(2.0, 2.2, 40.0), rounds=3)
+TIMES = StepTimes(batch=1, context=9, nodes=(1, 4, 16), ms=(2.0, 2.2, 40.0), drafting_ms=2.1, rounds=3)
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def trace() -> LatticeTrace:
 
 
 def test_what_is_written_is_of_all_answers_and_what_is_claimed_of_unseen_ones(trace: LatticeTrace) -> None:
-    found = calibrate(trace, budgets=(4, 16), step_times=TIMES, place={"cpu": "x"})
+    found = calibrate(trace, budgets=(4, 16), step_times=[TIMES], place={"cpu": "x"})
     known, unseen = trace.of_rows([0, 2, 4]), trace.of_rows([1, 3, 5])
     assert found.heads == "0123"
     assert found.temperatures == fit_temperatures(trace) != fit_temperatures(known)
@@ -68,7 +68,7 @@ def test_what_is_written_is_of_all_answers_and_what_is_claimed_of_unseen_ones(tr
 
 
 def test_the_projected_budget_weighs_tokens_against_time(trace: LatticeTrace) -> None:
-    found = calibrate(trace, step_times=TIMES, place={"cpu": "x"}).step_times
+    found = calibrate(trace, step_times=[TIMES], place={"cpu": "x"}).step_times
     lengths = found["projected"]["acceptance_length"]
     assert lengths[0] == 1.0 and lengths[1] < lengths[2]
     assert found["projected"]["speedup"] == pytest.approx([1.0, lengths[1] / 1.1, lengths[2] / 20], abs=1e-3)
@@ -100,7 +100,7 @@ def test_a_depth_that_is_never_reached_has_no_error(trace: LatticeTrace) -> None
 
 
 def test_summary(trace: LatticeTrace) -> None:
-    text = shown(calibrate(trace, budgets=(4, 16), step_times=TIMES, place={"cpu": "A CPU", "threads": 1}))
+    text = shown(calibrate(trace, budgets=(4, 16), step_times=[TIMES], place={"cpu": "A CPU", "threads": 1}))
     for part in ("best fixed tree of 64 nodes", "dynamic, with temperatures", "projected speed-up", "cpu A CPU"):
         assert part in text
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from ladon.calibrate.step_times import StepTimes, measure_step_times
+from ladon.calibrate.step_times import StepTimes, measure_step_times, profile_of
 from ladon.errors import InputError
 from ladon.heads import new_heads
 from ladon.target import Target
@@ -41,7 +41,7 @@ def test_sizes_take_turns_at_one_context(tiny_llama: PreTrainedModel, verified: 
     )
     assert times.nodes == (1, 2, 4, 16) and len(times.ms) == 4 and min(times.ms) > 0
     assert (times.batch, times.context, times.rounds) == (1, 37, 3) and rounds == [1, 2, 3]
-    up = [1, 2, 4, 16]
+    up = [1, 2, 4, 16, 1]  # the last one drafts
     assert [nodes for nodes, _ in verified] == [*up, *up, *reversed(up), *up]
     assert {length for _, length in verified} == {37}
 
@@ -61,5 +61,17 @@ def test_a_context_at_the_models_limit(tiny_llama: PreTrainedModel, verified: li
 
 
 def test_times_relative_to_plain_decoding() -> None:
-    times = StepTimes(batch=1, context=4, nodes=(1, 8), ms=(2.0, 3.0), rounds=5)
+    times = StepTimes(batch=1, context=4, nodes=(1, 8), ms=(2.0, 3.0), drafting_ms=2.5, rounds=5)
     assert times.relative == (1.0, 1.5)
+
+
+def test_rows_are_timed_together(tiny_llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ladon.calibrate.step_times._SECONDS", 0.0)
+    times = measure_step_times(tiny_llama, new_heads(tiny_llama, 3), torch.arange(3, 40), batch=3, nodes=(4,))
+    assert times.batch == 3 and times.nodes == (1, 4) and times.drafting_ms > 0
+
+
+def test_a_profile_has_every_kind_of_step() -> None:
+    times = StepTimes(batch=2, context=4, nodes=(1, 8), ms=(2.0, 3.0), drafting_ms=2.5, rounds=5)
+    found = {(time.batch, time.nodes, time.drafts, round(1e3 * time.seconds, 3)) for time in profile_of([times])}
+    assert found == {(2, 1, False, 2.0), (2, 8, True, 3.0), (2, 1, True, 2.5)}

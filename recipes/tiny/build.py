@@ -49,7 +49,7 @@ class Plan:
     commands: Commands = field(default_factory=Commands)
     prompts: int = 8_000  # from packages that the model never saw
     seen_prompts: int = 6_000  # from files that it was trained on
-    calibration_prompts: int = 120
+    calibration_prompts: int = 300  # as many as their modules hold, if fewer
     every_nth_file: int = 1  # use every n-th file of the corpus only
 
 

@@ -39,6 +39,14 @@ class DecoderOptions:
         default=32, metadata={"help": "candidates kept per head and step; ranks of a fixed tree must be below it"}
     )
 
+    prune: str = field(
+        default="off",
+        metadata={
+            "help": "drop unlikely nodes in the middle of the model's layers: off, or auto (as `ladon calibrate "
+            "--pruning` found to pay for these heads; off where it found nothing)"
+        },
+    )
+
     def __post_init__(self) -> None:
         """Raise `TreeError` for a number of candidates that is no number of 1 or more."""
         count = self.num_candidates

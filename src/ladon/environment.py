@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import transformers
 
-from ladon.hardware import cpu_flags, cpu_name
+from ladon.machine import cpu_flags, cpu_name
 
 BUSY_LOAD = 0.5  # load average per core above which timings are not worth much
 

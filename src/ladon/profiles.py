@@ -14,6 +14,7 @@ import math
 import os
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,8 +23,8 @@ import torch
 import transformers
 
 from ladon.errors import InputError
-from ladon.hardware import cpu_name
 from ladon.heads.fingerprint import fingerprint
+from ladon.machine import CACHE_VARIABLE, cache_folder, cpu_name
 from ladon.step_cost import StepTime
 
 if TYPE_CHECKING:
@@ -33,16 +34,6 @@ if TYPE_CHECKING:
 
 FORMAT = "ladon-step-times"
 VERSION = 1
-CACHE_VARIABLE = "LADON_CACHE"
-
-
-def cache_folder() -> Path:
-    """Where profiles are kept."""
-    own = os.environ.get(CACHE_VARIABLE)
-    if own:
-        return Path(os.path.expanduser(own))
-    shared = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(shared) / "ladon"
 
 
 def place_of(model: PreTrainedModel, heads: Heads) -> dict[str, Any]:
@@ -82,7 +73,8 @@ def write_profile(place: Mapping[str, Any], times: Sequence[StepTime]) -> Path:
         partial.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         partial.replace(path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink()
         raise InputError(f"cannot write {path}: {error.strerror}; set {CACHE_VARIABLE} to another folder") from error
     return path
 

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ladon.errors import UnsupportedModelError
 from ladon.forwards import lock_of
+from ladon.machine import cache_folder
 from ladon.tree import TokenTree
 
 if TYPE_CHECKING:
@@ -84,6 +85,11 @@ def tested(target: _Testable) -> Verdict:
     return _verdicts[key]
 
 
+def allowed_share(dtype: torch.dtype) -> float:
+    """The share of a control's difference that rounding may reach in a dtype."""
+    return _PASSES.get(dtype, _PASSES_HALF)
+
+
 def _judge(target: _Testable) -> Verdict:
     reasons = []
     for name, shapes in (("a token tree", _BRANCHING), ("a chain", _CHAIN)):
@@ -99,7 +105,7 @@ def _judge(target: _Testable) -> Verdict:
 
 def _failure(target: _Testable, shapes: tuple[tuple[int, ...], ...]) -> str | None:
     """Why trees of these shapes cannot be trusted, or None."""
-    allowed = _PASSES.get(target.dtype, _PASSES_HALF)
+    allowed = allowed_share(target.dtype)
     try:
         difference, control = measure(target, shapes)
     except (UnsupportedModelError, MemoryError, torch.OutOfMemoryError):  # no matter of trees
@@ -193,8 +199,7 @@ def _key(target: _Testable) -> str:
 
 
 def _file() -> Path:
-    folder = os.environ.get("LADON_CACHE")
-    return (Path(folder) if folder else Path.home() / ".cache" / "ladon") / "self_test.json"
+    return cache_folder() / "self_test.json"
 
 
 def _read() -> dict[str, Verdict]:

@@ -53,7 +53,7 @@ def calibrate(
     trace: LatticeTrace,
     *,
     budgets: Sequence[int] = SIZES,
-    step_times: StepTimes | None = None,
+    step_times: Sequence[StepTimes] = (),
     place: dict[str, Any] | None = None,
 ) -> Calibration:
     """Everything that `ladon calibrate` finds out.
@@ -64,7 +64,7 @@ def calibrate(
     Args:
         trace: the recorded answers.
         budgets: sizes of the simulated trees, root included.
-        step_times: measured on this machine; None leaves the times out.
+        step_times: measured on this machine; the projection goes by the first. May be empty.
         place: the machine, as `ladon.environment` describes it.
 
     Raises:
@@ -82,7 +82,7 @@ def calibrate(
         error=_errors(halves),
         fixed_trees={size: [list(path) for path in tree.paths] for size, tree in trees.items()},
         simulated=_simulated(halves, budgets),
-        step_times={} if step_times is None else _times(halves, step_times, place or {}),
+        step_times=_times(halves, step_times, place or {}),
         measured_on={**trace.about, "answers": trace.num_rows, "positions": trace.num_positions},
     )
 
@@ -129,15 +129,17 @@ def _entry(tree: str, temperatures: bool, run: SimulatedRun) -> dict[str, Any]:
     }
 
 
-def _times(halves: Halves, times: StepTimes, place: dict[str, Any]) -> dict[str, Any]:
+def _times(halves: Halves, measured: Sequence[StepTimes], place: dict[str, Any]) -> dict[str, Any]:
     """Times with their machine, and what the dynamic tree of each size would gain: tokens per step / relative time."""
-    unseen = halves.unseen
+    if not measured:
+        return {}
+    unseen, times = halves.unseen, measured[0]
     runs = simulate_budgets(unseen, "dynamic", times.nodes, temperatures=halves.temperatures)
     gains = [run.acceptance_length / relative for run, relative in zip(runs, times.relative, strict=True)]
     best = max(range(len(gains)), key=lambda i: gains[i])
     return {
         "place": place,
-        "measured": [{**asdict(times), "relative": [round(relative, 3) for relative in times.relative]}],
+        "measured": [{**asdict(found), "relative": [round(r, 3) for r in found.relative]} for found in measured],
         "projected": {
             "acceptance_length": [_finite(run.acceptance_length) for run in runs],
             "speedup": [_finite(gain) for gain in gains],

@@ -14,18 +14,19 @@ from torch import Tensor
 from ladon import sampling
 from ladon.accept import longest_match
 from ladon.config import DecoderOptions
-from ladon.engine import to_host
 from ladon.errors import InputError
 from ladon.heads import Heads
+from ladon.host import to_host
 from ladon.proposers import HeadsProposer, tree_builder
+from ladon.sizing import EDGES
 from ladon.stats import StageClock
+from ladon.step_cost import StepTime
 from ladon.target import Target
 from ladon.tree import TokenTree
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-NODES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
 _LEAST_ROUNDS, _MOST_ROUNDS = 3, 25
 _SECONDS = 10.0  # no further round starts after so long
 
@@ -39,6 +40,7 @@ class StepTimes:
         context: tokens in the cache of each row.
         nodes: node slots verified per row, root included, ascending from 1.
         ms: milliseconds of a step of so many nodes, medians.
+        drafting_ms: milliseconds of a step of one node that drafts the largest tree for the next step, median.
         rounds: how often each was measured.
     """
 
@@ -46,6 +48,7 @@ class StepTimes:
     context: int
     nodes: tuple[int, ...]
     ms: tuple[float, ...]
+    drafting_ms: float
     rounds: int
 
     @property
@@ -59,7 +62,8 @@ def measure_step_times(
     heads: Heads,
     context: Tensor,
     *,
-    nodes: Sequence[int] = NODES,
+    batch: int = 1,
+    nodes: Sequence[int] = EDGES,
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> StepTimes:
     """Time whole decode steps: verify, pick, accept, commit, draft the next tree, and the transfer to the host.
@@ -72,6 +76,7 @@ def measure_step_times(
         model: the target.
         heads: its heads.
         context: what is in the cache, [T] token ids; cut to leave room for the deepest tree.
+        batch: rows decoded together.
         nodes: sizes to measure, root included; 1 is added, and sizes that the heads cannot fill are left out.
         progress: called with (what, rounds done, rounds in all at most).
 
@@ -83,37 +88,53 @@ def measure_step_times(
         context = context[: target.context_limit - heads.num_heads - 1]
     if len(context) == 0:
         raise InputError("no context to time steps at; give a prompt of at least one token")
-    steps = _Steps(target, heads.bind(model, force=True), context)
+    steps = _Steps(target, heads.bind(model, force=True), context, batch)
     trees = [tree for size in sorted({1, *nodes}) if (tree := steps.draft(size)).num_nodes == size]
-    for tree in trees:
-        steps.run(tree)  # first steps of a size compile masks, grow buffers and warm caches
-    seconds: list[list[float]] = [[] for _ in trees]
+    kinds = [(tree, tree.num_nodes) for tree in trees] + [(trees[0], trees[-1].num_nodes)]  # verified, then drafted
+    for kind in kinds:
+        steps.run(*kind)  # first steps of a size compile masks, grow buffers and warm caches
+    seconds: list[list[float]] = [[] for _ in kinds]
     started, rounds = time.perf_counter(), 0
     while rounds < _LEAST_ROUNDS or (rounds < _MOST_ROUNDS and time.perf_counter() - started < _SECONDS):
-        for place in range(len(trees)) if rounds % 2 == 0 else reversed(range(len(trees))):
-            seconds[place].append(steps.run(trees[place]))
+        for place in range(len(kinds)) if rounds % 2 == 0 else reversed(range(len(kinds))):
+            seconds[place].append(steps.run(*kinds[place]))
         rounds += 1
-        progress("timing decode steps", rounds, _MOST_ROUNDS)
+        progress(f"timing decode steps of {batch} at {len(context)} tokens", rounds, _MOST_ROUNDS)
+    *ms, drafting_ms = (round(1e3 * median(times), 4) for times in seconds)
     return StepTimes(
-        batch=1,
+        batch=batch,
         context=len(context),
         nodes=tuple(tree.num_nodes for tree in trees),
-        ms=tuple(round(1e3 * median(times), 4) for times in seconds),
+        ms=tuple(ms),
+        drafting_ms=drafting_ms,
         rounds=rounds,
     )
+
+
+def profile_of(measured: Sequence[StepTimes]) -> list[StepTime]:
+    """Measured times as a profile holds them (`ladon.profiles`)."""
+    times = []
+    for found in measured:
+        kinds = [(nodes, nodes > 1, ms) for nodes, ms in zip(found.nodes, found.ms, strict=True)]
+        for nodes, drafts, ms in [*kinds, (1, True, found.drafting_ms)]:
+            time = StepTime(
+                batch=found.batch, nodes=nodes, context=float(found.context), drafts=drafts, seconds=1e-3 * ms
+            )
+            times.append(time)
+    return times
 
 
 class _Steps:
     """Decode steps that all start from one context."""
 
     @torch.no_grad()
-    def __init__(self, target: Target, heads: Heads, context: Tensor) -> None:
+    def __init__(self, target: Target, heads: Heads, context: Tensor, batch: int) -> None:
         self._target = target
         clock = StageClock({}, enabled=False, device=target.device)
         build = tree_builder("dynamic" if target.supports_trees else "chain")
         self._proposer = HeadsProposer(heads, build, DecoderOptions().num_candidates, clock)
-        self._cache, self._length = target.new_cache(1), len(context)
-        hidden, logits = target.prefill([context], self._cache)
+        self._cache, self._lengths = target.new_cache(batch), [len(context)] * batch
+        hidden, logits = target.prefill([context] * batch, self._cache)
         self._hidden, self._root = hidden, sampling.pick(logits)
 
     @torch.no_grad()
@@ -122,15 +143,15 @@ class _Steps:
         return self._proposer.propose(self._hidden, self._root, num_nodes)
 
     @torch.no_grad()
-    def run(self, tree: TokenTree) -> float:
-        """Seconds of one step, as `Engine` does it."""
+    def run(self, tree: TokenTree, num_drafted: int) -> float:
+        """Seconds of one step that drafts so many nodes, as `Engine` does it."""
         started = time.perf_counter()
         out = self._target.verify(tree, self._cache)
         accepted = longest_match(out.tree, sampling.pick(out.logits), out.ancestors)
         self._cache.commit(accepted.path, accepted.count)
-        hidden = out.hidden[torch.arange(1, device=accepted.last.device), accepted.last]
-        self._proposer.propose(hidden, accepted.bonus, tree.num_nodes)
+        hidden = out.hidden[torch.arange(len(self._lengths), device=accepted.last.device), accepted.last]
+        self._proposer.propose(hidden, accepted.bonus, num_drafted)
         to_host(torch.cat([accepted.count[:, None], accepted.tokens], dim=1))
         seconds = time.perf_counter() - started
-        self._cache.set_lengths([self._length])
+        self._cache.set_lengths(self._lengths)
         return seconds

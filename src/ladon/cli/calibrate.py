@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import warnings
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,25 +19,33 @@ from ladon.errors import InputError
 
 if TYPE_CHECKING:
     from ladon.calibrate.lattice_trace import LatticeTrace
+    from ladon.calibrate.step_times import StepTimes
     from ladon.calibration import Calibration
     from ladon.cli.loading import Loaded
 
 _NEW_TOKENS = BenchOptions().max_new_tokens
 _DEMO_PROMPTS = 120
-_CONTEXT = 256  # tokens in the cache when steps are timed
+_PRUNING_PROMPTS = 32  # whose answers pruning is judged on, at most
 
 _PromptsArgument = Annotated[
-    Path | None,
+    str | None,
     Argument(
         metavar="PROMPTS",
-        help="JSONL with `prompt`, or MT-Bench `turns` (the first is asked); for the bundled model, code that nothing "
-        "else uses.",
+        help="What `ladon distill` reads: JSONL, Parquet or a data set on the hub, of prompts or chats; for the "
+        "bundled model, code that nothing else uses.",
         show_default=False,
     ),
 ]
 _LimitOption = Annotated[int | None, Option("--limit", metavar="N", min=1, help="Use only the first so many prompts.")]
 _BatchOption = Annotated[int, Option("--batch", metavar="N", min=1, help="Prompts answered together.")]
 _TimesOption = Annotated[bool, Option("--step-times/--no-step-times", help="Time decode steps on this machine.")]
+_PruningOption = Annotated[
+    bool, Option("--pruning/--no-pruning", help="Find out whether early pruning pays on this machine, and how.")
+]
+_BatchesOption = Annotated[str, Option("--batches", metavar="N,...", help="Rows decoded together in timed steps.")]
+_ContextsOption = Annotated[
+    str, Option("--contexts", metavar="N,...", help="Tokens in the cache of each row in timed steps.")
+]
 _TraceOption = Annotated[
     Path | None, Option("--trace", metavar="FILE", help="Write the recorded trace too, a safetensors file.")
 ]
@@ -62,6 +72,9 @@ def calibrate(
     limit: _LimitOption = None,
     batch: _BatchOption = 16,
     step_times: _TimesOption = True,
+    pruning: _PruningOption = False,
+    batches: _BatchesOption = "1,4",
+    contexts: _ContextsOption = "256",
     trace: _TraceOption = None,
     from_trace: _FromTraceOption = None,
     simulate: _SimulateOption = "8,16,32,64",
@@ -77,15 +90,18 @@ def calibrate(
 
     The result is calibration.json beside the heads, which decoding then uses: dynamic trees are grown from
     probabilities divided by the temperatures. About 100 prompts of the kind that the model will be asked are enough.
+    Step times go into the cache folder of this machine too (LADON_CACHE, else ~/.cache/ladon): `--budget auto` starts
+    from them.
 
     For example:
 
         ladon calibrate prompts.jsonl --model path/to/model --heads path/to/heads
         ladon calibrate --dry-run --limit 20
     """
-    if from_trace is not None and (prompts is not None or limit is not None or trace is not None):
-        raise InputError("--from-trace has its answers: leave out the prompts, --limit and --trace")
+    if from_trace is not None and (prompts is not None or limit is not None or trace is not None or pruning):
+        raise InputError("--from-trace has its answers: leave out the prompts, --limit, --trace and --pruning")
     budgets = tuple(dict.fromkeys(_sizes(simulate)))
+    timed = _Timed.of(batches, contexts) if step_times else None
     folder = _destination(model, heads, out, dry_run)
     check_writable(trace)
     from ladon.cli.loading import load, require_heads
@@ -96,15 +112,20 @@ def calibrate(
         if from_trace is not None:
             recorded = _read(from_trace, loaded, heads)
         else:
-            recorded = _record(loaded, heads, prompts, limit, max_new_tokens, batch, progress)
+            asked = _asked(loaded, prompts, limit)
+            recorded = _record(loaded, heads, asked, max_new_tokens, batch, progress)
         if trace is not None:
             recorded.save(trace)
-        found = _findings(loaded, recorded, budgets, step_times, progress)
+        measured = [] if timed is None else timed.measure(loaded, recorded, progress)
+        found = _findings(loaded, recorded, budgets, measured)
+        if pruning:
+            found = replace(found, pruning=_pruning(loaded, asked, progress))
     if folder is not None:
         found.save(folder)
+    profile = None if folder is None else _write_profile(loaded, measured)
     _show(found, loaded.name)
     if folder is not None:
-        say(f"ladon: written to {folder}")
+        say(f"ladon: written to {folder}" + (f"; step times to {profile}" if profile else ""))
     if as_json:
         print_json(found.document())
 
@@ -134,43 +155,53 @@ def _destination(model: str, heads: str | None, out: Path | None, dry_run: bool)
     return out
 
 
+_Asked = tuple[str, list[list[int]]]  # a name for the prompts, and their token ids
+
+
 def _record(
-    loaded: Loaded,
-    heads: str | None,
-    prompts: Path | None,
-    limit: int | None,
-    max_new_tokens: int,
-    batch: int,
-    progress: Any,
+    loaded: Loaded, heads: str | None, asked: _Asked, max_new_tokens: int, batch: int, progress: Any
 ) -> LatticeTrace:
     """Let the model answer the prompts."""
     import torch
 
-    from ladon.bench.workloads import Question, make_workload, prompt_ids, read_workload
-    from ladon.bundled import demo_prompts
     from ladon.calibrate.recording import record
     from ladon.cli.loading import dtype_name
 
-    if prompts is not None:
-        workload = read_workload(prompts, limit)
-    elif loaded.is_demo:
-        texts = demo_prompts(limit or _DEMO_PROMPTS, "calibration")
-        questions = [Question.to_continue(text, number) for number, text in enumerate(texts, start=1)]
-        workload = make_workload("standard library modules set aside to calibrate", questions)
-    else:
-        raise InputError("no prompts; give a JSONL file with a JSON object with `prompt` or `turns` on each line")
+    name, ids = asked
+    workload = {"name": name, "sha256": hashlib.sha256(json.dumps(ids).encode()).hexdigest(), "questions": len(ids)}
     about = {"model": loaded.name, "dtype": dtype_name(loaded.model), "max_new_tokens": max_new_tokens}
     assert loaded.heads is not None  # checked when loaded
     trace = record(
         loaded.model,
         loaded.heads,
-        [torch.tensor(prompt_ids(loaded.tokenizer, question, [])).long() for question in workload.questions],
+        [torch.tensor(prompt) for prompt in ids],
         max_new_tokens=max_new_tokens,
         batch_size=batch,
-        about={**about, "workload": workload.summary()},
+        about={**about, "workload": workload},
         progress=progress,
     )
     return replace(trace, heads=_stored_hash(loaded, heads))
+
+
+def _asked(loaded: Loaded, prompts: str | None, limit: int | None) -> _Asked:
+    """What the model is asked, as token ids, and a name for it."""
+    from ladon.bundled import demo_prompts
+    from ladon.train.prompts import read_prompts
+
+    if prompts is not None:
+        found = read_prompts(prompts, loaded.tokenizer, limit=limit)
+        asked = [prompt.token_ids for prompt in found if prompt.token_ids]
+        if len(asked) < len(found):
+            reasons = ", ".join(sorted({prompt.refused or "empty prompt" for prompt in found if not prompt.token_ids}))
+            say(f"ladon: warning: {len(found) - len(asked)} of {len(found)} rows are left out ({reasons})")
+        if not asked:
+            raise InputError(f"{prompts} has no prompt that can be asked; give others")
+        return Path(prompts).name, asked
+    if not loaded.is_demo:
+        raise InputError("no prompts; give a JSONL file with a JSON object with `prompt` or `messages` on each line")
+    texts = demo_prompts(limit or _DEMO_PROMPTS, "calibration")
+    ids = [[int(token) for token in loaded.tokenizer(text)["input_ids"]] for text in texts]
+    return "standard library modules set aside to calibrate", ids
 
 
 def _read(path: Path, loaded: Loaded, heads: str | None) -> LatticeTrace:
@@ -199,21 +230,62 @@ def _stored_hash(loaded: Loaded, heads: str | None) -> str:
         return read_heads(place, loaded.model).weights_hash
 
 
-def _findings(
-    loaded: Loaded, trace: LatticeTrace, budgets: tuple[int, ...], step_times: bool, progress: Any
-) -> Calibration:
+@dataclass(frozen=True, slots=True)
+class _Timed:
+    """Batch sizes and context lengths at which steps are timed."""
+
+    batches: tuple[int, ...]
+    contexts: tuple[int, ...]
+
+    @classmethod
+    def of(cls, batches: str, contexts: str) -> _Timed:
+        """As they stand on the command line."""
+        return cls(options.parse_counts("--batches", batches), options.parse_counts("--contexts", contexts))
+
+    def measure(self, loaded: Loaded, trace: LatticeTrace, progress: Any) -> list[StepTimes]:
+        """Time steps in each of these ways, after the beginning of the model's own answers."""
+        from ladon.calibrate.step_times import measure_step_times
+
+        assert loaded.heads is not None  # checked when loaded
+        tokens = trace.truth[:, 0].long()
+        longest = max(self.contexts)
+        text = tokens.repeat(-(-longest // max(len(tokens), 1)))
+        return [
+            measure_step_times(loaded.model, loaded.heads, text[:context], batch=batch, progress=progress)
+            for context in self.contexts
+            for batch in self.batches
+        ]
+
+
+def _findings(loaded: Loaded, trace: LatticeTrace, budgets: tuple[int, ...], measured: list[StepTimes]) -> Calibration:
     from ladon.calibrate.findings import calibrate as find
-    from ladon.calibrate.step_times import measure_step_times
     from ladon.cli.loading import dtype_name
     from ladon.environment import environment
 
-    if not step_times:
-        return find(trace, budgets=budgets)
-    assert loaded.heads is not None  # checked when loaded
-    context = trace.truth[:_CONTEXT, 0].long()
-    times = measure_step_times(loaded.model, loaded.heads, context, progress=progress)
     place = environment(loaded.model.device) | {"dtype": dtype_name(loaded.model)}
-    return find(trace, budgets=budgets, step_times=times, place=place)
+    return find(trace, budgets=budgets, step_times=measured, place=place)
+
+
+def _write_profile(loaded: Loaded, measured: list[StepTimes]) -> Path | None:
+    """Keep the step times for this machine; where, or None if there are none."""
+    from ladon.calibrate.step_times import profile_of
+    from ladon.profiles import place_of, write_profile
+
+    assert loaded.heads is not None  # checked when loaded
+    return write_profile(place_of(loaded.model, loaded.heads), profile_of(measured)) if measured else None
+
+
+def _pruning(loaded: Loaded, asked: _Asked, progress: Any) -> dict[str, Any]:
+    import torch
+
+    from ladon.calibrate.pruning import find_pruning
+    from ladon.cli.loading import dtype_name
+    from ladon.environment import environment
+
+    assert loaded.heads is not None  # checked when loaded
+    place = environment(loaded.model.device) | {"dtype": dtype_name(loaded.model)}
+    prompts = [torch.tensor(ids) for ids in asked[1][:_PRUNING_PROMPTS]]
+    return find_pruning(loaded.model, loaded.heads, prompts, place=place, progress=progress)
 
 
 def _show(found: Calibration, name: str) -> None:

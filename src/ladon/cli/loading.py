@@ -16,8 +16,8 @@ import torch
 from ladon.bundled import demo_path, load_demo
 from ladon.cli.options import DTYPES, shortened
 from ladon.errors import InputError
-from ladon.hardware import cpu_flags
 from ladon.heads import load_heads
+from ladon.machine import cpu_flags
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -145,6 +145,7 @@ def train(
         out,
         say,
         source=Path(rows).name if Path(rows).exists() else rows,
+        field=field,
     )
     if as_json and os.environ.get("RANK", "0") == "0":
         print_json(report)

@@ -96,7 +96,8 @@ def read_heads(
         if model is not None and not force:
             found.refuse_other_base(heads, model)
     _check_token_ids(str(path), heads)
-    heads.calibration = _own_calibration(place if place.is_dir() else place.parent, heads)
+    heads.folder = place if place.is_dir() else place.parent
+    heads.calibration = _own_calibration(heads.folder, heads)
     return heads
 
 

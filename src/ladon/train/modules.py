@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ladon.forwards import lock_of, projection_inputs
 from ladon.heads import Heads
 from ladon.heads.card import write_card
+from ladon.heads.checkpoint import EARLY_EXIT_FILES
 from ladon.heads.early_exit import EarlyExit, decoder_layers
 from ladon.heads.ends import output_projection
 from ladon.train.losses import Labels, Outcome, SoftLabels, TokenLabels, chunked_loss, rows_per_chunk
@@ -120,7 +121,10 @@ class HeadsModule(nn.Module):
         """Save what was trained in `out`, the heads in float32, with a record of how."""
         self.heads.training_record = record
         self.heads.save(out)
-        if self.early_exit is not None:
+        if self.early_exit is None:
+            for name in EARLY_EXIT_FILES:  # of an earlier training: it would be taken for these heads'
+                (out / name).unlink(missing_ok=True)
+        else:
             self.early_exit.training_record = {"settings": record["settings"]}
             self.early_exit.save(out)
         write_card(out, self.heads, early_exit=self.early_exit, data=record["source"])

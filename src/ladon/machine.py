@@ -1,9 +1,18 @@
-"""The machine's processor, as far as the system tells."""
+"""The machine: its processor, and the folder where what was found out about it is kept."""
 
 from __future__ import annotations
 
+import os
 import platform
 from pathlib import Path
+
+CACHE_VARIABLE = "LADON_CACHE"
+
+
+def cache_folder() -> Path:
+    """`$LADON_CACHE`, else `$XDG_CACHE_HOME/ladon`, else `~/.cache/ladon`."""
+    own, shared = os.environ.get(CACHE_VARIABLE), os.environ.get("XDG_CACHE_HOME")
+    return Path(os.path.expanduser(own or Path(shared or "~/.cache") / "ladon"))
 
 
 def cpu_name() -> str:

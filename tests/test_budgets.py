@@ -1,0 +1,172 @@
+"""Sizes and the engine: output does not depend on them, and the decoder's options mean what they say."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from drafts import PROPOSERS, TREES, decode, make_proposer
+from ladon import Decoder, FixedTree, Heads, TreeError, new_heads
+from ladon.auto_sizing import AutoSizing
+from ladon.budgets import largest_budget
+from ladon.expectation import Sums
+from ladon.profiles import place_of, write_profile
+from ladon.proposers import RootProposer
+from ladon.rows import Row
+from ladon.sizing import EDGES, FixedSizing, FrozenSizing, StepRecord
+from ladon.step_cost import StepTime
+from ladon.step_sizes import path_mass
+from ladon.target import Target
+from random_trees import draw
+
+PROMPTS = [torch.arange(3, 12), torch.arange(5, 30), torch.tensor([7])]
+NEW_TOKENS = 30
+
+
+class RandomSizing:
+    """Any size at any time, drafting or not; keeps what it is told."""
+
+    def __init__(self, seed: int) -> None:
+        self.edges: Sequence[int] = EDGES
+        self.probes = 0
+        self.records: list[StepRecord] = []
+        self.sums: list[Sums | None] = []
+        self._dice = random.Random(seed)
+
+    def reach(self, batch: int, context: float) -> int:
+        return self._dice.choice((1, 1, *EDGES))
+
+    def choose(self, sums: Sums | None, batch: int, context: float) -> int:
+        self.sums.append(sums)
+        return self._dice.choice(EDGES)
+
+    def observe(self, record: StepRecord) -> float:
+        self.records.append(record)
+        return 0.5
+
+
+@pytest.fixture
+def heads(tiny_llama: PreTrainedModel) -> Heads:
+    made = new_heads(tiny_llama, num_heads=3)
+    for parameter in made.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return made.bind(tiny_llama)
+
+
+@pytest.mark.parametrize("tree", TREES)
+@pytest.mark.parametrize("kind", PROPOSERS)
+def test_output_is_the_same_under_any_schedule(tiny_llama: PreTrainedModel, heads: Heads, kind: str, tree: str) -> None:
+    target = Target(tiny_llama)
+    plain, _ = decode(target, RootProposer(), PROMPTS, NEW_TOKENS)
+    for seed in range(4):
+        proposer = make_proposer(kind, TREES[tree], plain, 97, heads)
+        found, stats = decode(target, proposer, PROMPTS, NEW_TOKENS, budget=RandomSizing(seed))
+        assert found == plain
+        assert sum(stats.sizes.values()) == stats.forwards
+
+
+def test_what_a_sizing_is_told(tiny_llama: PreTrainedModel, heads: Heads) -> None:
+    """Sums rise with the edge and never above one per row; accepted nodes are those of the statistics."""
+    target = Target(tiny_llama)
+    plain, _ = decode(target, RootProposer(), PROMPTS, NEW_TOKENS)
+    sizing = RandomSizing(1)
+    proposer = make_proposer("oracle", "dynamic", plain, 97, heads)
+    _, stats = decode(target, proposer, PROMPTS, NEW_TOKENS, budget=sizing)
+    assert len(sizing.records) == stats.forwards
+    whole = [record for record in sizing.records if record.expected]
+    assert whole and all(len(record.accepted) == len(record.expected) for record in whole)
+    assert sum(sum(record.accepted) for record in whole) <= stats.accepted_nodes
+    assert any(sum(record.accepted) for record in whole)
+    for record in sizing.records:
+        assert 1 <= record.batch <= 3 and record.context > 0 and record.seconds > 0
+        assert record.nodes > 1 or not any(record.accepted)
+    for sums in sizing.sums:
+        for masses in sums or []:
+            assert masses[0] == 0.0 and list(masses) == sorted(masses) and masses[-1] <= 3.0
+    assert stats.predicted_steps == stats.forwards and stats.predicted_seconds == pytest.approx(0.5 * stats.forwards)
+    assert stats.prediction_error > 0 and 0 < stats.sizing_seconds < stats.decode_seconds + stats.prefill_seconds
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_path_mass(seed: int) -> None:
+    """Against the definition, node by node."""
+    drawn = draw(random.Random(seed), [None, None, 2], 20, 97)
+    tree = drawn.tree
+    found = path_mass(tree, 40).double() / 2**32
+    assert found.shape == (tree.max_depth, 40)
+    for depth in range(1, tree.max_depth + 1):
+        for count in (1, 2, 5, 20, 40):
+            nodes = [(r, n) for r in range(3) for n in range(min(count, 20)) if drawn.depth(r, n) == depth]
+            expected = sum(tree.log_probs[row, node].exp().item() for row, node in nodes)
+            assert found[depth - 1, count - 1].item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_auto_is_the_default_and_decodes_as_plain_does(tiny_llama: PreTrainedModel, heads: Heads) -> None:
+    prompts = torch.stack([torch.arange(3, 12), torch.arange(5, 14)])
+    plain = Decoder(tiny_llama).generate(prompts, max_new_tokens=60, do_sample=False)
+    decoder = Decoder(tiny_llama, heads)
+    assert isinstance(decoder._sizing, AutoSizing)
+    for _ in range(3):  # what it has learnt stays, and changes nothing but sizes
+        assert torch.equal(decoder.generate(prompts, max_new_tokens=60, do_sample=False), plain)
+        assert set(decoder.stats.sizes) <= set(EDGES)
+
+
+def test_a_chain_has_small_edges(tiny_llama: PreTrainedModel, heads: Heads) -> None:
+    assert Decoder(tiny_llama, heads, tree="chain")._sizing.edges == (1, 2, 4)
+    assert Decoder(tiny_llama, heads, num_candidates=1)._sizing.edges == (1, 2, 4)
+    assert Decoder(tiny_llama, heads)._sizing.edges == EDGES
+
+
+def test_sizes_that_nobody_need_choose(tiny_llama: PreTrainedModel, heads: Heads) -> None:
+    tree = FixedTree(((0,), (1,), (0, 0)))
+    for decoder, nodes in (
+        (Decoder(tiny_llama), 1),
+        (Decoder(tiny_llama, heads, tree="off"), 1),
+        (Decoder(tiny_llama, heads, tree=tree), 4),
+        (Decoder(tiny_llama, heads, budget=7), 7),
+    ):
+        assert isinstance(decoder._sizing, FixedSizing) and decoder._sizing.reach(1, 9.0) == nodes
+
+
+@pytest.mark.parametrize("budget", [0, -3, 2.5, True, "many"])
+def test_a_budget_that_is_none(tiny_llama: PreTrainedModel, heads: Heads, budget: object) -> None:
+    with pytest.raises(TreeError, match="budget is"):
+        Decoder(tiny_llama, heads, budget=budget)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("by", ["argument", "environment"])
+def test_deterministic(
+    tiny_llama: PreTrainedModel, heads: Heads, by: str, tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sixteen nodes without a profile; with one, sizes that depend on the trees alone."""
+    monkeypatch.setenv("LADON_CACHE", str(tmp_path))
+    monkeypatch.setenv("LADON_DETERMINISTIC", "1" if by == "environment" else "0")
+    options = {"deterministic": True} if by == "argument" else {}
+    without = Decoder(tiny_llama, heads, **options)
+    assert isinstance(without._sizing, FixedSizing) and without._sizing.reach(1, 9.0) == 16
+    assert Decoder(tiny_llama, heads, tree="chain", **options)._sizing.reach(1, 9.0) == 4
+    times = [
+        StepTime(batch=1, nodes=n, context=16.0, drafts=drafts, seconds=0.01 + 1e-4 * n)
+        for n, drafts in [(1, False), *((n, True) for n in EDGES)]
+    ]
+    write_profile(place_of(tiny_llama, heads), times)
+    decoder = Decoder(tiny_llama, heads, **options)
+    assert isinstance(decoder._sizing, FrozenSizing)
+    schedules = []
+    for _ in range(2):
+        row = Row(prompt=torch.arange(3, 12), max_new_tokens=40, is_stop=lambda _: False)
+        schedules.append([step.tree.num_nodes for step in decoder.decode([row]) if step.tree is not None])
+        assert decoder.stats.probes == 0
+    assert schedules[0] == schedules[1]
+
+
+def test_the_largest_tree(tiny_llama: PreTrainedModel) -> None:
+    heads = new_heads(tiny_llama, num_heads=2)
+    assert largest_budget("dynamic", heads, 4) == 1 + 4 + 16
+    assert largest_budget("dynamic", heads, 32) == 128
+    assert largest_budget("chain", heads, 32) == 3
+    assert largest_budget("dynamic", None, 32) == largest_budget("off", heads, 32) == 1
