@@ -17,6 +17,7 @@ NAMES = {
     "fixed": "fixed tree (MEDUSA)",
     "dynamic": "dynamic tree (MEDUSA+)",
     "auto": "dynamic tree, size chosen at each step",
+    "pruned": "the same with early pruning",
 }
 
 

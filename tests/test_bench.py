@@ -5,7 +5,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +21,7 @@ from ladon.bench.repetition import Repetition, repeated_tokens
 from ladon.bench.runner import run_bench
 from ladon.bench.systems import LadonSystem, Run, System, TransformersSystem, cut, merged
 from ladon.bench.workloads import Question, Workload, make_workload, prompt_ids, read_workload
+from ladon.calibration import Calibration
 from ladon.cli.bench import measure
 from ladon.cli.bench_inputs import tree_source
 from ladon.cli.loading import Loaded
@@ -539,6 +540,23 @@ def test_half_precision_is_measured_and_checked_in_float32(tiny: Tiny) -> None:
         assert result.identical and result.different == 0
         assert (result.largest_margin is None) == (result.near_ties == 0)
     assert model.dtype == torch.bfloat16
+
+
+def test_pruned_mode_prunes_as_calibrated(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a clock in it and without a profile, sizes are 16: more than are kept."""
+    monkeypatch.setenv("LADON_DETERMINISTIC", "1")
+    model, heads = copy.deepcopy((tiny.model, tiny.heads))
+    heads.bind(model, force=True)
+    best = {"trained": False, "layer": 1, "keep": 4, "criterion": "siblings", "weight": 0.3, "top_k": 8}
+    heads.calibration = Calibration(heads="", temperatures=[1.0] * 3, hit_rates=[[0.5]] * 3, pruning={"best": best})
+    pruned = replace(subject(tiny), model=model, heads=heads)
+    options = BenchOptions(modes=("auto", "pruned"), budgets=(4,), max_new_tokens=12, repeats=1)
+    found = {result.mode: result for result in report.results(run_bench(pruned, workload(), options, silent))}
+    assert [(mode, result.budget) for mode, result in found.items()][1:] == [("auto", "auto"), ("pruned", "auto")]
+    assert found["pruned"].identical and found["pruned"].different == 0
+    assert found["auto"].pruned_share == 0.0 and found["pruned"].pruned_share == pytest.approx(0.75, abs=0.15)
+    with pytest.raises(InputError, match="mode pruned: no pruning is known to pay"):
+        run_bench(subject(tiny), workload(), options, silent)
 
 
 def test_calibration_gives_a_tree(tiny: Tiny) -> None:

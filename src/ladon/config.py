@@ -16,6 +16,8 @@ TREES = {  # the tree options that have a name, and what each means
     "off": "plain decoding",
 }
 
+BENCH_MODES = ("plain", "chain", "fixed", "dynamic", "auto", "pruned")
+
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderOptions:
@@ -61,8 +63,8 @@ class BenchOptions:
     modes: tuple[str, ...] = field(
         default=("plain", "chain", "fixed", "dynamic", "auto"),
         metadata={
-            "help": "some of plain, chain, fixed, dynamic (trees of --budget nodes) and auto (a dynamic tree, its size "
-            "chosen at each step); plain always runs, for comparison"
+            "help": "some of plain, chain, fixed, dynamic (trees of --budget nodes), auto (a dynamic tree, its size "
+            "chosen at each step) and pruned (auto with early pruning); plain always runs, for comparison"
         },
     )
     budgets: tuple[int, ...] = field(

@@ -24,7 +24,7 @@ class Result:
     over repeats.
 
     Attributes:
-        mode: plain, chain, fixed, dynamic or auto.
+        mode: plain, chain, fixed, dynamic, auto or pruned.
         batch: rows decoded together.
         budget: nodes verified per step and row, root included; "auto" where each step has its own size.
         rows_per_step: rows of a decode step, their mean: below `batch` where a group has fewer prompts or answers end
@@ -43,6 +43,7 @@ class Result:
         growth_share: share of decode time spent growing trees; profiled.
         stages: share of decode time by stage ("forward" is part of "verify"); profiled.
         tree_efficiency: accepted draft nodes per verified draft node.
+        pruned_share: share of the node slots given to the target that later layers did not see.
         prediction_error: mean relative error of the predicted step times; None if none are predicted.
         sizing_share: share of decode time spent deciding on sizes.
         sizes: the histogram of sizes: of each, `nodes`, `steps` of all timed runs, and their mean `tokens`,
@@ -78,6 +79,7 @@ class Result:
     growth_share: float | None
     stages: dict[str, float | None]
     tree_efficiency: float | None
+    pruned_share: float | None
     prediction_error: float | None
     sizing_share: float | None
     sizes: list[dict[str, Any]]
@@ -145,6 +147,7 @@ def _result(findings: Findings, entry: Measured, speeds: dict[tuple[str, int], f
         growth_share=stages.get("growth"),
         stages=stages,
         tree_efficiency=finite(counts.tree_efficiency),
+        pruned_share=finite(counts.pruned_share),
         prediction_error=finite(counts.prediction_error),
         sizing_share=_median(entry.timed, lambda stats: stats.sizing_share),
         sizes=by_size(steps),

@@ -96,7 +96,7 @@ def _plan(subject: Subject, options: BenchOptions) -> list[_Entry]:
             plan += [_Entry(mode=mode, budget=min(size, tree.num_nodes), fixed_tree=tree) for size, tree in trees]
         elif mode == "dynamic":
             plan += [_Entry(mode=mode, budget=size) for size in options.budgets]
-        elif mode == "auto":
+        elif mode in ("auto", "pruned"):
             plan.append(_Entry(mode=mode, budget="auto"))
     return list(dict.fromkeys(plan))  # a fixed tree smaller than two of the budgets is one system
 
