@@ -55,8 +55,8 @@ def all_cells(limit: int, has_humaneval: bool) -> list[Cell]:
     tasks = ["edits", *(["humaneval"] if has_humaneval else [])]
     demo = [("demo", heads, "code", context) for context in (64, 1024) for heads in ("bundled", "untrained")]
     found = [Cell(model=m, heads=h, task=t, context=c, batch=b) for m, h, t, c in demo for b in BATCHES]
-    found += [Cell(model="demo", heads="bundled", task=t, context=None, batch=b) for t in tasks for b in (1, 4, 8)]
-    found += [Cell(model="demo", heads="bundled", task="code", context=limit, batch=b) for b in (1, 4)]
+    found += [Cell(model="demo", heads="bundled", task=t, context=None, batch=b) for t in tasks for b in (1, 4)]
+    found += [Cell(model="demo", heads="bundled", task="code", context=limit, batch=b) for b in (1, 2)]
     found += [Cell(model="large", heads="synthetic", task="code", context=64, batch=b) for b in BATCHES]
     found.append(Cell(model="large", heads="synthetic", task="code", context=1024, batch=1))
     return sorted(found, key=lambda cell: (cell.model, (cell.context or 0) >= 1024, cell.batch))

@@ -184,7 +184,7 @@ def test_done_cells_are_taken_from_the_work_file(script: ModuleType, tmp_path: P
 
 def test_prompts_have_the_length_asked_and_the_large_model_its_size(script: ModuleType) -> None:
     materials = script.Materials(None, None)
-    for name in ("demo/bundled/code/c64/b16", "demo/bundled/code/c1024/b16", "demo/bundled/code/c1792/b4"):
+    for name in ("demo/bundled/code/c64/b16", "demo/bundled/code/c1024/b16", "demo/bundled/code/c1792/b2"):
         (chosen,) = [cell for cell in script.all_cells(1792, False) if cell.name == name]
         prompts = materials.prompts(chosen)
         assert [len(prompt) for prompt in prompts] == [chosen.context] * chosen.batch
