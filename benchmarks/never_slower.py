@@ -9,9 +9,9 @@ same prompts: plain decoding; a decoder with automatic sizes that is new each ti
 (warm); and the two fastest fixed sizes, which a shorter sweep finds. The fixed tree of 64 nodes that MEDUSA would use
 meets the warm decoder over fewer tokens, because it is slow. Every output is compared with plain decoding's.
 
-It takes about 25 minutes. Run it alone on the machine: the load is recorded before and after each cell. Cells are appended to `--work` as they are
-done; killed and started again, it goes on where it stopped. The last line is one JSON document; docs/metrics.md defines
-its keys.
+It takes about 25 minutes (`--quick`: 2). Run it alone on the machine: the load is recorded before and after each cell.
+Cells are appended to `--work` as they are done; killed and started again, it goes on where it stopped. The last line is
+one JSON document; docs/metrics.md defines its keys.
 """
 
 from __future__ import annotations
