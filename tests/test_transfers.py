@@ -153,7 +153,8 @@ MODELS = ("llama", "bloom", "gpt_neo", "mistral with eager", "longrope recompute
 
 
 def check_one_read_per_step(model, tree, reads, prune="off", reads_more=False):
-    decoder = ladon.Decoder(model, ladon.new_heads(model, num_heads=3), tree=tree, prune=prune)
+    budget = "auto" if prune == "off" else 16  # so that there is something to prune
+    decoder = ladon.Decoder(model, ladon.new_heads(model, num_heads=3), tree=tree, budget=budget, prune=prune)
     prompts = [torch.arange(3, 9), torch.arange(5, 25), torch.arange(7, 8)]
     rows = [
         Row(prompt=p, max_new_tokens=n, is_stop=lambda _: False) for p, n in zip(prompts, (13, 20, 18), strict=True)
