@@ -147,7 +147,7 @@ def test_deterministic(
     monkeypatch.setenv("LADON_DETERMINISTIC", "1" if by == "environment" else "0")
     options = {"deterministic": True} if by == "argument" else {}
     without = Decoder(tiny_llama, heads, **options)
-    assert isinstance(without._sizing, FixedSizing) and without._sizing.reach(1, 9.0) == 16
+    assert isinstance(without.sizing, FixedSizing) and without.sizing.reach(1, 9.0) == 16
     assert Decoder(tiny_llama, heads, tree="chain", **options).sizing.reach(1, 9.0) == 4
     times = [
         StepTime(batch=1, nodes=n, context=16.0, drafts=drafts, seconds=0.01 + 1e-4 * n)
