@@ -96,13 +96,14 @@ def test_path_mass(seed: int) -> None:
     """Against the definition, node by node."""
     drawn = draw(random.Random(seed), [None, None, 2], 20, 97)
     tree = drawn.tree
-    found = path_mass(tree, 40).double() / 2**32
-    assert found.shape == (tree.max_depth, 40)
-    for depth in range(1, tree.max_depth + 1):
-        for count in (1, 2, 5, 20, 40):
-            nodes = [(r, n) for r in range(3) for n in range(min(count, 20)) if drawn.depth(r, n) == depth]
+    buckets = torch.tensor([0, 1, 2, 2, *[3] * 16, *[4] * 20])
+    found = path_mass(tree, buckets, 5).view(-1, 5).double() / 2**32
+    assert found.shape == (tree.max_depth + 1, 5)
+    for depth in range(tree.max_depth + 1):
+        for bucket in range(5):
+            nodes = [(r, n) for r in range(3) for n in range(20) if drawn.depth(r, n) == depth and buckets[n] == bucket]
             expected = sum(tree.log_probs[row, node].exp().item() for row, node in nodes)
-            assert found[depth - 1, count - 1].item() == pytest.approx(expected, abs=1e-6)
+            assert found[depth, bucket].item() == pytest.approx(expected, abs=1e-6)
 
 
 def test_auto_is_the_default_and_decodes_as_plain_does(tiny_llama: PreTrainedModel, heads: Heads) -> None:
