@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 
 import pytest
 import torch
 from transformers import PreTrainedModel
 
-from drafts import PROPOSERS, TREES, decode, make_proposer
+from drafts import PROPOSERS, TREES, RandomSizing, decode, make_proposer
 from ladon import Decoder, FixedTree, Heads, TreeError, new_heads
 from ladon.auto_sizing import AutoSizing
 from ladon.budgets import largest_budget
-from ladon.expectation import Sums
 from ladon.profiles import place_of, write_profile
 from ladon.proposers import RootProposer
 from ladon.rows import Row
-from ladon.sizing import EDGES, FixedSizing, FrozenSizing, StepRecord
+from ladon.sizing import EDGES, FixedSizing, FrozenSizing
 from ladon.step_cost import StepTime
 from ladon.step_sizes import path_mass
 from ladon.target import Target
@@ -25,28 +23,6 @@ from random_trees import draw
 
 PROMPTS = [torch.arange(3, 12), torch.arange(5, 30), torch.tensor([7])]
 NEW_TOKENS = 30
-
-
-class RandomSizing:
-    """Any size at any time, drafting or not; keeps what it is told."""
-
-    def __init__(self, seed: int) -> None:
-        self.edges: Sequence[int] = EDGES
-        self.probes = 0
-        self.records: list[StepRecord] = []
-        self.sums: list[Sums | None] = []
-        self._dice = random.Random(seed)
-
-    def reach(self, batch: int, context: float) -> int:
-        return self._dice.choice((1, 1, *EDGES))
-
-    def choose(self, sums: Sums | None, batch: int, context: float) -> int:
-        self.sums.append(sums)
-        return self._dice.choice(EDGES)
-
-    def observe(self, record: StepRecord) -> float:
-        self.records.append(record)
-        return 0.5
 
 
 @pytest.fixture
