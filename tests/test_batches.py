@@ -166,7 +166,7 @@ def follow(name: str, schedule: dict) -> None:
         assert getattr(total, name) == sum(getattr(part, name) for part in parts)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=150)
 @given(schedule=schedules)
 def test_any_schedule(schedule):
     follow("llama", schedule)
@@ -180,7 +180,7 @@ MORE = ("gemma2", "gpt_neo", "longrope", "longrope in a window", "dynamic", "blo
 def test_any_schedule_of_other_families(name):
     """Positions that are a bias, windows, plain spans, and rows whose cache is computed again, all in one batch."""
 
-    @settings(deadline=None, max_examples=6)
+    @settings(deadline=None, max_examples=10)
     @given(schedule=schedules)
     def run(schedule):
         follow(name, schedule)
