@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 
 import pytest
 import torch
 from transformers import PreTrainedModel
 
-from drafts import PROPOSERS, TREES, decode, make_proposer
+from drafts import PROPOSERS, TREES, RandomSizing, decode, make_proposer
 from ladon import Decoder, FixedTree, Heads, TreeError, new_heads
 from ladon.auto_sizing import AutoSizing
 from ladon.budgets import largest_budget
-from ladon.expectation import Sums
 from ladon.profiles import place_of, write_profile
 from ladon.proposers import RootProposer
 from ladon.rows import Row
-from ladon.sizing import EDGES, FixedSizing, FrozenSizing, StepRecord
+from ladon.sizing import EDGES, FixedSizing, FrozenSizing
 from ladon.step_cost import StepTime
 from ladon.step_sizes import path_mass
 from ladon.target import Target
@@ -25,28 +23,6 @@ from random_trees import draw
 
 PROMPTS = [torch.arange(3, 12), torch.arange(5, 30), torch.tensor([7])]
 NEW_TOKENS = 30
-
-
-class RandomSizing:
-    """Any size at any time, drafting or not; keeps what it is told."""
-
-    def __init__(self, seed: int) -> None:
-        self.edges: Sequence[int] = EDGES
-        self.probes = 0
-        self.records: list[StepRecord] = []
-        self.sums: list[Sums | None] = []
-        self._dice = random.Random(seed)
-
-    def reach(self, batch: int, context: float) -> int:
-        return self._dice.choice((1, 1, *EDGES))
-
-    def choose(self, sums: Sums | None, batch: int, context: float) -> int:
-        self.sums.append(sums)
-        return self._dice.choice(EDGES)
-
-    def observe(self, record: StepRecord) -> float:
-        self.records.append(record)
-        return 0.5
 
 
 @pytest.fixture
@@ -96,13 +72,14 @@ def test_path_mass(seed: int) -> None:
     """Against the definition, node by node."""
     drawn = draw(random.Random(seed), [None, None, 2], 20, 97)
     tree = drawn.tree
-    found = path_mass(tree, 40).double() / 2**32
-    assert found.shape == (tree.max_depth, 40)
-    for depth in range(1, tree.max_depth + 1):
-        for count in (1, 2, 5, 20, 40):
-            nodes = [(r, n) for r in range(3) for n in range(min(count, 20)) if drawn.depth(r, n) == depth]
+    buckets = torch.tensor([0, 1, 2, 2, *[3] * 16, *[4] * 20])
+    found = path_mass(tree, buckets, 5).view(-1, 5).double() / 2**32
+    assert found.shape == (tree.max_depth + 1, 5)
+    for depth in range(tree.max_depth + 1):
+        for bucket in range(5):
+            nodes = [(r, n) for r in range(3) for n in range(20) if drawn.depth(r, n) == depth and buckets[n] == bucket]
             expected = sum(tree.log_probs[row, node].exp().item() for row, node in nodes)
-            assert found[depth - 1, count - 1].item() == pytest.approx(expected, abs=1e-6)
+            assert found[depth, bucket].item() == pytest.approx(expected, abs=1e-6)
 
 
 def test_auto_is_the_default_and_decodes_as_plain_does(tiny_llama: PreTrainedModel, heads: Heads) -> None:
