@@ -5,18 +5,20 @@ They fill a lattice and leave the tree to the builder under test, so each goes w
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from ladon.engine import Engine
+from ladon.expectation import Sums
 from ladon.fixed_tree import FixedTree
 from ladon.lattice import Lattice
 from ladon.proposers import HeadsProposer, Proposer, RootProposer, tree_builder
 from ladon.pruning import Pruning
 from ladon.rows import Row
-from ladon.sizing import Sizing
+from ladon.sizing import EDGES, Sizing, StepRecord
 from ladon.stats import DecodeStats, StageClock
 from ladon.target import Target
 
@@ -73,6 +75,28 @@ class DraftedLattice:
         top, tokens = scores.topk(CANDIDATES, dim=-1)
         log_probs = (top / (self._vocab_size + 2)).log()
         return self._build(Lattice(tokens=tokens[:, :, None], log_probs=log_probs[:, :, None]), root, max_nodes)
+
+
+class RandomSizing:
+    """Any size at any time, drafting or not; keeps what it is told."""
+
+    def __init__(self, seed: int) -> None:
+        self.edges: Sequence[int] = EDGES
+        self.probes = 0
+        self.records: list[StepRecord] = []
+        self.sums: list[Sums | None] = []
+        self._dice = random.Random(seed)
+
+    def reach(self, batch: int, context: float) -> int:
+        return self._dice.choice((1, 1, *EDGES))
+
+    def choose(self, sums: Sums | None, batch: int, context: float) -> int:
+        self.sums.append(sums)
+        return self._dice.choice(EDGES)
+
+    def observe(self, record: StepRecord) -> float:
+        self.records.append(record)
+        return 0.5
 
 
 def make_proposer(

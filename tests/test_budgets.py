@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 
 import pytest
 import torch
 from transformers import PreTrainedModel
 
-from drafts import PROPOSERS, TREES, decode, make_proposer
+from drafts import PROPOSERS, TREES, RandomSizing, decode, make_proposer
 from ladon import Decoder, FixedTree, Heads, TreeError, new_heads
 from ladon.auto_sizing import AutoSizing
 from ladon.budgets import largest_budget
-from ladon.expectation import Sums
 from ladon.profiles import place_of, write_profile
 from ladon.proposers import RootProposer
 from ladon.rows import Row
-from ladon.sizing import EDGES, FixedSizing, FrozenSizing, StepRecord
+from ladon.sizing import EDGES, FixedSizing, FrozenSizing
 from ladon.step_cost import StepTime
 from ladon.step_sizes import path_mass
 from ladon.target import Target
@@ -25,28 +23,6 @@ from random_trees import draw
 
 PROMPTS = [torch.arange(3, 12), torch.arange(5, 30), torch.tensor([7])]
 NEW_TOKENS = 30
-
-
-class RandomSizing:
-    """Any size at any time, drafting or not; keeps what it is told."""
-
-    def __init__(self, seed: int) -> None:
-        self.edges: Sequence[int] = EDGES
-        self.probes = 0
-        self.records: list[StepRecord] = []
-        self.sums: list[Sums | None] = []
-        self._dice = random.Random(seed)
-
-    def reach(self, batch: int, context: float) -> int:
-        return self._dice.choice((1, 1, *EDGES))
-
-    def choose(self, sums: Sums | None, batch: int, context: float) -> int:
-        self.sums.append(sums)
-        return self._dice.choice(EDGES)
-
-    def observe(self, record: StepRecord) -> float:
-        self.records.append(record)
-        return 0.5
 
 
 @pytest.fixture
@@ -96,29 +72,30 @@ def test_path_mass(seed: int) -> None:
     """Against the definition, node by node."""
     drawn = draw(random.Random(seed), [None, None, 2], 20, 97)
     tree = drawn.tree
-    found = path_mass(tree, 40).double() / 2**32
-    assert found.shape == (tree.max_depth, 40)
-    for depth in range(1, tree.max_depth + 1):
-        for count in (1, 2, 5, 20, 40):
-            nodes = [(r, n) for r in range(3) for n in range(min(count, 20)) if drawn.depth(r, n) == depth]
+    buckets = torch.tensor([0, 1, 2, 2, *[3] * 16, *[4] * 20])
+    found = path_mass(tree, buckets, 5).view(-1, 5).double() / 2**32
+    assert found.shape == (tree.max_depth + 1, 5)
+    for depth in range(tree.max_depth + 1):
+        for bucket in range(5):
+            nodes = [(r, n) for r in range(3) for n in range(20) if drawn.depth(r, n) == depth and buckets[n] == bucket]
             expected = sum(tree.log_probs[row, node].exp().item() for row, node in nodes)
-            assert found[depth - 1, count - 1].item() == pytest.approx(expected, abs=1e-6)
+            assert found[depth, bucket].item() == pytest.approx(expected, abs=1e-6)
 
 
 def test_auto_is_the_default_and_decodes_as_plain_does(tiny_llama: PreTrainedModel, heads: Heads) -> None:
     prompts = torch.stack([torch.arange(3, 12), torch.arange(5, 14)])
     plain = Decoder(tiny_llama).generate(prompts, max_new_tokens=60, do_sample=False)
     decoder = Decoder(tiny_llama, heads)
-    assert isinstance(decoder._sizing, AutoSizing)
+    assert isinstance(decoder.sizing, AutoSizing)
     for _ in range(3):  # what it has learnt stays, and changes nothing but sizes
         assert torch.equal(decoder.generate(prompts, max_new_tokens=60, do_sample=False), plain)
         assert set(decoder.stats.sizes) <= set(EDGES)
 
 
 def test_a_chain_has_small_edges(tiny_llama: PreTrainedModel, heads: Heads) -> None:
-    assert Decoder(tiny_llama, heads, tree="chain")._sizing.edges == (1, 2, 4)
-    assert Decoder(tiny_llama, heads, num_candidates=1)._sizing.edges == (1, 2, 4)
-    assert Decoder(tiny_llama, heads)._sizing.edges == EDGES
+    assert Decoder(tiny_llama, heads, tree="chain").sizing.edges == (1, 2, 4)
+    assert Decoder(tiny_llama, heads, num_candidates=1).sizing.edges == (1, 2, 4)
+    assert Decoder(tiny_llama, heads).sizing.edges == EDGES
 
 
 def test_sizes_that_nobody_need_choose(tiny_llama: PreTrainedModel, heads: Heads) -> None:
@@ -129,7 +106,7 @@ def test_sizes_that_nobody_need_choose(tiny_llama: PreTrainedModel, heads: Heads
         (Decoder(tiny_llama, heads, tree=tree), 4),
         (Decoder(tiny_llama, heads, budget=7), 7),
     ):
-        assert isinstance(decoder._sizing, FixedSizing) and decoder._sizing.reach(1, 9.0) == nodes
+        assert isinstance(decoder.sizing, FixedSizing) and decoder.sizing.reach(1, 9.0) == nodes
 
 
 @pytest.mark.parametrize("budget", [0, -3, 2.5, True, "many"])
@@ -147,15 +124,15 @@ def test_deterministic(
     monkeypatch.setenv("LADON_DETERMINISTIC", "1" if by == "environment" else "0")
     options = {"deterministic": True} if by == "argument" else {}
     without = Decoder(tiny_llama, heads, **options)
-    assert isinstance(without._sizing, FixedSizing) and without._sizing.reach(1, 9.0) == 16
-    assert Decoder(tiny_llama, heads, tree="chain", **options)._sizing.reach(1, 9.0) == 4
+    assert isinstance(without.sizing, FixedSizing) and without.sizing.reach(1, 9.0) == 16
+    assert Decoder(tiny_llama, heads, tree="chain", **options).sizing.reach(1, 9.0) == 4
     times = [
         StepTime(batch=1, nodes=n, context=16.0, drafts=drafts, seconds=0.01 + 1e-4 * n)
         for n, drafts in [(1, False), *((n, True) for n in EDGES)]
     ]
     write_profile(place_of(tiny_llama, heads), times)
     decoder = Decoder(tiny_llama, heads, **options)
-    assert isinstance(decoder._sizing, FrozenSizing)
+    assert isinstance(decoder.sizing, FrozenSizing)
     schedules = []
     for _ in range(2):
         row = Row(prompt=torch.arange(3, 12), max_new_tokens=40, is_stop=lambda _: False)

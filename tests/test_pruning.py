@@ -270,7 +270,7 @@ def test_each_layer_is_tested_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_model_is_left_as_it_was(model: PreTrainedModel) -> None:
     heads = ladon.new_heads(model, num_heads=3)
-    decoder = ladon.Decoder(model, heads, prune=Pruning(layer=1, keep=4))
+    decoder = ladon.Decoder(model, heads, budget=8, prune=Pruning(layer=1, keep=4))
     with torch.no_grad():
         before = model(PROMPTS[1][None]).logits
     decoder.generate(PROMPTS[1][None], max_new_tokens=9)

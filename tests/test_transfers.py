@@ -9,6 +9,7 @@ the model's: what the model does is its own.
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ladon
-from drafts import FIXED
+from drafts import FIXED, RandomSizing
 from families import FAMILIES, build
 from ladon.host import to_host
 from ladon.prefill import PromptReader
@@ -152,8 +153,9 @@ def make(name, monkeypatch):
 MODELS = ("llama", "bloom", "gpt_neo", "mistral with eager", "longrope recomputed", "longrope in a window", "indexer")
 
 
-def check_one_read_per_step(model, tree, reads, prune="off", reads_more=False):
-    decoder = ladon.Decoder(model, ladon.new_heads(model, num_heads=3), tree=tree, prune=prune)
+def check_one_read_per_step(model, tree, reads, prune="off", reads_more=False, sizing=None):
+    decoder = ladon.Decoder(model, ladon.new_heads(model, num_heads=3), tree=tree, budget=16, prune=prune)
+    decoder.sizing = sizing or decoder.sizing
     prompts = [torch.arange(3, 9), torch.arange(5, 25), torch.arange(7, 8)]
     rows = [
         Row(prompt=p, max_new_tokens=n, is_stop=lambda _: False) for p, n in zip(prompts, (13, 20, 18), strict=True)
@@ -191,6 +193,16 @@ def test_pruning_by_a_threshold_reads_once_more(tiny_llama, reads):
     check_one_read_per_step(tiny_llama, "chain", reads, pruning, reads_more=True)
 
 
+def test_one_read_per_step_with_sizes_that_change(tiny_llama, reads):
+    """The second time, because builders make some tables once per size."""
+    sizings = [RandomSizing(5), RandomSizing(5)]
+    for sizing in sizings:
+        reads.forbidden.clear()
+        with suppress(AssertionError) if sizing is sizings[0] else nullcontext():
+            check_one_read_per_step(tiny_llama, "dynamic", reads, sizing=sizing)
+    assert len({record.nodes for record in sizing.records}) > 3
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_one_read_per_step_of_every_kind_of_model(name, reads, monkeypatch):
     """Masks of every kind, rows that must not share a forward, and rows whose cache is computed again."""
@@ -218,7 +230,7 @@ def test_one_read_per_step_of_every_kind_of_model(name, reads, monkeypatch):
 def test_rows_that_join_and_leave_add_no_read(name, temperature, reads, monkeypatch):
     """A step in which prompts come to their end and others decode reads the device once; one without either, never."""
     model = make(name, monkeypatch)
-    decoder = ladon.Decoder(model, ladon.new_heads(model, num_heads=3))
+    decoder = ladon.Decoder(model, ladon.new_heads(model, num_heads=3), budget=16)
     decoder._target.prefill_chunk = 5
     engine = decoder.engine(max_rows=3, sampler=Sampler(temperature=temperature) if temperature else None)
     rows = [

@@ -35,6 +35,7 @@ _ALLOWANCE, _ALLOWANCE_LATER = 4.0, 2.5  # plain steps that trials may lose at a
 _SHARE = 0.01  # share of the time gone by that makes such losses good
 _LONGEST = 16.0  # plain steps that a single step may have lost; a machine that slept is no loss
 _STAY = 1.01  # another size is taken when it promises this much more than the last one
+_GAIN_EVERY = 3  # steps for which what drafting promises is not looked at again, where it pays
 _WIDER = 2  # trees are grown this many edges further than was chosen of late
 # What drafting promises, as a multiple of plain decoding's speed. From the first on it is done. From the second on it
 # is done while its losses are within bounds, as who does not draft learns nothing. Below, it is tried now and then.
@@ -73,6 +74,7 @@ class AutoSizing:
         self._try_plain = _Wait(_PLAIN_AFTER, _PLAIN_AFTER_MOST)
         self._plain_steps = 0  # steps still to come in a look at plain decoding
         self._kept_curve = _Curve()
+        self._kept_gain, self._gain_batch, self._gain_left = 0.0, 0, 0  # with the batch and steps that it holds for
         self._has_warned = False
         self._lock = threading.Lock()
 
@@ -98,9 +100,10 @@ class AutoSizing:
     def _learn(self, record: StepRecord) -> float:
         batch, nodes, context, drafts = record.batch, record.nodes, record.context, record.grown > 1
         predicted = self.cost.predict(batch, nodes, context, drafts=drafts)
-        if (nodes > 1 or drafts) and not (self._pays and self._is_known(batch, nodes)):
+        curve = self._curve(batch, context)
+        if (nodes > 1 or drafts) and not (self._pays and nodes in curve.known):
             self.probes += 1
-            self._charge(record, self._curve(batch, context).plain)
+            self._charge(record, curve.plain)
         if 0.0 < record.seconds < math.inf:
             self._lost = max(0.0, self._lost - _SHARE * record.seconds)
         self.cost.observe(StepTime(batch=batch, nodes=nodes, context=context, drafts=drafts, seconds=record.seconds))
@@ -128,23 +131,32 @@ class AutoSizing:
 
     def _should_draft(self, batch: int, context: float) -> bool:
         """Whether trees for the next step are worth their drafting, or worth a trial."""
-        if self.cost.evidence(batch, 1, drafts=False) < _PLAIN_FIRST:
+        curve = self._curve(batch, context)
+        if not curve.has_plain:
             return False  # nothing to compare with
         if self._plain_steps > 0:
             self._plain_steps -= 1
             return False
-        plain = self._curve(batch, context).plain
+        plain = curve.plain
         if self._on_trial:
             self._pays = False
             return self._may_lose(plain)
-        promise = self._rates(self.expectation.typical_tokens(batch), batch, context, len(self.edges))
-        gain = max(promise.values()) * plain / batch
+        gain = self._gain(batch, context)
         self._pays = gain >= _SURE
         if self._pays:
             self._try_heads.reset()
         elif not self._may_lose(plain) or (gain < _UNSURE and not self._try_heads.is_over()):
             return False
         return not self._is_time_for_plain(gain)
+
+    def _gain(self, batch: int, context: float) -> float:
+        """Speed that drafting trees like those of late promises, as a multiple of plain decoding's."""
+        self._gain_left -= 1
+        if self._gain_left < 0 or batch != self._gain_batch or not self._pays:
+            self._gain_left, self._gain_batch = _GAIN_EVERY, batch
+            promise = self._rates(self.expectation.typical_tokens(batch), batch, context, len(self.edges))
+            self._kept_gain = max(promise.values()) * self._curve(batch, context).plain / batch
+        return self._kept_gain
 
     def _is_time_for_plain(self, gain: float) -> bool:
         """Whether this step and the next shall draft nothing, to see again what plain decoding takes."""
@@ -183,10 +195,6 @@ class AutoSizing:
         seconds = self._curve(batch, context).seconds
         return {place: tokens[place] / time for place, time in seconds.items() if place < count}
 
-    def _is_known(self, batch: int, nodes: int) -> bool:
-        """Whether it is known what steps of so many nodes take: one step alone may have been an odd one."""
-        return self.cost.evidence(batch, nodes, drafts=True) >= 1.0
-
     def _least(self, batch: int, nodes: int, context: float, *, drafts: bool) -> float:
         """Seconds that a step may take at the least: what is little known is tried for this, and is then known."""
         evidence = max(self.cost.evidence(batch, nodes, drafts=drafts), 1.0)
@@ -197,23 +205,27 @@ class AutoSizing:
         may_lose = self._may_lose(self._kept_curve.plain)
         state = (batch, int(context) // 64, self.cost.version, may_lose)
         if state != self._kept_curve.state:
-            plain = self._least(batch, 1, context, drafts=False)
-            seconds = self._seconds_with_drafting(batch, context, may_lose)
-            self._kept_curve = _Curve(state=state, plain=plain, seconds=seconds)
+            known = {n for n in self.edges if self.cost.evidence(batch, n, drafts=True) >= 1.0}
+            self._kept_curve = _Curve(
+                state=state,
+                plain=self._least(batch, 1, context, drafts=False),
+                has_plain=self.cost.evidence(batch, 1, drafts=False) >= _PLAIN_FIRST,
+                seconds=self._seconds_with_drafting(batch, context, known, may_lose),
+                known=known,
+            )
         return self._kept_curve
 
-    def _seconds_with_drafting(self, batch: int, context: float, may_lose: bool) -> dict[int, float]:
+    def _seconds_with_drafting(self, batch: int, context: float, known: set[int], may_lose: bool) -> dict[int, float]:
         """Seconds of a step, by place, of the edges that may be taken."""
         found, least, was_known = {}, math.inf, True
         for place, nodes in enumerate(self.edges):
+            is_new = nodes not in known and place > 0
+            if is_new and nodes > _FIRST_EDGE and not (was_known and may_lose):
+                was_known = False
+                continue
             seconds = self._least(batch, nodes, context, drafts=True)
-            is_known = self._is_known(batch, nodes)
-            if not is_known and place > 0:
-                if nodes > _FIRST_EDGE and not (was_known and may_lose):
-                    break
-                seconds = min(seconds, least)  # at best, time is flat there
-            was_known, least = is_known, seconds
-            found[place] = seconds
+            least = min(seconds, least) if is_new else seconds  # at best, time is flat up to a new one
+            was_known, found[place] = not is_new, least
         return found
 
 
@@ -224,12 +236,16 @@ class _Curve:
     Attributes:
         state: what this holds for.
         plain: seconds of a step of plain decoding.
+        has_plain: whether enough steps of plain decoding were seen.
         seconds: of a step that drafts, by place of the edge; edges that may not be taken are left out.
+        known: numbers of nodes of which such steps were seen, more than one: it may have been an odd one.
     """
 
     state: tuple[object, ...] = ()
     plain: float = math.inf
+    has_plain: bool = False
     seconds: dict[int, float] = field(default_factory=dict)
+    known: set[int] = field(default_factory=set)
 
 
 class _Wait:

@@ -28,10 +28,12 @@ class FixedTreePlan:
 
     Attributes:
         parents: parent of each node, [1, N] int64; -1 for the root.
+        depths: depth of each node, [1, N] int64.
         levels: for each depth, (nodes, their parents, their ranks), each [n] int64.
     """
 
     parents: Tensor
+    depths: Tensor
     levels: tuple[tuple[Tensor, Tensor, Tensor], ...]
 
 
@@ -164,7 +166,8 @@ def _plan(shape: FixedTree, device: torch.device) -> FixedTreePlan:
             )
         )
     parents = tensor([-1, *(index[path[:-1]] for path in shape.paths)])[None]
-    return FixedTreePlan(parents=parents, levels=tuple(levels))
+    depths = tensor([0, *(len(path) for path in shape.paths)])[None]
+    return FixedTreePlan(parents=parents, depths=depths, levels=tuple(levels))
 
 
 def best_fixed_tree(hit_rates: Sequence[Sequence[float]], num_nodes: int) -> FixedTree:

@@ -147,9 +147,21 @@ def _best_overall(root: Tensor, levels: list[_Level], num_nodes: int) -> TokenTr
     kept = order[:, :num_nodes]
     kept_parents = new_index.gather(1, torch.cat(parents, dim=1).gather(1, kept))
     kept_parents[:, 0] = -1
+    depths = _depth_of_slots(tuple(level.parents.shape[1] for level in levels), root.device)
     return TokenTree(
-        tokens=tokens.gather(1, kept), parents=kept_parents, log_probs=values[:, :num_nodes], max_depth=len(levels)
+        tokens=tokens.gather(1, kept),
+        parents=kept_parents,
+        log_probs=values[:, :num_nodes],
+        max_depth=len(levels),
+        depths=depths[kept],
     )
+
+
+@lru_cache(maxsize=256)
+def _depth_of_slots(sizes: tuple[int, ...], device: torch.device) -> Tensor:
+    """Depth of each slot of the root and levels of these sizes, one after the other, [1 + sum of sizes] int64."""
+    depths = [depth for depth, size in enumerate((1, *sizes)) for _ in range(size)]
+    return torch.tensor(depths, dtype=torch.long, device=device)
 
 
 def grow_fixed(lattice: Lattice, root: Tensor, shape: FixedTree) -> TokenTree:
@@ -181,6 +193,7 @@ def grow_fixed(lattice: Lattice, root: Tensor, shape: FixedTree) -> TokenTree:
         parents=plan.parents.expand(batch_size, -1),
         log_probs=log_probs,
         max_depth=shape.max_depth,
+        depths=plan.depths.expand(batch_size, -1),
     )
 
 

@@ -28,7 +28,8 @@ _CLIP = 0.2  # a surprise counts up to this much (natural logarithm), twice as m
 _STALE = 2000.0  # steps without a visit after which a cell counts by a factor of e less
 _MOST_CELLS = 128
 _REFIT_EVERY = 32  # steps
-_FRESH = 8.0  # steps during which a cell changes so much that nothing computed from it is kept
+_FAR = 4.0  # cells as unlike as this say nothing of each other
+_FRESH = 6.0  # steps during which a cell changes so much that nothing computed from it is kept
 _SWEEPS = 12
 _OTHER_CELLS = 1.0  # what the cells around weigh against a cell's own steps
 
@@ -92,7 +93,10 @@ class StepCost:
         self.noise = _NOISE
         self._steps = 0
         self._surprises = 0  # how many times in a row a time was far off, counted with its sign
-        self._residuals: dict[_Key, float] = {}
+        self._residuals: dict[_Key, float] = {}  # computed from the next when asked for
+        self._gaps: list[
+            tuple[_Key, float, float]
+        ] = []  # of each cell: beyond the regression; its weight
         self.version = 0
         for time in times:
             if _is_time(time.seconds):
@@ -127,6 +131,7 @@ class StepCost:
 
     def _forget_residuals(self) -> None:
         self._residuals.clear()
+        self._gaps = [(key, self._gap(key, cell), self._weight(cell)) for key, cell in self._cells.items()]
         self.version += 1
 
     def _correct(self, cell: _Cell, level: float, time: StepTime) -> None:
@@ -193,26 +198,24 @@ class StepCost:
 
     def _residual_of(self, key: _Key) -> float:
         around, weights = 0.0, 0.25  # a little trust in the regression alone
-        own: _Cell | None = None
-        for other, cell in self._cells.items():
+        own_gap, own_weight = 0.0, 0.0
+        for other, gap, weight in self._gaps:
             if other == key:
-                own = cell
-                continue
-            weight = min(self._weight(cell), _FRESH) * math.exp(-2.0 * _distance(key, other))
-            around += weight * self._gap(other, cell)
-            weights += weight
+                own_gap, own_weight = gap, weight
+            elif (distance := _distance(key, other)) < _FAR:
+                share = min(weight, _FRESH) * math.exp(-2.0 * distance)
+                around += share * gap
+                weights += share
         around /= weights
-        if own is None:
+        if own_weight == 0.0:
             return around
-        weight = self._weight(own)
-        return (weight * self._gap(key, own) + _OTHER_CELLS * around) / (weight + _OTHER_CELLS)
+        return (own_weight * own_gap + _OTHER_CELLS * around) / (own_weight + _OTHER_CELLS)
 
     def _gap(self, key: _Key, cell: _Cell) -> float:
         return cell.level - self._log_regression(*key[:3], cell.context)
 
     def _refit(self) -> None:
         """Fit the regression to the cells, relative errors alike, by coordinate descent with no weight below 0."""
-        self._forget_residuals()
         while len(self._cells) > _MOST_CELLS:
             del self._cells[min(self._cells, key=lambda key: self._cells[key].seen)]
         gram = [[0.0] * _NUM_FEATURES for _ in range(_NUM_FEATURES)]
@@ -230,6 +233,7 @@ class StepCost:
             for i in range(_NUM_FEATURES):
                 rest = sum(g * w for g, w in zip(gram[i], weights, strict=True)) - gram[i][i] * weights[i]
                 weights[i] = max(0.0, (goal[i] - rest) / (gram[i][i] * 1.001 + _TINY))
+        self._forget_residuals()
 
 
 _TINY = 1e-12

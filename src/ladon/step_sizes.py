@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
 
 from ladon.sizing import FixedSizing, Sizing, StepRecord
 from ladon.stats import DecodeStats
-from ladon.tree import TokenTree, depths_by_parents
+from ladon.tree import TokenTree, ancestor_mask, node_depths
 
 _ONE = (
     2**32
@@ -28,9 +28,10 @@ class StepSizes:
     def __init__(self, budget: int | Sizing, stats: DecodeStats, device: torch.device) -> None:
         """`budget` is a number of nodes, root included, or what chooses it; `stats` is added to."""
         self._sizing: Sizing = FixedSizing(budget) if isinstance(budget, int) else budget
-        self._stats = stats
+        self._stats, self._timed = stats, _Timed(stats)
         self._edges = list(self._sizing.edges)
-        self._last_nodes = torch.tensor([edge - 1 for edge in self._edges], dtype=torch.long, device=device)
+        buckets = [place for place, (low, high) in enumerate(pairwise([0, *self._edges])) for _ in range(low, high)]
+        self._bucket_of_node = torch.tensor(buckets, dtype=torch.long, device=device)
         self._depth = 0  # K of the newest sums
         self._sums: list[list[float]] | None = None
         self._rows = 0  # over how many rows they were summed
@@ -39,33 +40,35 @@ class StepSizes:
 
     def reach(self, lengths: Sequence[int]) -> int:
         """Most nodes worth growing now, for rows of so many cached tokens each."""
-        with self._timed():
+        with self._timed:
             self._rows = len(lengths)
             return self._sizing.reach(len(lengths), sum(lengths) / len(lengths))
 
     def pack(self, table: Tensor, tree: TokenTree) -> Tensor:
         """A table [b, n] for the host together with the sums over the new trees, if they are wanted: [1, m] int64."""
-        with self._timed():
+        with self._timed:
             self._depth = tree.max_depth if self._edges and tree.num_nodes > 1 else 0
             if self._depth == 0:
                 return table.reshape(1, -1)
-            sums = path_mass(tree, self._edges[-1]).index_select(1, self._last_nodes)
-            return torch.cat([table.flatten(), sums.flatten()])[None]
+            masses = path_mass(tree, self._bucket_of_node, len(self._edges))
+            return torch.cat([table.flatten(), masses])[None]
 
     def unpack(self, values: list[int], num_rows: int) -> list[list[int]]:
-        """The table back from what the host got; the sums are kept."""
-        size = self._depth * len(self._edges)
+        """The table back from what the host got; the sums are kept, added up from bucket to bucket."""
+        num_edges = len(self._edges)
+        size = (self._depth + 1) * num_edges if self._depth else 0
         width = (len(values) - size) // num_rows
-        with self._timed():
+        with self._timed:
             self._sums = None
             if size:
                 numbers = [value / _ONE if value >= 0 else math.nan for value in values[len(values) - size :]]
-                self._sums = [numbers[k : k + len(self._edges)] for k in range(0, size, len(self._edges))]
+                starts = range(num_edges, size, num_edges)  # the root's depth is left out
+                self._sums = [list(accumulate(numbers[k : k + num_edges])) for k in starts]
         return [values[row * width : (row + 1) * width] for row in range(num_rows)]
 
     def choose(self, lengths: Sequence[int]) -> int:
         """Nodes to verify now, of rows of so many cached tokens each; some of those drafted for may have ended."""
-        with self._timed():
+        with self._timed:
             self._batch, self._context = len(lengths), sum(lengths) / len(lengths)
             sums = self._sums
             if sums is not None and self._batch < self._rows:
@@ -90,7 +93,7 @@ class StepSizes:
             grown: slots of the trees drafted in it; 1 if none were.
             seconds: how long it took.
         """
-        with self._timed():
+        with self._timed:
             depths = range(1, len(self._expected) + 1)
             record = StepRecord(
                 batch=self._batch,
@@ -106,21 +109,34 @@ class StepSizes:
         self._stats.probes += self._sizing.probes - self._probes
         self._probes = self._sizing.probes
 
-    @contextmanager
-    def _timed(self) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        self._stats.sizing_seconds += time.perf_counter() - started
+
+class _Timed:
+    """Adds the time of a block to the statistics. A class of its own, as it runs five times a step."""
+
+    __slots__ = ("_started", "_stats")
+
+    def __init__(self, stats: DecodeStats) -> None:
+        self._stats, self._started = stats, 0.0
+
+    def __enter__(self) -> None:
+        self._started = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self._stats.sizing_seconds += time.perf_counter() - self._started
 
 
-def path_mass(tree: TokenTree, width: int) -> Tensor:
-    """Path probability of the first n nodes of each depth, summed over rows, for n = 1 to `width`.
+def path_mass(tree: TokenTree, bucket_of_node: Tensor, num_buckets: int) -> Tensor:
+    """Path probability by depth and bucket, summed over rows.
+
+    Args:
+        tree: grown trees, [B, N].
+        bucket_of_node: the bucket of each slot, [N or more] int64.
+        num_buckets: E, how many buckets there are.
 
     Returns:
-        [K, width] int64, in units of 2^-32, K the tree's greatest depth; slots that a tree lacks add nothing. No host
-        transfer.
+        [(D + 1) x E] int64, depth by depth from the root's 0, in units of 2^-32. No host transfer.
     """
-    depths = depths_by_parents(tree.parents, tree.max_depth)
-    mass = (tree.log_probs.double().exp() * _ONE).long()
-    by_node = mass.new_zeros(tree.max_depth + 1, width).scatter_add_(0, depths, mass)
-    return by_node[1:].cumsum(1)
+    depths = node_depths(ancestor_mask(tree.parents, tree.max_depth)) if tree.depths is None else tree.depths
+    mass = (tree.log_probs.exp() * _ONE).long()
+    index = depths * num_buckets + bucket_of_node[: tree.num_nodes]
+    return mass.new_zeros((tree.max_depth + 1) * num_buckets).scatter_add_(0, index.flatten(), mass.flatten())

@@ -28,12 +28,14 @@ class TokenTree:
         log_probs: log-probability of the path from the root to each node, [B, N] float32; 0 for the root, never above
             the parent's, -inf for padding.
         max_depth: a bound on the depth of any node, known without reading the device.
+        depths: depth of each node, [B, N] int64, from a builder that has it at hand; else None.
     """
 
     tokens: Tensor
     parents: Tensor
     log_probs: Tensor
     max_depth: int
+    depths: Tensor | None = None
 
     @property
     def batch_size(self) -> int:
@@ -54,12 +56,19 @@ class TokenTree:
             parents=self.parents[:, :num_nodes],
             log_probs=self.log_probs[:, :num_nodes],
             max_depth=min(self.max_depth, num_nodes - 1),
+            depths=None if self.depths is None else self.depths[:, :num_nodes],
         )
 
     def rows(self, places: Sequence[int]) -> TokenTree:
         """The trees of the rows at these places."""
         index = torch.tensor(places, dtype=torch.long, device=self.tokens.device)
-        return replace(self, tokens=self.tokens[index], parents=self.parents[index], log_probs=self.log_probs[index])
+        return replace(
+            self,
+            tokens=self.tokens[index],
+            parents=self.parents[index],
+            log_probs=self.log_probs[index],
+            depths=None if self.depths is None else self.depths[index],
+        )
 
     def within(self, caps: Sequence[int]) -> TokenTree:
         """The tree without what lies deeper than its row's cap: padding, or no slots where all caps are 0."""
@@ -127,16 +136,6 @@ def ancestor_mask(parents: Tensor, max_depth: int) -> Tensor:
 def node_depths(mask: Tensor) -> Tensor:
     """Depth of each node, [B, N] int64, from the ancestor mask [B, N, N]; the root has depth 0."""
     return mask.sum(-1) - 1
-
-
-def depths_by_parents(parents: Tensor, max_depth: int) -> Tensor:
-    """The same from the parents [B, N] alone, in `max_depth` small steps: cheaper where no mask is needed."""
-    above = parents.clamp(min=0)
-    depths = (parents >= 0).long()
-    for _ in range(max_depth - 1):
-        depths = depths.gather(1, above) + 1
-        depths[:, 0] = 0
-    return depths
 
 
 def position_ids(depths: Tensor, lengths: Tensor) -> Tensor:

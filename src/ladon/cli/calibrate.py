@@ -14,6 +14,7 @@ from typer import Argument, Option
 
 from ladon.cli import options
 from ladon.cli.output import OutConsole, check_writable, print_json, progress_bar, say
+from ladon.cli.prompts import Asked, asked_of
 from ladon.config import BenchOptions
 from ladon.errors import InputError
 
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from ladon.cli.loading import Loaded
 
 _NEW_TOKENS = BenchOptions().max_new_tokens
-_DEMO_PROMPTS = 120
 _PRUNING_PROMPTS = 32  # whose answers pruning is judged on, at most
 
 _PromptsArgument = Annotated[
@@ -112,7 +112,7 @@ def calibrate(
         if from_trace is not None:
             recorded = _read(from_trace, loaded, heads)
         else:
-            asked = _asked(loaded, prompts, limit)
+            asked = asked_of(loaded, prompts, limit)
             recorded = _record(loaded, heads, asked, max_new_tokens, batch, progress)
         if trace is not None:
             recorded.save(trace)
@@ -155,11 +155,8 @@ def _destination(model: str, heads: str | None, out: Path | None, dry_run: bool)
     return out
 
 
-_Asked = tuple[str, list[list[int]]]  # a name for the prompts, and their token ids
-
-
 def _record(
-    loaded: Loaded, heads: str | None, asked: _Asked, max_new_tokens: int, batch: int, progress: Any
+    loaded: Loaded, heads: str | None, asked: Asked, max_new_tokens: int, batch: int, progress: Any
 ) -> LatticeTrace:
     """Let the model answer the prompts."""
     import torch
@@ -181,27 +178,6 @@ def _record(
         progress=progress,
     )
     return replace(trace, heads=_stored_hash(loaded, heads))
-
-
-def _asked(loaded: Loaded, prompts: str | None, limit: int | None) -> _Asked:
-    """What the model is asked, as token ids, and a name for it."""
-    from ladon.bundled import demo_prompts
-    from ladon.train.prompts import read_prompts
-
-    if prompts is not None:
-        found = read_prompts(prompts, loaded.tokenizer, limit=limit)
-        asked = [prompt.token_ids for prompt in found if prompt.token_ids]
-        if len(asked) < len(found):
-            reasons = ", ".join(sorted({prompt.refused or "empty prompt" for prompt in found if not prompt.token_ids}))
-            say(f"ladon: warning: {len(found) - len(asked)} of {len(found)} rows are left out ({reasons})")
-        if not asked:
-            raise InputError(f"{prompts} has no prompt that can be asked; give others")
-        return Path(prompts).name, asked
-    if not loaded.is_demo:
-        raise InputError("no prompts; give a JSONL file with a JSON object with `prompt` or `messages` on each line")
-    texts = demo_prompts(limit or _DEMO_PROMPTS, "calibration")
-    ids = [[int(token) for token in loaded.tokenizer(text)["input_ids"]] for text in texts]
-    return "standard library modules set aside to calibrate", ids
 
 
 def _read(path: Path, loaded: Loaded, heads: str | None) -> LatticeTrace:
@@ -275,7 +251,7 @@ def _write_profile(loaded: Loaded, measured: list[StepTimes]) -> Path | None:
     return write_profile(place_of(loaded.model, loaded.heads), profile_of(measured)) if measured else None
 
 
-def _pruning(loaded: Loaded, asked: _Asked, progress: Any) -> dict[str, Any]:
+def _pruning(loaded: Loaded, asked: Asked, progress: Any) -> dict[str, Any]:
     import torch
 
     from ladon.calibrate.pruning import find_pruning

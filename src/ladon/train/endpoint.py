@@ -92,7 +92,8 @@ class EndpointModel:
                         return
                     try:
                         found.put((prompt, self._choice(session, prompt, settings)))
-                    except Exception as error:  # raised again by the reader
+                    except Exception as error:  # raised again by the reader; meanwhile nobody asks on
+                        self._stopped.set()
                         found.put((prompt, error))
 
         self._stopped.clear()
