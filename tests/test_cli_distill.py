@@ -175,7 +175,7 @@ def test_an_endpoint_answers_with_the_key_of_a_variable(tiny, tmp_path, capsys, 
 def test_progress_is_lines_in_a_log_and_a_bar_on_a_terminal(tiny, prompts, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(command, "_LINE_SECONDS", 0.0)
     assert run(arguments(tiny, prompts, tmp_path / "a.jsonl")) == 0
-    assert re.search(r"ladon: 4 of 5 rows, \d+ tokens/s, 0 min left", capsys.readouterr().err)
+    assert re.search(r"ladon: [1-4] of 5 rows, \d+ tokens/s, 0 min left", capsys.readouterr().err)
 
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
@@ -185,7 +185,7 @@ def test_progress_is_lines_in_a_log_and_a_bar_on_a_terminal(tiny, prompts, tmp_p
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setenv("TERM", "xterm")
     assert run(arguments(tiny, prompts, tmp_path / "b.jsonl")) == 0
-    assert re.search(r"answers.* 4/5 .* tokens/s", terminal.getvalue()) and "min left" not in terminal.getvalue()
+    assert re.search(r"answers.* [1-4]/5 .* tokens/s", terminal.getvalue()) and "min left" not in terminal.getvalue()
 
 
 @pytest.mark.slow
