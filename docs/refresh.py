@@ -1,5 +1,5 @@
 """Write anew what the pages take from the program: the command line reference, the output of worked examples, and the
-tables of kept results in README.md.
+tables of kept results.
 
 python docs/refresh.py           write the pages
 python docs/refresh.py --check   change nothing; exit with 1 if a page differs from what the program says
@@ -91,8 +91,8 @@ def main() -> int:
     pages = {DOCS / "command-line.md": command_line()}
     for path in sorted(DOCS.glob("*.md")):
         text = path.read_text(encoding="utf-8")
-        if EXAMPLES.search(text):
-            pages[path] = worked_examples(text)
+        if path not in pages:
+            pages[path] = with_tables(worked_examples(text))
     readme = DOCS.parent / "README.md"
     pages[readme] = with_tables(readme.read_text(encoding="utf-8"))
     stale = 0

@@ -1,5 +1,5 @@
-"""The tables of numbers in README.md, made from the kept results: between `<!-- timing FILE -->` or
-`<!-- acceptance FILE -->` and `<!-- end -->` stands what FILE (below benchmarks/results) says.
+"""The tables of numbers in the pages, made from the kept results: between `<!-- KIND FILE -->` and `<!-- end -->`
+stands what FILE (below benchmarks/results) says; KIND is timing, acceptance or blocks.
 """
 
 from __future__ import annotations
@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
-MARKED = re.compile(r"<!-- (timing|acceptance) (\S+) -->\n.*?<!-- end -->", re.DOTALL)
+MARKED = re.compile(r"<!-- (timing|acceptance|blocks) (\S+) -->\n.*?<!-- end -->", re.DOTALL)
 NAMES = {
     "plain": "plain",
     "chain": "chain",
     "fixed": "fixed tree (MEDUSA)",
     "dynamic": "dynamic tree (MEDUSA+)",
+    "auto": "dynamic tree, size chosen at each step",
+    "pruned": "the same with early pruning",
 }
 
 
@@ -24,7 +26,7 @@ def with_tables(page: str) -> str:
 
     def table(match: re.Match[str]) -> str:
         document = json.loads((RESULTS / match[2]).read_text(encoding="utf-8"))
-        rows = {"timing": timing_rows, "acceptance": acceptance_rows}[match[1]](document)
+        rows = {"timing": timing_rows, "acceptance": acceptance_rows, "blocks": block_rows}[match[1]](document)
         lines = ["| " + " | ".join(row) + " |" for row in rows]
         lines.insert(1, "|" + "---|" * len(rows[0]))
         return "\n".join([f"<!-- {match[1]} {match[2]} -->", *lines, "<!-- end -->"])
@@ -44,7 +46,7 @@ def timing_rows(document: dict[str, Any]) -> list[list[str]]:
         rows.append(
             [
                 NAMES[result["mode"]],
-                str(result["budget"]),
+                str(result["budget"]) if result["budget"] != "auto" else f"{result['nodes_per_step']:.1f}",
                 f"{result['acceptance_length']:.2f}",
                 f"{speed:.0f}",
                 f"{speed / plain:.2f}x",
@@ -67,4 +69,28 @@ def acceptance_rows(document: dict[str, Any]) -> list[list[str]]:
                 [str(size), f"{fixed[kept]:.2f}", f"{dynamic[kept]:.2f}", f"{gain:+.1%}".replace("%", " %")]
                 + [f"{result[f'{kept}_non_repeated']:.2f}" for result in (fixed, dynamic)]
             )
+    return rows
+
+
+def block_rows(document: dict[str, Any]) -> list[list[str]]:
+    """Head and rows of a `benchmarks/head_blocks.py` document: what a draft reads and takes, and what is accepted."""
+    rows = [
+        ["head block", "parameters", "read per draft", "draft, bf16", "draft, fp32", "chain", "16 nodes", "64 nodes"]
+    ]
+    for result in document["results"]:
+        lengths = {
+            (entry["tree"], entry["nodes"]): entry["acceptance_length"]
+            for entry in result["simulated"]
+            if not entry["temperatures"]
+        }
+        chain = next(length for (tree, _), length in lengths.items() if tree == "chain")
+        rows.append(
+            [
+                result["block"],
+                f"{result['parameters'] / 1e6:.2f}M",
+                f"{result['bytes_read'] / 1e6:.1f} MB",
+                *(f"{result['draft_ms'][dtype]:.2f} ms" for dtype in ("bfloat16", "float32")),
+                *(f"{length:.2f}" for length in (chain, lengths["dynamic", 16], lengths["dynamic", 64])),
+            ]
+        )
     return rows

@@ -16,6 +16,7 @@ from ladon.expectation import Sums
 from ladon.fixed_tree import FixedTree
 from ladon.lattice import Lattice
 from ladon.proposers import HeadsProposer, Proposer, RootProposer, tree_builder
+from ladon.pruning import Pruning
 from ladon.rows import Row
 from ladon.sizing import EDGES, Sizing, StepRecord
 from ladon.stats import DecodeStats, StageClock
@@ -117,11 +118,12 @@ def decode(
     max_new_tokens: int,
     eos_token_ids: frozenset[int] = frozenset(),
     budget: int | Sizing = NUM_NODES,
+    pruning: Pruning | None = None,
 ) -> tuple[list[list[int]], DecodeStats]:
     """Run the engine; the emitted tokens of each prompt, and the statistics."""
     rows = [Row(prompt=p, max_new_tokens=max_new_tokens, is_stop=eos_token_ids.__contains__) for p in prompts]
     stats = DecodeStats()
     clock = StageClock(stats.stage_seconds, enabled=False, device=torch.device("cpu"))
-    for _ in Engine(target, proposer, budget=budget, stats=stats, clock=clock).run(rows):
+    for _ in Engine(target, proposer, budget=budget, stats=stats, clock=clock, pruning=pruning).run(rows):
         pass
     return [row.tokens for row in rows], stats

@@ -86,16 +86,16 @@ def test_auto_is_the_default_and_decodes_as_plain_does(tiny_llama: PreTrainedMod
     prompts = torch.stack([torch.arange(3, 12), torch.arange(5, 14)])
     plain = Decoder(tiny_llama).generate(prompts, max_new_tokens=60, do_sample=False)
     decoder = Decoder(tiny_llama, heads)
-    assert isinstance(decoder._sizing, AutoSizing)
+    assert isinstance(decoder.sizing, AutoSizing)
     for _ in range(3):  # what it has learnt stays, and changes nothing but sizes
         assert torch.equal(decoder.generate(prompts, max_new_tokens=60, do_sample=False), plain)
         assert set(decoder.stats.sizes) <= set(EDGES)
 
 
 def test_a_chain_has_small_edges(tiny_llama: PreTrainedModel, heads: Heads) -> None:
-    assert Decoder(tiny_llama, heads, tree="chain")._sizing.edges == (1, 2, 4)
-    assert Decoder(tiny_llama, heads, num_candidates=1)._sizing.edges == (1, 2, 4)
-    assert Decoder(tiny_llama, heads)._sizing.edges == EDGES
+    assert Decoder(tiny_llama, heads, tree="chain").sizing.edges == (1, 2, 4)
+    assert Decoder(tiny_llama, heads, num_candidates=1).sizing.edges == (1, 2, 4)
+    assert Decoder(tiny_llama, heads).sizing.edges == EDGES
 
 
 def test_sizes_that_nobody_need_choose(tiny_llama: PreTrainedModel, heads: Heads) -> None:
@@ -106,7 +106,7 @@ def test_sizes_that_nobody_need_choose(tiny_llama: PreTrainedModel, heads: Heads
         (Decoder(tiny_llama, heads, tree=tree), 4),
         (Decoder(tiny_llama, heads, budget=7), 7),
     ):
-        assert isinstance(decoder._sizing, FixedSizing) and decoder._sizing.reach(1, 9.0) == nodes
+        assert isinstance(decoder.sizing, FixedSizing) and decoder.sizing.reach(1, 9.0) == nodes
 
 
 @pytest.mark.parametrize("budget", [0, -3, 2.5, True, "many"])
@@ -124,15 +124,15 @@ def test_deterministic(
     monkeypatch.setenv("LADON_DETERMINISTIC", "1" if by == "environment" else "0")
     options = {"deterministic": True} if by == "argument" else {}
     without = Decoder(tiny_llama, heads, **options)
-    assert isinstance(without._sizing, FixedSizing) and without._sizing.reach(1, 9.0) == 16
-    assert Decoder(tiny_llama, heads, tree="chain", **options)._sizing.reach(1, 9.0) == 4
+    assert isinstance(without.sizing, FixedSizing) and without.sizing.reach(1, 9.0) == 16
+    assert Decoder(tiny_llama, heads, tree="chain", **options).sizing.reach(1, 9.0) == 4
     times = [
         StepTime(batch=1, nodes=n, context=16.0, drafts=drafts, seconds=0.01 + 1e-4 * n)
         for n, drafts in [(1, False), *((n, True) for n in EDGES)]
     ]
     write_profile(place_of(tiny_llama, heads), times)
     decoder = Decoder(tiny_llama, heads, **options)
-    assert isinstance(decoder._sizing, FrozenSizing)
+    assert isinstance(decoder.sizing, FrozenSizing)
     schedules = []
     for _ in range(2):
         row = Row(prompt=torch.arange(3, 12), max_new_tokens=40, is_stop=lambda _: False)

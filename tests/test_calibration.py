@@ -53,6 +53,21 @@ def test_other_heads_calibration_is_left_aside(tiny_llama: PreTrainedModel, tmp_
             json.dumps({"format": FORMAT, "version": 1, "heads": "0", "temperatures": temperatures, "hit_rates": [[1]]})
             for temperatures in ([math.nan], [math.inf], [0], [-1.0], ["1"], [True], 1.0, [1.0, 1.0])
         ),
+        *(
+            json.dumps(
+                {"format": FORMAT, "version": 1, "heads": "0", "temperatures": [1.0], "hit_rates": [[1]], **wrong}
+            )
+            for wrong in (
+                {"hit_rates": [1]},
+                {"hit_rates": [["x"]]},
+                {"hit_rates": [[1.5]]},
+                {"marginal_hit_rates": [None]},
+                {"fixed_trees": []},
+                {"step_times": 3},
+                {"simulated": {}},
+                {"heads": 0},
+            )
+        ),
     ],
 )
 def test_damaged_files_are_named(tmp_path: Path, text: str) -> None:

@@ -287,7 +287,7 @@ def test_bench_prints_a_table_and_one_document(tiny: Tiny, tmp_path: Path, capsy
     results = document["results"]
     assert [(row["mode"], row["budget"]) for row in results] == [  # type: ignore[attr-defined]
         *[("plain", 1), ("chain", 4)],
-        *[("fixed", 4), ("fixed", 6), ("dynamic", 4), ("dynamic", 6)],
+        *[("fixed", 4), ("fixed", 6), ("dynamic", 4), ("dynamic", 6), ("auto", "auto")],
     ]
     assert all(row["identical"] and set(row["categories"]) == {"code", "chat"} for row in results)  # type: ignore[attr-defined]
     table = captured.out.splitlines()[:-1]
@@ -304,7 +304,7 @@ def test_demo_shows_and_measures(capsys: pytest.CaptureFixture[str]) -> None:
     assert "drafted, depth 1" in captured.out and "15 tokens in" in captured.out and "identical: yes" in captured.out
     document = last_json(captured.out)
     modes = document["modes"]
-    assert list(modes) == ["plain", "chain", "fixed", "dynamic"]  # type: ignore[call-overload]
+    assert list(modes) == ["plain", "chain", "fixed", "dynamic", "auto"]  # type: ignore[call-overload]
     promised = ("acceptance_length", "tokens_per_second", "step_ms", "forward_ms", "overhead", "identical", "near_ties")
     for mode in modes.values():  # type: ignore[attr-defined]
         assert mode["identical"] is True and all(mode[name] is not None for name in promised)

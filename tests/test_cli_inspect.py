@@ -84,7 +84,7 @@ def test_says_all_that_is_known(folder: Path, tiny: Tiny, capsys: pytest.Capture
     count = sum(p.numel() for p in tiny.heads.parameters())
     for part in (
         "3 heads, Ladon format",
-        "shared (expansion 4, activation silu)",
+        "shared (expansion 2, activation silu)",
         f"width 32, {tiny.heads.vocab_size} tokens",
         f"{count:,} parameters",
         "early exit after layer 1 of 2; 320 parameters, 1.3 kB in float32",

@@ -41,6 +41,21 @@ def test_an_unknown_format_names_what_was_found_and_what_is_known(tmp_path: Path
         assert known in message
 
 
+def test_tensors_of_another_kind(tmp_path: Path) -> None:
+    whole = {key: value.to(torch.int8) for key, value in v01().items()}
+    assert "is torch.int8; quantised heads cannot be read" in refusal(write(tmp_path / "int", whole, SAFE))
+    key = next(key for key in v01() if "linear" not in key)
+    scalar = {**v01(), key: torch.zeros(())}
+    assert "expected" in refusal(write(tmp_path / "scalar", scalar, SAFE))
+
+
+@pytest.mark.parametrize("token_map", [[], [-1, 2], [0.5, 1.0], [[1, 2]], [0, 10_000]])
+def test_a_token_map_that_is_none(tiny_llama: PreTrainedModel, tmp_path: Path, token_map: list[Any]) -> None:
+    tensors = {**named(make_numbers(), **VLLM), "token_map": torch.tensor(token_map)}
+    message = refusal(write(tmp_path, tensors, "model.safetensors"), tiny_llama)
+    assert "token_map" in message
+
+
 @pytest.mark.parametrize("file", [PT, SAFE])
 @pytest.mark.parametrize("kept", [0, 7, 0.5, 0.99])
 def test_truncated_files(tmp_path: Path, file: str, kept: float) -> None:
@@ -145,9 +160,9 @@ def test_two_kinds_of_heads_in_one_folder(tmp_path: Path) -> None:
 def test_a_token_map_out_of_range(tiny_llama: PreTrainedModel, tmp_path: Path) -> None:
     tensors = named(make_numbers(entries=3), **VLLM) | {"token_map": torch.tensor([0, 4, 97])}
     write(tmp_path, tensors, "model.safetensors")
-    assert "from 0 to 97; expected distinct ids below 97" in refusal(tmp_path, tiny_llama)
+    assert "token_map holds 97, but the vocabulary has 97" in refusal(tmp_path, tiny_llama)
     assert "does not tell the size of the vocabulary" in refusal(tmp_path)
-    tensors["lm_heads.2.weight"] = torch.zeros(4, 32)
+    tensors |= {"token_map": torch.tensor([0, 4, 96]), "lm_heads.2.weight": torch.zeros(4, 32)}
     write(tmp_path, tensors, "model.safetensors")
     assert "lm_heads.2.weight is [4, 32], expected [3, 32]" in refusal(tmp_path, tiny_llama)
 

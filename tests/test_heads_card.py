@@ -76,7 +76,7 @@ def test_card_says_what_is_known(heads: Heads, tiny_llama: PreTrainedModel) -> N
         "# Decoding heads for someone/tiny-llama",
         f"{count:,} parameters, {in_bytes(2 * count)} in bfloat16",
         "| early exit | after layer 1 of 2: 320 parameters, 2.6 kB in float64 |",
-        "shared (expansion 4, activation silu)",
+        "shared (expansion 2, activation silu)",
         "Learned from chats. 54,321 rows, 1,200 updates. Skipped rows: 3 (not finite).",
         "optimizer muon, length 512",
         "| 1 | 2.50 | 53.0 % | 50.0 % | 60.0 % | 70.0 % | 80.0 % |",

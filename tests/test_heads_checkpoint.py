@@ -82,9 +82,9 @@ def test_every_tensor_that_does_not_fit_is_named(saved: Path) -> None:
     with pytest.raises(HeadsError) as caught:
         load_heads(saved)
     for problem in (
-        "missing up_bias [3, 128]",
+        "missing up_bias [3, 64]",
         "unexpected extra.weight [2]",
-        "down_weight is [3, 5, 32], expected [3, 128, 32]",
+        "down_weight is [3, 5, 32], expected [3, 64, 32]",
     ):
         assert problem in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -109,7 +109,7 @@ def test_every_tensor_that_does_not_fit_is_named(saved: Path) -> None:
         ({"base": {"name": ""}}, None),
         ({"base": {"name": "", "fingerprint": {"embedding": "zz"}}}, "fingerprint is damaged"),
         ({"training": 3}, "training is 3, expected dict"),
-        ({"num_heads": 2}, r"up_weight is \[3, 128, 32\], expected \[2, 128, 32\]"),
+        ({"num_heads": 2}, r"up_weight is \[3, 64, 32\], expected \[2, 64, 32\]"),
     ],
 )
 def test_config_is_validated(saved: Path, changes: dict[str, Any], message: str | None) -> None:

@@ -17,12 +17,16 @@ BASE_INSTALL = {"torch", "transformers", "safetensors", "numpy", "typer", "rich"
 
 # A module may import only modules that stand before it here; a package is one entry.
 CORE = ["errors", "config", "tree", "lattice", "fixed_tree", "tree_notations", "growth", "sampling", "accept", "stats"]
-CORE += ["rows", "route"]
+CORE += ["rows", "route", "host", "survivors"]
 CORE += ["machine", "expectation", "step_cost", "sizing", "auto_sizing", "step_sizes"]
 MODEL_SIDE = [
     "calibration",
     "heads",
     "forwards",
+    "early_scores",
+    "dropping",
+    "pruning",
+    "verified",
     "masks",
     "layer_inputs",
     "spans",
@@ -30,9 +34,11 @@ MODEL_SIDE = [
     "cache",
     "prefill",
     "self_test",
+    "pruning_test",
     "target",
     "profiles",
     "budgets",
+    "prune_option",
     "proposers",
     "batch",
     "engine",

@@ -157,23 +157,23 @@ def rows_of(path: Path) -> list[dict[str, str]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def test_prompts_are_whole_lines_by_share_and_seed(tmp_path: Path) -> None:
+def test_prompts_are_whole_lines_by_share_and_seed() -> None:
     prompts = recipe("prompts")
     files = sources(2)
-    prompts.write_prompts(tmp_path / "a.jsonl", files, [0.9, 0.1], 200, seed=1)
-    prompts.write_prompts(tmp_path / "b.jsonl", files, [0.9, 0.1], 200, seed=1)
-    rows = rows_of(tmp_path / "a.jsonl")
-    assert rows == rows_of(tmp_path / "b.jsonl") and len({row["id"] for row in rows}) == len(rows) == 200
+    rows = prompts.draw_prompts(files, [0.9, 0.1], 200, seed=1)
+    assert (
+        rows == prompts.draw_prompts(files, [0.9, 0.1], 200, seed=1)
+        and len({row["id"] for row in rows}) == len(rows) == 200
+    )
     assert 150 < sum(":0.py:" in row["id"] for row in rows) < 200
     text = f"\n{files[0].text}"
     for row in rows:
         assert f"\n{row['prompt']}\n" in text and len(row["prompt"]) < 2 * prompts.CHARS[1]
 
 
-def test_lines_that_no_model_can_go_on_with_are_left_out(tmp_path: Path) -> None:
+def test_lines_that_no_model_can_go_on_with_are_left_out() -> None:
     long = recipe("corpus").SourceFile(path="long.py", text="x" * 9000, sha256="")
-    recipe("prompts").write_prompts(tmp_path / "a.jsonl", [long], [1.0], 3, seed=0)
-    assert rows_of(tmp_path / "a.jsonl") == []
+    assert recipe("prompts").draw_prompts([long], [1.0], 3, seed=0) == []
 
 
 def test_texts_hold_every_line_once(tmp_path: Path) -> None:

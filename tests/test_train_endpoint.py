@@ -162,6 +162,13 @@ def test_answers_become_tokens(asked, tmp_path):
     assert report.tokens == sum(len(row.answer_ids) for row in rows.values())
 
 
+@pytest.mark.parametrize("choice", [None, {"message": None}, {"message": {"content": [{"type": "text"}]}}, "x"])
+def test_what_is_no_completion_is_counted(asked, tmp_path, choice):
+    with serving(lambda number, path, body: (200, {"choices": [choice]})) as server:
+        report = run(server, asked, tmp_path / "out.jsonl")
+    assert report.failures == {"endpoint sends no completion": 3}
+
+
 def test_an_answer_that_joins_the_prompts_last_token_keeps_its_own(tmp_path):
     """`def` and ` read` join to other tokens than `def rea` and `d`: the prompt's tokens are not taken apart."""
     tokenizer = make_tokenizer()

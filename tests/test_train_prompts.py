@@ -10,6 +10,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from ladon import InputError
+from ladon.train.chats import turn_end
 from ladon.train.prompts import read_prompts
 from ladon.train.records import read_records
 from user_side import make_tokenizer, write_jsonl
@@ -111,9 +112,6 @@ def test_rows_that_ask_nothing_are_empty(tokenizer, tmp_path):
         ('{"prompt": 3}', "line 3: `prompt` is a int"),
         ('{"prompt_ids": [1, -2]}', "line 3: `prompt_ids` must be a list of token ids"),
         ('{"prompt_ids": [1, true]}', "line 3: `prompt_ids` must be a list of token ids"),
-        ('{"messages": [{"role": "user"}]}', "line 3: a message of `messages` lacks role and content"),
-        ('{"messages": ["a", 1]}', "line 3: a message of `messages` lacks"),
-        ('{"conversations": [{"from": "robot", "value": "x"}]}', "line 3: .* the role 'robot'; known are"),
         ('{"messages": {"role": "user"}}', "line 3: `messages` is a dict"),
         ('{"prompt": "\udcff"}', r"line 3: not UTF-8 \(byte 12\)"),
     ],
@@ -128,10 +126,37 @@ def test_a_bad_line_is_named(tokenizer, tmp_path, line, problem):
 def test_chats_need_a_template_that_takes_them(tokenizer, tmp_path):
     with pytest.raises(InputError, match=r"line 1: a chat, but the tokenizer has no chat template; .*--field"):
         text_of(make_tokenizer(), {"messages": CHAT}, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"messages": [{"role": "user"}]}, "a message without role and content"),
+        ({"messages": ["a", 1]}, "a message without role and content"),
+        ({"conversations": [{"from": "robot", "value": "x"}]}, "a message of the role 'robot'"),
+        ({"messages": [{"role": "user", "content": "odd"}]}, "the chat template refuses the chat"),
+    ],
+)
+def test_a_chat_that_cannot_be_used_says_why_and_leaves_the_others(tmp_path, row, reason):
     strict = make_tokenizer()
-    strict.chat_template = "{{ raise_exception('roles must\n alternate') }}"
-    with pytest.raises(InputError, match="line 1: the chat template refuses the chat: roles must alternate"):
-        text_of(strict, {"messages": CHAT}, tmp_path)
+    strict.chat_template = (
+        "{% if messages[0]['content'] == 'odd' %}{{ raise_exception('roles must\n alternate') }}{% endif %}"
+        "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    )
+    rows = [{"messages": CHAT}, row, {"messages": CHAT}]
+    prompts = read_prompts(str(write_jsonl(tmp_path / "p.jsonl", rows)), strict)
+    assert [prompt.refused for prompt in prompts] == ["", reason, ""]
+    assert [bool(prompt.token_ids) for prompt in prompts] == [True, False, True]
+
+
+def test_the_end_of_a_turn_is_the_templates_own():
+    tokenizer = make_tokenizer()
+    assert turn_end(tokenizer) == tokenizer.eos_token_id  # no template
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
+    assert turn_end(tokenizer) == tokenizer.eos_token_id
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<end_of_turn>"]})
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}<end_of_turn>\n{% endfor %}"
+    assert turn_end(tokenizer) == tokenizer.convert_tokens_to_ids("<end_of_turn>") != tokenizer.eos_token_id
 
 
 @pytest.mark.parametrize("row", [{"prompt": "a"}, {"prompt_ids": [1]}, {"text": "a"}])

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import ladon
 from drafts import FIXED, RandomSizing
 from families import FAMILIES, build
-from ladon import engine as engine_module
+from ladon.host import to_host
 from ladon.prefill import PromptReader
 from ladon.rows import Row
 from ladon.sampling import Sampler
@@ -49,7 +49,7 @@ class Reads:
     def note(self, what: str) -> None:
         """Remember what was done, unless the innermost frame of Ladon or transformers is the model's or `to_host`."""
         frame = ladon_frame()
-        if frame is not None and frame.f_code is not engine_module.to_host.__code__:
+        if frame is not None and frame.f_code is not to_host.__code__:
             self.forbidden.append(f"{what} at {frame.f_code.co_filename}:{frame.f_lineno}")
 
 
@@ -118,7 +118,7 @@ def reads(monkeypatch):
         original = getattr(torch.Tensor, name)
 
         def reader(tensor, *args, _original=original, _name=name, **kwargs):
-            if _name == "tolist" and sys._getframe(1).f_code is engine_module.to_host.__code__:
+            if _name == "tolist" and sys._getframe(1).f_code is to_host.__code__:
                 found.allowed += 1
                 found.in_flight = False
             else:
@@ -153,9 +153,9 @@ def make(name, monkeypatch):
 MODELS = ("llama", "bloom", "gpt_neo", "mistral with eager", "longrope recomputed", "longrope in a window", "indexer")
 
 
-def check_one_read_per_step(model, tree, reads, sizing=None):
-    decoder = ladon.Decoder(model, ladon.new_heads(model, num_heads=3), tree=tree, budget=16)
-    decoder._sizing = sizing or decoder._sizing
+def check_one_read_per_step(model, tree, reads, prune="off", reads_more=False, sizing=None):
+    decoder = ladon.Decoder(model, ladon.new_heads(model, num_heads=3), tree=tree, budget=16, prune=prune)
+    decoder.sizing = sizing or decoder.sizing
     prompts = [torch.arange(3, 9), torch.arange(5, 25), torch.arange(7, 8)]
     rows = [
         Row(prompt=p, max_new_tokens=n, is_stop=lambda _: False) for p, n in zip(prompts, (13, 20, 18), strict=True)
@@ -167,7 +167,12 @@ def check_one_read_per_step(model, tree, reads, sizing=None):
     with Net(reads), Copies(reads):
         num_steps = sum(1 for _ in run)
     assert reads.forbidden == []
-    assert reads.allowed == num_steps > 5
+    assert num_steps > 5
+    if reads_more:  # in every step but those of the root alone
+        assert num_steps < reads.allowed <= num_steps + decoder.stats.forwards
+    else:
+        assert reads.allowed == num_steps
+    assert (decoder.stats.nodes_pruned > 0) == (prune != "off")
     return rows
 
 
@@ -176,13 +181,25 @@ def test_one_read_per_step(tiny_llama, reads, tree):
     check_one_read_per_step(tiny_llama, tree, reads)
 
 
+@pytest.mark.parametrize("criterion", ["evidence", "siblings", "top-k"])
+@pytest.mark.parametrize("name", ["llama", "bloom", "gpt_neo", "mistral with eager"])
+def test_pruning_to_a_size_reads_nothing_more(name, criterion, reads, monkeypatch):
+    pruning = ladon.Pruning(layer=1, keep=4, criterion=criterion)
+    check_one_read_per_step(make(name, monkeypatch), "dynamic", reads, pruning)
+
+
+def test_pruning_by_a_threshold_reads_once_more(tiny_llama, reads):
+    pruning = ladon.Pruning(layer=1, keep="threshold", threshold=0.5)
+    check_one_read_per_step(tiny_llama, "chain", reads, pruning, reads_more=True)
+
+
 def test_one_read_per_step_with_sizes_that_change(tiny_llama, reads):
     """The second time, because builders make some tables once per size."""
     sizings = [RandomSizing(5), RandomSizing(5)]
     for sizing in sizings:
         reads.forbidden.clear()
         with suppress(AssertionError) if sizing is sizings[0] else nullcontext():
-            check_one_read_per_step(tiny_llama, "dynamic", reads, sizing)
+            check_one_read_per_step(tiny_llama, "dynamic", reads, sizing=sizing)
     assert len({record.nodes for record in sizing.records}) > 3
 
 

@@ -31,7 +31,7 @@ from corpus import (
 )
 from corpus import training_files as library_files
 from export import Bundle, StageRecord, export, read_stages
-from prompts import write_prompts, write_texts
+from prompts import draw_prompts, write_rows, write_texts
 from tokens import cached_tokens, train_tokenizer
 from training import Text
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -47,8 +47,9 @@ class Plan:
 
     base: BaseConfig
     commands: Commands = field(default_factory=Commands)
-    prompts: int = 8_000
-    calibration_prompts: int = 120
+    prompts: int = 8_000  # from packages that the model never saw
+    seen_prompts: int = 6_000  # from files that it was trained on
+    calibration_prompts: int = 300  # as many as their modules hold, if fewer
     every_nth_file: int = 1  # use every n-th file of the corpus only
 
 
@@ -67,7 +68,8 @@ def tiny_plan(arch: str) -> Plan:
         commands=Commands(
             joint_steps=20, joint_heads_steps=10, heads_steps=20, batch_size=4, length=256, new_tokens=32, batch=8
         ),
-        prompts=32,
+        prompts=24,
+        seen_prompts=8,
         calibration_prompts=4,
         every_nth_file=40,
     )
@@ -89,7 +91,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--base-steps", type=_positive, help="training steps of the base model")
     parser.add_argument("--joint-steps", type=_positive, help="steps of base and heads together")
     parser.add_argument("--heads-steps", type=_positive, help="steps of the final heads")
-    parser.add_argument("--prompts", type=_positive, help="prompts that the model answers for its heads")
+    parser.add_argument(
+        "--prompts", type=_positive, help="prompts from unseen packages that the model answers for its heads"
+    )
     parser.add_argument("--tiny", action="store_true", help="a toy model, in about a minute")
     parser.add_argument("--threads", type=_positive, help="CPU threads (default: torch's choice)")
     parser.add_argument(
@@ -152,12 +156,14 @@ def read_corpus(plan: Plan) -> Corpus:
     return Corpus(stdlib=list(library_files())[::step], wheels=wheel_files()[::step])
 
 
-def write_package_prompts(path: Path, plan: Plan) -> None:
-    """Prompts from packages that the model was not trained on; a package counts with the root of its size."""
+def write_all_prompts(path: Path, plan: Plan, corpus: Corpus) -> None:
+    """Prompts of the model's own kind, and from packages that it never saw: one counts with the root of its size."""
+    seen = corpus.weighted
     packages = [files[:: plan.every_nth_file] for files in package_files()]
     sizes = [sum(len(source.text) for source in files) for files in packages]
     shares = [len(source.text) / size**0.5 for files, size in zip(packages, sizes, strict=True) for source in files]
-    write_prompts(path, [source for files in packages for source in files], shares, plan.prompts, seed=1)
+    unseen = draw_prompts([source for files in packages for source in files], shares, plan.prompts, seed=1)
+    write_rows(path, [*draw_prompts(seen, [len(source.text) for source in seen], plan.seen_prompts, seed=0), *unseen])
 
 
 def base_model(plan: Plan, corpus: Corpus, run: Path) -> tuple[Path, StageRecord]:
@@ -225,7 +231,7 @@ def main() -> None:
         calibration = module_prompts(CALIBRATION_MODULES, plan.calibration_prompts)
         rows = [json.dumps({"prompt": prompt}) + "\n" for prompt in calibration]
         (run / "calibration.jsonl").write_text("".join(rows), encoding="utf-8")
-        write_package_prompts(run / "prompts.jsonl", plan)
+        write_all_prompts(run / "prompts.jsonl", plan, corpus)
     if arguments.model:
         model, first, stages = arguments.model, arguments.model / "heads", read_stages(arguments.model)
     else:

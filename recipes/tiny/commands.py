@@ -15,7 +15,7 @@ class Commands:
 
     joint_heads_steps: int = 1000
     joint_steps: int = 3200  # the heads' own steps at the start included
-    heads_steps: int = 600
+    heads_steps: int = 1200
     expansion: int = 2
     batch_size: int = 8
     length: int = 512
@@ -68,7 +68,7 @@ def distill_command(settings: Commands, model: Path, run: Path) -> Command:
 def heads_command(settings: Commands, model: Path, first: Path, run: Path) -> Command:
     """The heads `first` trained further, on the frozen model's own answers and what it says of their prompts."""
     arguments = ["train", str(run / "answers.jsonl"), "--model", str(model), "--out", str(run / "heads")]
-    arguments += ["--init-heads", str(first), "--labels", "target", "--learn", "all"]
+    arguments += ["--init-heads", str(first), "--labels", "target", "--label-temperature", "0.5", "--learn", "all"]
     arguments += ["--steps", str(settings.heads_steps), "--learning-rate", "0.006"]
     return Command(arguments=arguments + _shared(settings), folder=run)
 

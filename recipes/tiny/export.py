@@ -69,6 +69,8 @@ def export(bundle: Bundle, folder: Path) -> None:
     heads = load_heads(bundle.heads, model).to(torch.bfloat16)
     if heads.calibration is None:
         raise SystemExit(f"{bundle.heads} holds no calibration that fits its heads")
+    settings = heads.training_record["settings"]
+    settings["init_heads"] = Path(settings["init_heads"]).name  # where they lay here says nothing
     heads.base_name = f"the {model.config.model_type} model of recipes/tiny"
     model.config._name_or_path = ""
     for name in ("is_local", "local_files_only"):  # how it was loaded here says nothing about it
@@ -156,7 +158,7 @@ on a model that was trained alone.
 
 ## Training of the heads
 
-On the model's own answers to beginnings of the training files, the model frozen:
+On the model's own answers to beginnings of its training files and of files that it never saw, the model frozen:
 
 ```text
 {commands}

@@ -13,8 +13,11 @@ CHARS = (200, 900)  # of a prompt, from and to; the bundled prompts have 900
 TEXT_CHARS = 4000  # of a text, about 1,200 tokens
 
 
-def write_prompts(path: Path, sources: Sequence[SourceFile], shares: Sequence[float], count: int, seed: int) -> None:
-    """Write `count` prompts as JSONL, `{"id", "prompt"}`; file by file drawn by `shares` and size.
+Row = dict[str, str]
+
+
+def draw_prompts(sources: Sequence[SourceFile], shares: Sequence[float], count: int, seed: int) -> list[Row]:
+    """About `count` rows `{"id", "prompt"}`, their files drawn by `shares`.
 
     A prompt starts at the start of a line and ends at the end of one, without its line break: the tokenizer joins that
     with the indentation of the line after it.
@@ -28,7 +31,7 @@ def write_prompts(path: Path, sources: Sequence[SourceFile], shares: Sequence[fl
         prompt = _lines_of(lines[file], start, size)
         if prompt.strip() and len(prompt) < 2 * CHARS[1]:  # longer: one line of data, which no model can go on with
             rows.append({"id": f"{number}:{sources[file].path}:{start}", "prompt": prompt})
-    _write_rows(path, rows)
+    return rows
 
 
 def write_texts(path: Path, sources: Sequence[SourceFile]) -> None:
@@ -40,7 +43,7 @@ def write_texts(path: Path, sources: Sequence[SourceFile]) -> None:
             text = _lines_of(lines, start, TEXT_CHARS)
             rows.append({"id": f"{number}:{source.path}:{start}", "text": text})
             start += text.count("\n") + 1
-    _write_rows(path, [row for row in rows if row["text"].strip()])
+    write_rows(path, [row for row in rows if row["text"].strip()])
 
 
 def _lines_of(lines: Sequence[str], start: int, chars: int) -> str:
@@ -52,7 +55,8 @@ def _lines_of(lines: Sequence[str], start: int, chars: int) -> str:
     return "\n".join(lines[start:end])
 
 
-def _write_rows(path: Path, rows: Sequence[dict[str, str]]) -> None:
+def write_rows(path: Path, rows: Sequence[Row]) -> None:
+    """Write rows as JSONL; whoever looks sees nothing or all of them."""
     partial = path.with_suffix(".partial")
     partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     partial.replace(path)

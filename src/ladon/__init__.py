@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ladon.fixed_tree import FixedTree, best_fixed_tree
     from ladon.generation import Decoder
     from ladon.heads import Heads, load_heads, new_heads
+    from ladon.pruning import Pruning
     from ladon.rows import Row
     from ladon.stats import DecodeStats
     from ladon.trace import TraceStep
@@ -25,6 +26,7 @@ _HOME = {
     "TraceStep": "ladon.trace",
     "attach": "ladon.attaching",
     "detach": "ladon.attaching",
+    "Pruning": "ladon.pruning",
     "Row": "ladon.rows",
     "DecodeStats": "ladon.stats",
     "FixedTree": "ladon.fixed_tree",
@@ -51,6 +53,7 @@ __all__ = [
     "HeadsError",
     "InputError",
     "LadonError",
+    "Pruning",
     "Row",
     "TraceStep",
     "TreeError",

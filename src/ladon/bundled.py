@@ -58,8 +58,8 @@ def demo_fixed_tree(num_nodes: int) -> FixedTree:
         TreeError: `num_nodes` < 1.
     """
     calibration = read_calibration(demo_path() / "heads")
-    rates = _read_json("fixed_trees.json")["hit_rates"] if calibration is None else calibration.hit_rates
-    return best_fixed_tree(rates, num_nodes)
+    assert calibration is not None  # it comes with the heads
+    return best_fixed_tree(calibration.hit_rates, num_nodes)
 
 
 def demo_prompts(count: int, split: str = "prompts") -> list[str]:

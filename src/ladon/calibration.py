@@ -32,6 +32,8 @@ class Calibration:
             "acceptance_length", "accepted"}; the last is the share of steps that emitted a draft of each depth.
         step_times: milliseconds of a decode step per number of nodes, with the machine they were measured on, and the
             budget that they and `simulated` would make the fastest.
+        pruning: what early pruning would gain by layer, criterion and kept size, and what is best, if that was asked
+            for (`ladon.calibrate.pruning`).
         measured_on: model, prompts, positions and settings behind the numbers.
     """
 
@@ -43,6 +45,7 @@ class Calibration:
     fixed_trees: Mapping[str, Sequence[Sequence[int]]] = field(default_factory=dict)
     simulated: Sequence[Mapping[str, Any]] = ()
     step_times: Mapping[str, Any] = field(default_factory=dict)
+    pruning: Mapping[str, Any] = field(default_factory=dict)
     measured_on: Mapping[str, Any] = field(default_factory=dict)
 
     def save(self, folder: str | Path) -> None:
@@ -92,7 +95,24 @@ def read_calibration(folder: Path) -> Calibration | None:
         raise HeadsError(f"{path}: temperatures are {temperatures!r}, expected a number above 0 per head. {again}")
     if not isinstance(rates, list) or len(rates) != len(temperatures):
         raise HeadsError(f"{path} has hit rates and temperatures of different numbers of heads. {again}")
+    for name in ("hit_rates", "marginal_hit_rates"):
+        if not all(isinstance(row, list) and all(map(_is_share, row)) for row in getattr(found, name)):
+            raise HeadsError(f"{path}: {name} must hold shares from 0 to 1 for each head. {again}")
+    wrong = [name for name, kind in _KINDS.items() if not isinstance(getattr(found, name), kind)]
+    if wrong:
+        raise HeadsError(f"{path}: {', '.join(wrong)} cannot be read. {again}")
     return found
+
+
+_KINDS = {
+    "heads": str,
+    **dict.fromkeys(("error", "fixed_trees", "step_times", "measured_on"), dict),
+    "simulated": list,
+}
+
+
+def _is_share(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
 
 
 def _is_temperature(value: object) -> bool:

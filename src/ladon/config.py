@@ -16,6 +16,8 @@ TREES = {  # the tree options that have a name, and what each means
     "off": "plain decoding",
 }
 
+BENCH_MODES = ("plain", "chain", "fixed", "dynamic", "auto", "pruned")
+
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderOptions:
@@ -39,6 +41,14 @@ class DecoderOptions:
         default=32, metadata={"help": "candidates kept per head and step; ranks of a fixed tree must be below it"}
     )
 
+    prune: str = field(
+        default="off",
+        metadata={
+            "help": "drop unlikely nodes in the middle of the model's layers: off, or auto (as `ladon calibrate "
+            "--pruning` found to pay for these heads; off where it found nothing)"
+        },
+    )
+
     def __post_init__(self) -> None:
         """Raise `TreeError` for a number of candidates that is no number of 1 or more."""
         count = self.num_candidates
@@ -51,8 +61,11 @@ class BenchOptions:
     """What a benchmark runs. The field docs are the help of the command line."""
 
     modes: tuple[str, ...] = field(
-        default=("plain", "chain", "fixed", "dynamic"),
-        metadata={"help": "some of plain, chain, fixed, dynamic; plain always runs, for comparison"},
+        default=("plain", "chain", "fixed", "dynamic", "auto"),
+        metadata={
+            "help": "some of plain, chain, fixed, dynamic (trees of --budget nodes), auto (a dynamic tree, its size "
+            "chosen at each step) and pruned (auto with early pruning); plain always runs, for comparison"
+        },
     )
     budgets: tuple[int, ...] = field(
         default=(AUTO_BUDGET,), metadata={"help": "nodes per step and sequence, root included; several: 8,16,32"}

@@ -16,7 +16,9 @@ from torch import Tensor
 from ladon import sampling
 from ladon.accept import Accepted, longest_match
 from ladon.batch import Batch
+from ladon.host import to_host
 from ladon.proposers import Proposer
+from ladon.pruning import Pruning
 from ladon.rows import Row
 from ladon.sampling import Sampler
 from ladon.sizing import Sizing
@@ -61,6 +63,7 @@ class _Outcome:
         table: of each row, the number of its new tokens, then these, [b, 1 + A]; the rest is meaningless.
         tree: the verified tree; None for prompts.
         accepted: the accepted paths likewise.
+        num_pruned: nodes per row that were given to the target and are not in the tree.
     """
 
     places: list[int]
@@ -69,12 +72,7 @@ class _Outcome:
     table: Tensor
     tree: TokenTree | None = None
     accepted: Accepted | None = None
-
-
-def to_host(values: Tensor) -> list[list[int]]:
-    """The one place where the host reads the device: an int64 table [B, n] as lists."""
-    rows: list[list[int]] = values.tolist()
-    return rows
+    num_pruned: int = 0
 
 
 class Engine:
@@ -94,6 +92,7 @@ class Engine:
         clock: StageClock,
         sampler: Sampler | None = None,
         max_rows: int | None = None,
+        pruning: Pruning | None = None,
     ) -> None:
         """Make an engine without rows.
 
@@ -105,12 +104,13 @@ class Engine:
             clock: times the stages.
             sampler: how tokens are drawn, with each row's own seed; None is greedy.
             max_rows: rows in flight at most, others wait in the order they came; None for no bound.
+            pruning: how trees are pruned while they are verified; None for not at all.
 
         Raises:
             InputError: `max_rows` is below 1.
         """
         self._target, self._proposer, self._sampler = target, proposer, sampler
-        self._stats, self._clock = stats, clock
+        self._stats, self._clock, self._pruning = stats, clock, pruning
         self._sizes = StepSizes(budget, stats, target.device)
         self._batch = Batch(target, max_rows)
         self._tree: TokenTree | None = None
@@ -234,7 +234,7 @@ class Engine:
         self._sizes.begin(tree.num_nodes, is_whole=tree is chosen)
         seeds = self._seeds_of(self._batch.decoding)
         with clock.stage("verify"), clock.forward_of(self._target.model, "forward"):
-            out = self._target.verify(tree, cache)
+            out = self._target.verify(tree, cache, self._pruning)
         with clock.stage("pick"):
             if self._sampler is None or seeds is None:
                 picks = sampling.pick(out.logits)
@@ -244,13 +244,15 @@ class Engine:
         with clock.stage("accept"):
             accepted = longest_match(out.tree, picks, out.ancestors)
         with clock.stage("commit"):
-            cache.commit(accepted.path, accepted.count)
+            cache.commit(out.given(accepted.path), accepted.count)
             self._proposer.observe(accepted, out.hidden)
             batch_index = torch.arange(out.tree.batch_size, device=picks.device)
             hidden, root = out.hidden[batch_index, accepted.last], accepted.bonus
         table = torch.cat([accepted.count[:, None], accepted.tokens], dim=1)
-        places = self._batch.drafted
-        return _Outcome(places=places, hidden=hidden, root=root, table=table, tree=out.tree, accepted=accepted)
+        places, pruned = self._batch.drafted, out.num_pruned
+        return _Outcome(
+            places=places, hidden=hidden, root=root, table=table, tree=out.tree, accepted=accepted, num_pruned=pruned
+        )
 
     def _within_limits(self, tree: TokenTree) -> TokenTree:
         """Drop nodes that no row may emit any more, or that the target could not verify exactly at this length."""
@@ -263,9 +265,10 @@ class Engine:
     def _deliver(self, table: list[list[int]], decoded: _Outcome | None) -> Step:
         """Hand each row its new tokens and count them; rows decide where they end."""
         rows, emitted = self._batch.decoding, []
-        tree, accepted, num_decoded = None, None, 0
+        tree, accepted, num_decoded, pruned = None, None, 0, 0
         if decoded is not None:
             tree, accepted, num_decoded = decoded.tree, decoded.accepted, len(decoded.places)
+            pruned = decoded.num_pruned
             self._batch.cache.mirror([count for count, *_ in table[:num_decoded]])
             self._stats.forwards += 1
         for index, (row, (count, *tokens)) in enumerate(zip(rows, table, strict=True)):
@@ -273,7 +276,7 @@ class Engine:
             emitted.append(taken)
             if tree is not None and index < num_decoded:
                 for stats in (row.stats, self._stats):
-                    stats.add_step(emitted=len(taken), nodes=tree.num_nodes, accepted=count - 1)
+                    stats.add_step(emitted=len(taken), nodes=tree.num_nodes + pruned, accepted=count - 1, pruned=pruned)
             elif taken:
                 row.stats.first_token = time.perf_counter()
             if row.finished:

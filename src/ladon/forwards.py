@@ -35,6 +35,20 @@ def at(hidden: Tensor, only: Tensor) -> Tensor:
     return hidden[torch.arange(len(only), device=hidden.device), only.to(hidden.device)][:, None]
 
 
+def one_state(model: nn.Module, hidden: Tensor) -> Tensor:
+    """The hidden states between two layers of `model`, which must be [b, T, H].
+
+    Raises:
+        UnsupportedModelError: the layers give more than one state per token.
+    """
+    if hidden.ndim != 3:
+        raise UnsupportedModelError(
+            f"the layers of {type(model).__name__} give states of shape {list(hidden.shape)}, several per token; "
+            "an early exit needs one"
+        )
+    return hidden
+
+
 @contextmanager
 def projection_inputs(projection: nn.Module, only: Tensor | None = None) -> Iterator[list[Tensor]]:
     """While this lasts, note what an output projection receives: hidden states after the final norm, [b, T, H].
@@ -83,13 +97,7 @@ def layer_output(model: PreTrainedModel, layer: int) -> Iterator[list[Tensor]]:
     def note(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
         if threading.get_ident() != owner:
             return
-        hidden = output[0] if isinstance(output, tuple) else output
-        if hidden.ndim != 3:
-            raise UnsupportedModelError(
-                f"the layers of {type(model).__name__} give states of shape {list(hidden.shape)}, several per token; "
-                "an early exit needs one"
-            )
-        seen.append(hidden)
+        seen.append(one_state(model, output[0] if isinstance(output, tuple) else output))
 
     handle = decoder_layers(model)[layer - 1].register_forward_hook(note)
     try:

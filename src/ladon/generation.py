@@ -21,6 +21,7 @@ from ladon.fixed_tree import FixedTree
 from ladon.heads import Heads
 from ladon.override import own_generate
 from ladon.proposers import Proposer, RootProposer, as_chain, check_tree, drafting
+from ladon.prune_option import Prune, chosen_pruning
 from ladon.requests import (
     Request,
     check_prompt,
@@ -55,6 +56,8 @@ class Decoder:
     `bias` buffer. Between forwards the model is as it was.
 
     Attributes:
+        sizing: chooses the sizes of trees; what it has learnt serves the next calls.
+        pruning: how trees are pruned; None if they are not.
         stats: counts and times of the last call.
     """
 
@@ -67,6 +70,7 @@ class Decoder:
         budget: int | str = _DEFAULTS.budget,
         num_candidates: int = _DEFAULTS.num_candidates,
         deterministic: bool = False,
+        prune: Prune = _DEFAULTS.prune,
         profile: bool = False,
     ) -> None:
         """Check the model and the options.
@@ -83,6 +87,7 @@ class Decoder:
             num_candidates: candidates kept per head.
             deterministic: let no clock choose, as with LADON_DETERMINISTIC=1 in the environment: automatic sizes depend
                 on the trees and a profile (`ladon calibrate`) alone, and are 16 without one.
+            prune: "off"; "auto", what `ladon calibrate --pruning` found to pay, if anything; or a `Pruning`.
             profile: measure time by stage (waits for the device at each stage).
 
         Raises:
@@ -101,7 +106,8 @@ class Decoder:
         self._target = Target(model)
         if heads is not None and not self._target.supports_trees:
             self._tree = as_chain(self._tree)
-        self._sizing = make_sizing(budget, self._tree, model, self.heads, self._num_candidates, deterministic)
+        self.sizing = make_sizing(budget, self._tree, model, self.heads, self._num_candidates, deterministic)
+        self.pruning = chosen_pruning(prune, heads, self._target)
         self.stats = DecodeStats()
 
     def generate(
@@ -206,13 +212,7 @@ class Decoder:
     def decode(
         self, rows: Sequence[Row], sampler: Sampler | None = None, *, max_rows: int | None = None
     ) -> Iterator[Step]:
-        """Decode rows whose limits, stops and token ids the caller has checked; what comes is in the rows too.
-
-        Args:
-            rows: they join in this order.
-            sampler: how tokens are drawn, with each row's own seed; None is greedy.
-            max_rows: rows in flight at most, the others wait; None for no bound.
-        """
+        """Decode rows whose limits, stops and token ids the caller has checked, in an `engine` of their own."""
         return self.engine(sampler=sampler, max_rows=max_rows).run(rows)
 
     def engine(self, *, sampler: Sampler | None = None, max_rows: int | None = None) -> Engine:
@@ -231,11 +231,12 @@ class Decoder:
         return Engine(
             self._target,
             self._proposer(clock),
-            budget=self._sizing,
+            budget=self.sizing,
             stats=self.stats,
             clock=clock,
             sampler=sampler,
             max_rows=max_rows,
+            pruning=self.pruning,
         )
 
     def _prepare(self, input_ids: Tensor, **options: Any) -> Request:

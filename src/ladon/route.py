@@ -48,6 +48,14 @@ class Route:
         self._flat.clear()
         self.reserve(self.reach)
 
+    def keep_only(self, tokens: Tensor) -> None:
+        """Let the layers that follow write only these of the new tokens, [b, M]; they keep their slots."""
+        slots = self.slots
+        if slots is None:
+            slots = torch.arange(self.start, self.reach, device=tokens.device)[None]
+        self.slots = slots.expand(len(tokens), -1).gather(1, tokens)
+        self._flat.clear()
+
     def reserve(self, slots: int) -> None:
         """Make sure that every layer has this many slots after its next write."""
         if slots > self.capacity:

@@ -85,6 +85,11 @@ def tested(target: _Testable) -> Verdict:
     return _verdicts[key]
 
 
+def allowed_share(dtype: torch.dtype) -> float:
+    """The share of a control's difference that rounding may reach in a dtype."""
+    return _PASSES.get(dtype, _PASSES_HALF)
+
+
 def _judge(target: _Testable) -> Verdict:
     reasons = []
     for name, shapes in (("a token tree", _BRANCHING), ("a chain", _CHAIN)):
@@ -100,7 +105,7 @@ def _judge(target: _Testable) -> Verdict:
 
 def _failure(target: _Testable, shapes: tuple[tuple[int, ...], ...]) -> str | None:
     """Why trees of these shapes cannot be trusted, or None."""
-    allowed = _PASSES.get(target.dtype, _PASSES_HALF)
+    allowed = allowed_share(target.dtype)
     try:
         difference, control = measure(target, shapes)
     except (UnsupportedModelError, MemoryError, torch.OutOfMemoryError):  # no matter of trees

@@ -4,6 +4,7 @@ acceptance length: tokens emitted by decode steps / row-steps; the bonus token c
 tokens per second: tokens emitted by decode steps / seconds of decode steps; prefill and its token are left out.
 overhead: share of the decode steps' time that is not spent in the target's forward (the stage "forward").
 tree efficiency: accepted draft nodes / verified draft nodes; roots are no drafts, padding slots cost and count.
+pruned share: node slots that later layers did not see / node slots given to the target; roots are never pruned.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ class Counts:
         prefill_tokens: prompt tokens read.
         row_steps: decode steps, counted once for each row in them.
         tokens: tokens emitted by decode steps; tokens cut off by a stop or a limit do not count.
-        nodes_verified: node slots given to the target, roots and padding slots included.
+        nodes_verified: node slots given to the target; roots, padding slots and pruned ones included.
+        nodes_pruned: those of them that were pruned on the way.
         accepted_nodes: draft nodes accepted.
     """
 
@@ -35,6 +37,7 @@ class Counts:
     row_steps: int = 0
     tokens: int = 0
     nodes_verified: int = 0
+    nodes_pruned: int = 0
     accepted_nodes: int = 0
 
     @property
@@ -47,11 +50,17 @@ class Counts:
         """Accepted draft nodes per verified draft node; NaN in plain decoding."""
         return _ratio(self.accepted_nodes, self.nodes_verified - self.row_steps)
 
-    def add_step(self, *, emitted: int, nodes: int, accepted: int) -> None:
-        """Count one row in one decode step: tokens emitted, node slots verified, draft nodes accepted."""
+    @property
+    def pruned_share(self) -> float:
+        """Share of the node slots given to the target that were pruned, 0 to 1; NaN before the first step."""
+        return _ratio(self.nodes_pruned, self.nodes_verified)
+
+    def add_step(self, *, emitted: int, nodes: int, accepted: int, pruned: int = 0) -> None:
+        """Count one row in one decode step: tokens emitted, node slots verified and pruned, draft nodes accepted."""
         self.row_steps += 1
         self.tokens += emitted
         self.nodes_verified += nodes
+        self.nodes_pruned += pruned
         self.accepted_nodes += accepted
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,35 +17,22 @@ from torch import Tensor
 
 from ladon.cache import TreeCache
 from ladon.capability import check_model, context_limit
+from ladon.dropping import Dropping
 from ladon.errors import UnsupportedModelError
 from ladon.forwards import at, lock_of, projection_inputs
 from ladon.heads.ends import output_projection
 from ladon.layer_inputs import layer_inputs_of
 from ladon.masks import Sight, localities, model_masks, tree_mask
 from ladon.prefill import Ends, PromptReader
+from ladon.pruning import Pruner, Pruning
+from ladon.pruning_test import check_pruning
 from ladon.self_test import Verdict, tested
 from ladon.spans import Part, Spans
 from ladon.tree import TokenTree, ancestor_mask, node_depths, position_ids
+from ladon.verified import VerifyOutput
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class VerifyOutput:
-    """What the target says about a tree.
-
-    Attributes:
-        tree: the tree that was verified, M = N nodes.
-        logits: the target's logits after each node, [B, M, V], in the model's dtype.
-        hidden: hidden state after the final norm, [B, M, H].
-        ancestors: who sees whom inside the tree, [B, M, M] bool, so that no one builds it twice.
-    """
-
-    tree: TokenTree
-    logits: Tensor
-    hidden: Tensor
-    ancestors: Tensor
 
 
 class Target:
@@ -97,6 +83,7 @@ class Target:
         self._takes_positions = "position_ids" in arguments
         self._spans, self._layer_inputs = Spans(model), layer_inputs_of(model)
         self._verdict = None if self._self_test else Verdict(trees=True)
+        self._pruners: dict[Pruning, Pruner] = {}
         self._made_for = state
 
     def check(self) -> Verdict:
@@ -118,6 +105,15 @@ class Target:
         """Whether any tree can be verified; False when only chains can. Checks the model first, as `check` does."""
         return self.check().trees
 
+    def pruner(self, pruning: Pruning) -> Pruner:
+        """`pruning` made ready for the model, each layer tested once. Raises what `Pruner` and `check_pruning` do."""
+        if pruning not in self._pruners:
+            made, layers = Pruner(self.model, pruning), {known.layer for known in self._pruners}
+            if self._self_test and pruning.layer not in layers:
+                check_pruning(Target(self.model, self_test=False), pruning.layer)
+            self._pruners[pruning] = made
+        return self._pruners[pruning]
+
     def new_cache(self, batch_size: int) -> TreeCache:
         """An empty cache for this many rows: the start of a run, so the model is checked first, as `check` does."""
         self.check()
@@ -129,7 +125,7 @@ class Target:
         return self._spans.depth_cap(length)
 
     @torch.no_grad()
-    def verify(self, tree: TokenTree, cache: TreeCache) -> VerifyOutput:
+    def verify(self, tree: TokenTree, cache: TreeCache, pruning: Pruning | None = None) -> VerifyOutput:
         """Run the model once over a token tree; the cache's lengths do not change until `commit`.
 
         Rows in different spans (`ladon.spans`) take one forward per span. No node may be deeper than `depth_cap`.
@@ -137,18 +133,20 @@ class Target:
         Args:
             tree: the trees of the cache's first B rows, [B, N]; the root of each at position `cache.lengths`.
             cache: the rows' committed tokens. Rows after these (`read`) do not matter.
+            pruning: which nodes later layers see; rows in several spans, or in a plain one, see all.
         """
         self._recompute(cache, tree.batch_size)
         lengths = cache.host_lengths[: tree.batch_size]
         ancestors = ancestor_mask(tree.parents, tree.max_depth)
         depths = node_depths(ancestors)
         cache.route.reserve(max(lengths) + tree.num_nodes)
-        parts = self._spans.parts(lengths)
+        parts, drop = self._spans.parts(lengths), None
         if len(parts) == 1 and not parts[0].span.plain:
-            logits, hidden = self._verify_rows(tree.tokens, ancestors, depths, cache, parts[0], None)
+            drop = None if pruning is None else self.pruner(pruning).during(tree, ancestors, cache.route)
+            logits, hidden = self._verify_rows(tree.tokens, ancestors, depths, cache, parts[0], None, drop)
         else:
             logits, hidden = self._verify_parts(tree.tokens, ancestors, depths, cache, parts)
-        return VerifyOutput(tree=tree, logits=logits, hidden=hidden, ancestors=ancestors)
+        return VerifyOutput.of(tree, ancestors, logits, hidden, None if drop is None else drop.kept)
 
     def _verify_parts(
         self, tokens: Tensor, ancestors: Tensor, depths: Tensor, cache: TreeCache, parts: list[Part]
@@ -168,7 +166,14 @@ class Target:
         return logits, hidden
 
     def _verify_rows(
-        self, tokens: Tensor, ancestors: Tensor, depths: Tensor, cache: TreeCache, part: Part, rows: Tensor | None
+        self,
+        tokens: Tensor,
+        ancestors: Tensor,
+        depths: Tensor,
+        cache: TreeCache,
+        part: Part,
+        rows: Tensor | None,
+        drop: Dropping | None = None,
     ) -> tuple[Tensor, Tensor]:
         """One forward over the trees of the rows of `part`; `rows` is None if that is every row with a tree."""
         host_lengths = [cache.host_lengths[row] for row in part.rows]
@@ -185,7 +190,7 @@ class Target:
             positions.clamp_(max=stop - 1)  # padding nodes may lie deeper than the row's cap
         visible = tree_mask(ancestors, lengths, None if ragged else start, cache.route.reach)
         sight = Sight(visible=visible, queries=positions, tree=(depths, lengths))
-        return self._forward(tokens, positions, sight, cache)
+        return self._forward(tokens, positions, sight, cache, drop=drop)
 
     @torch.no_grad()
     def read(self, prompts: Sequence[Tensor], cache: TreeCache) -> tuple[list[int], Tensor | None, Tensor | None]:
@@ -233,7 +238,13 @@ class Target:
                 self._reader().read_again(switch, rows, cache)
 
     def _forward(
-        self, tokens: Tensor, positions: Tensor, sight: Sight, cache: TreeCache, only: Tensor | None = None
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        sight: Sight,
+        cache: TreeCache,
+        only: Tensor | None = None,
+        drop: Dropping | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The model's own forward; with `only` [b], just that index of each row is projected to logits."""
         given: dict[str, Any] = {}
@@ -247,6 +258,8 @@ class Target:
             else:
                 stack.enter_context(self._layer_inputs.given(sight))
             stack.enter_context(self._spans.fresh())
+            if drop is not None:
+                stack.enter_context(drop.on())
             seen = stack.enter_context(projection_inputs(self._projection, only))
             cache.record(tokens)
             output = self.model(input_ids=tokens, past_key_values=cache, use_cache=True, return_dict=True, **given)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ladon.bench.identity import Difference
-from ladon.bench.systems import Run
+from ladon.bench.systems import Budget, Run
 from ladon.bench.workloads import Question
 from ladon.fixed_tree import FixedTree
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ladon.heads import Heads
 
 Progress = Callable[[str, int, int], None]  # what is being done, how many of how many calls are finished
-Key = tuple[str, int, int]  # mode, budget, batch
+Key = tuple[str, Budget, int]  # mode, budget, batch
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,24 +62,26 @@ class Measured:
 
     Attributes:
         system: its name: a mode, or "transformers".
-        budget: nodes per step and row; None for transformers.
+        budget: nodes per step and row, or "auto"; None for transformers.
         batch: rows decoded together.
         groups: the requests of each group.
         timed: runs by repeat, then by group.
         profiled: likewise, with stage times and, at batch 1, step counts; empty for transformers.
+        fitted_step_ms: `nodes` and `ms` of each size, as a mode that chooses sizes knows them in the end.
     """
 
     system: str
-    budget: int | None
+    budget: Budget | None
     batch: int
     groups: list[list[Request]]
     timed: list[list[Run]]
     profiled: list[list[Run]]
+    fitted_step_ms: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def label(self) -> str:
-        """Mode and budget in one word, as in "dynamic-16"."""
-        return self.system if self.budget is None else f"{self.system}-{self.budget}"
+        """Mode and, if it has one, budget in one word, as in "dynamic-16"."""
+        return f"{self.system}-{self.budget}" if isinstance(self.budget, int) else self.system
 
 
 @dataclass(kw_only=True)

@@ -9,9 +9,10 @@ from functools import partial
 from statistics import median
 from typing import Any
 
-from ladon.bench.findings import Findings, Measured
+from ladon.bench.findings import Findings, Key, Measured
 from ladon.bench.repetition import Repetition
-from ladon.bench.systems import Run, merged
+from ladon.bench.steps import by_size
+from ladon.bench.systems import Budget, Run, merged
 from ladon.stats import DecodeStats
 
 
@@ -23,9 +24,12 @@ class Result:
     over repeats.
 
     Attributes:
-        mode: plain, chain, fixed or dynamic.
+        mode: plain, chain, fixed, dynamic, auto or pruned.
         batch: rows decoded together.
-        budget: nodes verified per step and row, root included.
+        budget: nodes verified per step and row, root included; "auto" where each step has its own size.
+        rows_per_step: rows of a decode step, their mean: below `batch` where a group has fewer prompts or answers end
+            apart.
+        nodes_per_step: node slots verified per row-step, their mean.
         prompts: answers given (turns of all questions).
         acceptance_length: tokens per row-step, bonus included.
         acceptance_length_non_repeated: the same over steps that repeat nothing (`ladon.bench.repetition`); batch 1.
@@ -39,6 +43,12 @@ class Result:
         growth_share: share of decode time spent growing trees; profiled.
         stages: share of decode time by stage ("forward" is part of "verify"); profiled.
         tree_efficiency: accepted draft nodes per verified draft node.
+        pruned_share: share of the node slots given to the target that later layers did not see.
+        prediction_error: mean relative error of the predicted step times; None if none are predicted.
+        sizing_share: share of decode time spent deciding on sizes.
+        sizes: the histogram of sizes: of each, `nodes`, `steps` of all timed runs, and their mean `tokens`,
+            `expected_tokens`, `step_ms` and `predicted_ms`, as `ladon.bench.steps.by_size` gives them.
+        fitted_step_ms: of every size that could be chosen, `nodes` and the `ms` predicted for a step, in the end.
         first_token_ms: milliseconds from the call to the first tokens, one of each row; median over calls.
         speedup_vs_plain: tokens_per_second over plain decoding's.
         speedup_vs_transformers: tokens_per_second over that of transformers' `generate`.
@@ -53,7 +63,9 @@ class Result:
 
     mode: str
     batch: int
-    budget: int
+    budget: Budget
+    rows_per_step: float | None
+    nodes_per_step: float | None
     prompts: int
     acceptance_length: float | None
     acceptance_length_non_repeated: float | None
@@ -67,6 +79,11 @@ class Result:
     growth_share: float | None
     stages: dict[str, float | None]
     tree_efficiency: float | None
+    pruned_share: float | None
+    prediction_error: float | None
+    sizing_share: float | None
+    sizes: list[dict[str, Any]]
+    fitted_step_ms: list[dict[str, Any]]
     first_token_ms: float | None
     speedup_vs_plain: float | None
     speedup_vs_transformers: float | None
@@ -107,13 +124,16 @@ def _result(findings: Findings, entry: Measured, speeds: dict[tuple[str, int], f
     differences = findings.differences[key]
     near_ties = sum(difference.is_near_tie for difference in differences)
     per_repeat = [merged([run.stats for run in runs]).tokens_per_second for runs in entry.timed]
-    counts = merged([run.stats for run in entry.timed[0]])
-    repetition = _repetition(entry)
+    counts = merged([run.stats for runs in entry.timed for run in runs])
+    repetition, stages = _repetition(entry), _stages(entry.profiled)
+    steps = [step for runs in entry.timed for run in runs for step in run.steps]
     speed = _speed(entry.timed)
     return Result(
         mode=entry.system,
         batch=entry.batch,
         budget=entry.budget,
+        rows_per_step=finite(counts.row_steps / counts.forwards if counts.forwards else math.nan),
+        nodes_per_step=finite(counts.nodes_verified / counts.row_steps if counts.row_steps else math.nan),
         prompts=sum(len(group) for group in entry.groups),
         acceptance_length=finite(counts.acceptance_length),
         acceptance_length_non_repeated=finite(repetition.acceptance_length),
@@ -124,9 +144,14 @@ def _result(findings: Findings, entry: Measured, speeds: dict[tuple[str, int], f
         profiled_step_ms=_median(entry.profiled, lambda stats: stats.step_ms),
         forward_ms=_median(entry.profiled, lambda stats: stats.forward_ms),
         overhead=_median(entry.profiled, lambda stats: stats.overhead),
-        growth_share=_median(entry.profiled, lambda stats: stats.growth_share),
-        stages=_stages(entry.profiled),
+        growth_share=stages.get("growth"),
+        stages=stages,
         tree_efficiency=finite(counts.tree_efficiency),
+        pruned_share=finite(counts.pruned_share),
+        prediction_error=finite(counts.prediction_error),
+        sizing_share=_median(entry.timed, lambda stats: stats.sizing_share),
+        sizes=by_size(steps),
+        fitted_step_ms=entry.fitted_step_ms,
         first_token_ms=finite(_first_token_ms(entry.timed)),
         speedup_vs_plain=finite(speed / speeds["plain", entry.batch]),
         speedup_vs_transformers=finite(speed / speeds["transformers", entry.batch]),
@@ -138,7 +163,7 @@ def _result(findings: Findings, entry: Measured, speeds: dict[tuple[str, int], f
     )
 
 
-def _identity(findings: Findings, key: tuple[str, int, int]) -> dict[str, Any]:
+def _identity(findings: Findings, key: Key) -> dict[str, Any]:
     """The fields about the check in float32; one wrong output settles it, even in a check that was cut short."""
     near_ties = [difference.is_near_tie for difference in findings.float32_differences[key]]
     if findings.unchecked is not None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from ladon.bench.check import check_float32, leaving_plain
 from ladon.bench.findings import Findings, Measured, Progress, Request, Subject
-from ladon.bench.systems import LadonSystem, Run, System, TransformersSystem
+from ladon.bench.systems import Budget, LadonSystem, Run, System, TransformersSystem
 from ladon.bench.workloads import Question, Workload, prompt_ids
 from ladon.errors import InputError
 from ladon.fixed_tree import FixedTree
@@ -51,7 +51,13 @@ def run_bench(subject: Subject, workload: Workload, options: BenchOptions, progr
         *runs, reference = _take_turns(everyone, groups, options, progress)
         for system, timed, profiled in zip(systems, runs[: len(systems)], runs[len(systems) :], strict=True):
             entry = Measured(
-                system=system.name, budget=system.budget, batch=batch, groups=groups, timed=timed, profiled=profiled
+                system=system.name,
+                budget=system.budget,
+                batch=batch,
+                groups=groups,
+                timed=timed,
+                profiled=profiled,
+                fitted_step_ms=system.fitted_step_ms([run for several in timed for run in several]),
             )
             findings.measured.append(entry)
             findings.differences[system.name, system.budget, batch] = leaving_plain(subject.model, entry)
@@ -67,7 +73,7 @@ class _Entry:
     """A mode at a budget, with its tree if that is fixed."""
 
     mode: str
-    budget: int
+    budget: Budget
     fixed_tree: FixedTree | None = None
 
     def system(self, model: PreTrainedModel, heads: Heads | None, profile: bool) -> LadonSystem:
@@ -90,6 +96,8 @@ def _plan(subject: Subject, options: BenchOptions) -> list[_Entry]:
             plan += [_Entry(mode=mode, budget=min(size, tree.num_nodes), fixed_tree=tree) for size, tree in trees]
         elif mode == "dynamic":
             plan += [_Entry(mode=mode, budget=size) for size in options.budgets]
+        elif mode in ("auto", "pruned"):
+            plan.append(_Entry(mode=mode, budget="auto"))
     return list(dict.fromkeys(plan))  # a fixed tree smaller than two of the budgets is one system
 
 

@@ -10,7 +10,7 @@ packing the output.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
+from ladon.bench.steps import NotedSizing, StepFacts
 from ladon.errors import InputError
 from ladon.fixed_tree import FixedTree
 from ladon.generation import Decoder
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ladon.heads import Heads
+
+Budget = int | str  # nodes per step and row, or "auto"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,6 +43,7 @@ class Run:
         seconds: wall time of the whole call, prefill included.
         first_token_seconds: from the call to the first tokens, one of each row.
         step_counts: tokens emitted by each decode step, if they were recorded (one row only).
+        steps: the decode steps; none for transformers.
     """
 
     outputs: list[list[int]]
@@ -47,6 +51,7 @@ class Run:
     seconds: float
     first_token_seconds: float
     step_counts: list[int] = field(default_factory=list)
+    steps: list[StepFacts] = field(default_factory=list)
 
 
 class System(Protocol):
@@ -63,7 +68,8 @@ class LadonSystem:
 
     Attributes:
         name: the mode.
-        budget: nodes verified per step and row, root included: what was asked for, or all that the mode can use.
+        budget: nodes verified per step and row, root included: what was asked for, or all that the mode can use; "auto"
+            where each step has its own size.
     """
 
     def __init__(
@@ -72,20 +78,35 @@ class LadonSystem:
         heads: Heads | None,
         *,
         mode: str,
-        budget: int,
+        budget: Budget,
         fixed_tree: FixedTree | None = None,
         profile: bool = False,
+        make: Callable[..., Decoder] = Decoder,
     ) -> None:
-        """`fixed_tree` is the tree of mode "fixed"; `profile` measures stages and records the steps of single rows."""
+        """Make the mode's decoder.
+
+        Args:
+            model: the target.
+            heads: its heads; not used by mode "plain".
+            mode: plain, chain, fixed, dynamic, auto or pruned.
+            budget: nodes per step and row, or "auto".
+            fixed_tree: the tree of mode "fixed".
+            profile: measure stages, and record the steps of single rows.
+            make: makes the decoder, called as `Decoder` is.
+        """
         self.name = mode
-        tree: str | FixedTree = "off" if mode == "plain" else mode
-        most = {"plain": 1, "chain": heads.num_heads + 1 if heads else 1}.get(mode, budget)
+        tree: str | FixedTree = {"plain": "off", "auto": "dynamic", "pruned": "dynamic"}.get(mode, mode)
+        most = {"plain": 1, "chain": heads.num_heads + 1 if heads else 1}.get(mode)
         if mode == "fixed":
             if fixed_tree is None:
                 raise InputError("mode fixed needs a tree; give one with --fixed-tree, or leave the mode out")
             tree, most = fixed_tree, fixed_tree.num_nodes
-        self._decoder = Decoder(model, None if mode == "plain" else heads, tree=tree, budget=budget, profile=profile)
-        self.budget = min(budget, most)
+        options = {"tree": tree, "budget": budget, "prune": "auto" if mode == "pruned" else "off", "profile": profile}
+        self._decoder = make(model, None if mode == "plain" else heads, **options)
+        if mode == "pruned" and self._decoder.pruning is None:
+            raise InputError("mode pruned: no pruning is known to pay; run ladon calibrate --pruning, or leave it out")
+        self._decoder.sizing = self._noted = NotedSizing(self._decoder.sizing)
+        self.budget = min(budget, most) if isinstance(budget, int) and most is not None else budget
         self._profile = profile
 
     @property
@@ -110,7 +131,12 @@ class LadonSystem:
             seconds=seconds,
             first_token_seconds=seconds - self._decoder.stats.decode_seconds,
             step_counts=recorder.counts if recorder else [],
+            steps=self._noted.taken(),
         )
+
+    def fitted_step_ms(self, runs: Sequence[Run]) -> list[dict[str, Any]]:
+        """What a mode that chooses sizes predicts by now for each of them, at the batch and context of these runs."""
+        return self._noted.fit([step for run in runs for step in run.steps])
 
 
 class TransformersSystem:
@@ -152,13 +178,16 @@ def merged(stats: Sequence[DecodeStats]) -> DecodeStats:
     """The sums of several runs' counts and times."""
     total = DecodeStats()
     for part in stats:
-        for name in ("prefill_tokens", "prefill_seconds", "forwards", "row_steps", "tokens", "nodes_verified"):
-            setattr(total, name, getattr(total, name) + getattr(part, name))
-        total.accepted_nodes += part.accepted_nodes
-        total.decode_seconds += part.decode_seconds
-        for stage, seconds in part.stage_seconds.items():
-            total.stage_seconds[stage] = total.stage_seconds.get(stage, 0.0) + seconds
+        for name, value in vars(part).items():
+            setattr(total, name, _sum(getattr(total, name), value))
     return total
+
+
+def _sum(one: Any, other: Any) -> Any:
+    """Of two numbers, or of two tables of numbers by key."""
+    if isinstance(one, dict):
+        return {key: one.get(key, 0) + other.get(key, 0) for key in one | other}
+    return one + other
 
 
 class _TokenClock(StoppingCriteria):

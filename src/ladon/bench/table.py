@@ -10,6 +10,7 @@ from rich.table import Table
 from ladon.bench.findings import Findings, Key
 from ladon.bench.identity import Difference
 from ladon.bench.report import Result
+from ladon.bench.systems import Budget
 
 _COLUMNS = (
     "nodes",
@@ -50,7 +51,7 @@ def table(results: Sequence[Result], baselines: Sequence[dict[str, Any]], batch:
     for result in chosen:
         view.add_row(
             result.mode,
-            str(result.budget),
+            str(result.budget) if isinstance(result.budget, int) else _number(result.nodes_per_step, 1),
             _number(result.acceptance_length, 2),
             _number(result.acceptance_length_non_repeated, 2),
             _number(result.tokens_per_second, 1),
@@ -67,7 +68,7 @@ def table(results: Sequence[Result], baselines: Sequence[dict[str, Any]], batch:
 
 def identity_line(results: Sequence[Result], unchecked: str | None) -> str:
     """Whether every mode wrote what transformers writes; `unchecked` is why that may be unknown."""
-    wrong = ", ".join(f"{result.mode} {result.budget}" for result in results if result.identical is False)
+    wrong = ", ".join(_named(result.mode, result.budget) for result in results if result.identical is False)
     if wrong:
         return f"identical: NO ({wrong} left transformers' generate in float32)"
     if unchecked is not None:
@@ -87,11 +88,16 @@ def difference_lines(findings: Findings, dtype: str) -> list[str]:
 
 def _difference_lines(differences: Mapping[Key, Sequence[Difference]], dtype: str, reference: str) -> list[str]:
     return [
-        f"{dtype}, {mode} {budget}, batch {batch}: output {found.prompt} leaves {reference} at token {found.position}: "
-        f"margin {found.margin:.1e}, {_explained(found)}"
+        f"{dtype}, {_named(mode, budget)}, batch {batch}: output {found.prompt} leaves {reference} at token "
+        f"{found.position}: margin {found.margin:.1e}, {_explained(found)}"
         for (mode, budget, batch), several in differences.items()
         for found in several
     ]
+
+
+def _named(mode: str, budget: Budget) -> str:
+    """A system in words; "auto" says its budget already."""
+    return f"{mode} {budget}" if isinstance(budget, int) else mode
 
 
 def _explained(found: Difference) -> str:
@@ -106,6 +112,29 @@ def profile_line(results: Sequence[Result]) -> str:
     ]
     text = "`model ms` and `overhead` are of profiled runs, in turns with the timed ones"
     return f"{text}; their steps took {min(ratios):.2f} to {max(ratios):.2f} times as long" if ratios else text
+
+
+def size_lines(results: Sequence[Result]) -> list[str]:
+    """Of each mode that chooses its sizes: which ones it chose how often, and how well it knew their times."""
+    return [_size_line(result) for result in results if not isinstance(result.budget, int) and result.sizes]
+
+
+def _size_line(result: Result) -> str:
+    steps = sum(size["steps"] for size in result.sizes)
+    shares = ", ".join(f"{size['nodes']} ({size['steps'] / steps:.0%})" for size in result.sizes)
+    error = result.prediction_error
+    off = "" if error is None else f"; its steps took {error:.1%} more or less than predicted"
+    return f"{result.mode}, batch {result.batch}, nodes per step: {shares}{off}"
+
+
+def filling_lines(results: Sequence[Result]) -> list[str]:
+    """Which batch sizes were not full all the time: one line, or none."""
+    plain = {result.batch: result.rows_per_step for result in results if result.mode == "plain"}
+    short = [f"batch {batch} had {rows:.1f}" for batch, rows in plain.items() if rows is not None and rows < batch]
+    if not short:
+        return []
+    why = "groups hold one category's prompts, and answers end apart"
+    return [f"rows in a plain step, on average: {', '.join(short)} ({why})"]
 
 
 def repetition_line(results: Sequence[Result]) -> str:

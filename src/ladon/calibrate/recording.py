@@ -57,7 +57,7 @@ def record(
     """
     heads.bind(model, force=True)
     target = Target(model)
-    rows = [_row(index, prompt, max_new_tokens, target) for index, prompt in enumerate(prompts)]
+    rows = [row_of(index, prompt, max_new_tokens, target) for index, prompt in enumerate(prompts)]
     recorder, clock = _Recorder(heads, num_candidates), StageClock({}, enabled=False, device=target.device)
     engine = Engine(target, recorder, budget=1, stats=DecodeStats(), clock=clock, max_rows=batch_size)
     joined: list[Row] = []
@@ -121,7 +121,12 @@ def candidate_tables(heads: Heads, hidden: Tensor, root: Tensor, num_candidates:
     return (entries if token_ids is None else token_ids[entries]).int(), top, normalizers
 
 
-def _row(index: int, prompt: Tensor, max_new_tokens: int, target: Target) -> Row:
+def row_of(index: int, prompt: Tensor, max_new_tokens: int, target: Target) -> Row:
+    """A row for a prompt, which ends at the model's own end tokens.
+
+    Raises:
+        InputError: the prompt is empty or fills the model's context.
+    """
     if len(prompt) == 0:
         raise InputError(f"prompt {index + 1} has no tokens; give some text to continue")
     limit = target.context_limit

@@ -14,9 +14,9 @@ from torch import Tensor
 from ladon import sampling
 from ladon.accept import longest_match
 from ladon.config import DecoderOptions
-from ladon.engine import to_host
 from ladon.errors import InputError
 from ladon.heads import Heads
+from ladon.host import to_host
 from ladon.proposers import HeadsProposer, tree_builder
 from ladon.sizing import EDGES
 from ladon.stats import StageClock

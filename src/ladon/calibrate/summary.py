@@ -14,6 +14,7 @@ from ladon.fixed_tree import FixedTree
 from ladon.viz.outline import outline
 
 _RANKS = 5
+_WAYS = 3  # to prune, shown per batch size
 
 
 def summary(calibration: Calibration) -> Iterable[RenderableType]:
@@ -30,6 +31,8 @@ def summary(calibration: Calibration) -> Iterable[RenderableType]:
         yield _acceptance(calibration.simulated)
     if calibration.step_times:
         yield from _times(calibration.step_times)
+    if calibration.pruning:
+        yield from _pruning(calibration.pruning)
 
 
 def _depths(calibration: Calibration) -> Table:
@@ -91,3 +94,37 @@ def _times(step_times: Mapping[str, Any]) -> Iterable[RenderableType]:
     yield Text(
         " · ".join(f"{name} {place[name]}" for name in ("device", "cpu", "threads", "dtype") if name in place), "dim"
     )
+
+
+def _pruning(pruning: Mapping[str, Any]) -> Iterable[RenderableType]:
+    """Of each batch size the best few ways to prune, against the best tree that is not pruned."""
+    table = Table(title="Early pruning, against the best tree that is not pruned", title_justify="left")
+    names = ["batch", "after layer", "criterion", "nodes", "kept", "tokens per step", "score, ms", "verify, ms"]
+    for name in [*names, "tokens per second"]:
+        table.add_column(name, justify="left" if name == "criterion" else "right")
+    for measured in pruning["measured"]:
+        for row in measured["pruned"][:_WAYS]:
+            table.add_row(
+                str(measured["batch"]),
+                str(row["layer"]),
+                f"{_criterion(row)}{', trained' if row['trained'] else ''}",
+                str(row["nodes"]),
+                str(row["keep"]),
+                f"{row['acceptance_length']:.2f}",
+                f"{row['score_ms']:.2f}",
+                f"{row['verify_ms']:.2f}",
+                f"{row['gain']:.2f}x",
+            )
+    yield table
+    best = pruning["best"]
+    if best is None:
+        yield Text('early pruning does not pay on every batch size here: prune="auto" leaves it off', "dim")
+    else:
+        where = f"after layer {best['layer']}, {best['keep']} of {best['nodes']} nodes"
+        yield Text(f'prune="auto": {where}, {_criterion(best)}; {best["gain"]:.2f}x at least', "dim")
+
+
+def _criterion(row: Mapping[str, Any]) -> str:
+    """A criterion with the setting that it has."""
+    settings = {"evidence": f" {row['weight']:g}", "top-k": f" {row['top_k']}"}
+    return f"{row['criterion']}{settings.get(row['criterion'], '')}"

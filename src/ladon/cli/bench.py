@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
 
 _DEFAULTS = BenchOptions()
 _MODES, _BUDGETS, _BATCHES = map(options.joined, (_DEFAULTS.modes, _DEFAULTS.budgets, _DEFAULTS.batches))
-_DEMO_PROMPTS = 16
 _NOT_IDENTICAL = 1  # exit code
 
 _PromptsOption = Annotated[
@@ -70,6 +68,15 @@ _AnswersOption = Annotated[
         "each system's to a file beside it, such as OUT-dynamic-16.jsonl for OUT.jsonl.",
     ),
 ]
+_PlotsOption = Annotated[
+    Path | None,
+    Option(
+        "--plots",
+        metavar="DIR",
+        help="Write pictures (PNG) to this folder: speed-up against batch, expected and real tokens per step by size, "
+        "step times with their fit.",
+    ),
+]
 _OutputOption = Annotated[
     Path | None, Option("--output", metavar="FILE", help="Write the JSON document to this file too.")
 ]
@@ -89,6 +96,7 @@ def bench(
     calibration: _CalibrationOption = None,
     answers: _AnswersOption = None,
     output: _OutputOption = None,
+    plots: _PlotsOption = None,
     dtype: options.DtypeOption = "auto",
     device: options.DeviceOption = "auto",
     threads: options.OneThreadOption = 1,
@@ -116,6 +124,9 @@ def bench(
     )
     check_writable(answers)
     check_writable(output)
+    if plots is not None:
+        _check_pictures(plots)
+    from ladon.cli.bench_inputs import tree_source, workload_of
     from ladon.cli.loading import DEMO, load
 
     loaded = load(
@@ -127,7 +138,7 @@ def bench(
         trust_remote_code=trust_remote_code,
         ignore_generation_config=ignore_generation_config,
     )
-    workload = _workload(loaded, prompts, limit)
+    workload = workload_of(loaded, prompts, limit)
     bundled_heads = loaded.is_demo and heads in (None, DEMO)
     with progress_bar() as progress:
         trees = tree_source(loaded, workload, fixed_tree, calibration, bundled_heads, plan.max_new_tokens, progress)
@@ -140,6 +151,8 @@ def bench(
         import json
 
         write_whole(output, (json.dumps(document, indent=2, allow_nan=False) + "\n").encode())
+    if plots is not None:
+        _write_pictures(plots, document)
     if as_json:
         print_json(document)
     fail_unless_identical(document)
@@ -155,6 +168,27 @@ def _write_answers(path: Path, subject: Subject, findings: Findings, plan: Bench
     for file, text in files.items():
         write_whole(file, text.encode())
     say(f"ladon: answers are in {', '.join(map(str, files))}")
+
+
+def _check_pictures(folder: Path) -> None:
+    """Raise `InputError` if pictures cannot be made, or not be written to the folder, which is made."""
+    from ladon.viz.png import check_available
+
+    check_available()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make the folder {folder}: {error.strerror}; give another place") from error
+    check_writable(folder / "speedup.png")
+
+
+def _write_pictures(folder: Path, document: dict[str, Any]) -> None:
+    from ladon.bench.plots import pictures
+
+    files = pictures(document)
+    for name, data in files.items():
+        write_whole(folder / name, data)
+    say(f"ladon: pictures are in {folder}: {', '.join(files)}")
 
 
 def fail_unless_identical(document: dict[str, Any]) -> None:
@@ -215,61 +249,16 @@ def _several(count: int, noun: str) -> str:
 
 def show(document: dict[str, Any], findings: Findings, title: str) -> None:
     """The table and what has to be said about it, on standard output."""
+    from ladon.bench import table as lines
     from ladon.bench.report import results
-    from ladon.bench.table import difference_lines, identity_line, profile_line, repetition_line, table
 
     found = results(findings)
     console = OutConsole(highlight=False)
     console.print(title, style="bold")
     for batch in dict.fromkeys(result.batch for result in found):
-        console.print(table(found, document["transformers"], batch))
-    console.print(identity_line(found, findings.unchecked), style="bold", markup=False)
-    for line in [repetition_line(found), profile_line(found), *difference_lines(findings, document["dtype"])]:
-        console.print(line, style="dim", markup=False)
-
-
-def tree_source(
-    loaded: Loaded,
-    workload: Workload,
-    fixed_tree: Path | None,
-    calibration: Path | None,
-    bundled_heads: bool,
-    max_new_tokens: int,
-    progress: Progress,
-) -> Callable[[int], FixedTree]:
-    """Where mode fixed gets its tree of a size from: a file, or the best of the size by the heads' hit rates.
-
-    Hit rates are measured on the model's answers to the prompts of `calibration`. Without such a file, those of the
-    bundled heads are known; for others they are measured on the prompts of the benchmark itself, and that is said.
-    """
-    from ladon.bench.calibration import calibrate
-    from ladon.bench.workloads import read_workload
-    from ladon.bundled import demo_fixed_tree
-    from ladon.fixed_tree import FixedTree, best_fixed_tree
-
-    if fixed_tree is not None:
-        given = FixedTree.load(fixed_tree)
-        return lambda size: given
-    if calibration is None and bundled_heads:
-        return demo_fixed_tree
-    other = None if calibration is None else read_workload(calibration)
-
-    @cache
-    def rates() -> list[list[float]]:
-        assert loaded.heads is not None  # modes that need a tree need heads, which is checked first
-        if other is None:
-            say("ladon: warning: the fixed tree is calibrated on the measured prompts; --calibration takes others")
-        questions = (other or workload).questions
-        return calibrate(loaded.model, loaded.heads, loaded.tokenizer, questions, max_new_tokens, progress)
-
-    return lambda size: best_fixed_tree(rates(), size)
-
-
-def _workload(loaded: Loaded, prompts: Path | None, limit: int | None) -> Workload:
-    from ladon.bench.workloads import demo_workload, read_workload
-
-    if prompts is not None:
-        return read_workload(prompts, limit)
-    if not loaded.is_demo:
-        raise InputError("no prompts; give --prompts FILE with a JSON object with `prompt` or `turns` on each line")
-    return demo_workload(limit or _DEMO_PROMPTS)
+        console.print(lines.table(found, document["transformers"], batch))
+    console.print(lines.identity_line(found, findings.unchecked), style="bold", markup=False)
+    notes = [lines.repetition_line(found), lines.profile_line(found), *lines.size_lines(found)]
+    notes += [*lines.filling_lines(found), *lines.difference_lines(findings, document["dtype"])]
+    for note in notes:
+        console.print(note, style="dim", markup=False)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import warnings
 from dataclasses import dataclass, replace
@@ -12,6 +14,7 @@ from typer import Argument, Option
 
 from ladon.cli import options
 from ladon.cli.output import OutConsole, check_writable, print_json, progress_bar, say
+from ladon.cli.prompts import Asked, asked_of
 from ladon.config import BenchOptions
 from ladon.errors import InputError
 
@@ -22,20 +25,23 @@ if TYPE_CHECKING:
     from ladon.cli.loading import Loaded
 
 _NEW_TOKENS = BenchOptions().max_new_tokens
-_DEMO_PROMPTS = 120
+_PRUNING_PROMPTS = 32  # whose answers pruning is judged on, at most
 
 _PromptsArgument = Annotated[
-    Path | None,
+    str | None,
     Argument(
         metavar="PROMPTS",
-        help="JSONL with `prompt`, or MT-Bench `turns` (the first is asked); for the bundled model, code that nothing "
-        "else uses.",
+        help="What `ladon distill` reads: JSONL, Parquet or a data set on the hub, of prompts or chats; for the "
+        "bundled model, code that nothing else uses.",
         show_default=False,
     ),
 ]
 _LimitOption = Annotated[int | None, Option("--limit", metavar="N", min=1, help="Use only the first so many prompts.")]
 _BatchOption = Annotated[int, Option("--batch", metavar="N", min=1, help="Prompts answered together.")]
 _TimesOption = Annotated[bool, Option("--step-times/--no-step-times", help="Time decode steps on this machine.")]
+_PruningOption = Annotated[
+    bool, Option("--pruning/--no-pruning", help="Find out whether early pruning pays on this machine, and how.")
+]
 _BatchesOption = Annotated[str, Option("--batches", metavar="N,...", help="Rows decoded together in timed steps.")]
 _ContextsOption = Annotated[
     str, Option("--contexts", metavar="N,...", help="Tokens in the cache of each row in timed steps.")
@@ -66,6 +72,7 @@ def calibrate(
     limit: _LimitOption = None,
     batch: _BatchOption = 16,
     step_times: _TimesOption = True,
+    pruning: _PruningOption = False,
     batches: _BatchesOption = "1,4",
     contexts: _ContextsOption = "256",
     trace: _TraceOption = None,
@@ -91,8 +98,8 @@ def calibrate(
         ladon calibrate prompts.jsonl --model path/to/model --heads path/to/heads
         ladon calibrate --dry-run --limit 20
     """
-    if from_trace is not None and (prompts is not None or limit is not None or trace is not None):
-        raise InputError("--from-trace has its answers: leave out the prompts, --limit and --trace")
+    if from_trace is not None and (prompts is not None or limit is not None or trace is not None or pruning):
+        raise InputError("--from-trace has its answers: leave out the prompts, --limit, --trace and --pruning")
     budgets = tuple(dict.fromkeys(_sizes(simulate)))
     timed = _Timed.of(batches, contexts) if step_times else None
     folder = _destination(model, heads, out, dry_run)
@@ -105,11 +112,14 @@ def calibrate(
         if from_trace is not None:
             recorded = _read(from_trace, loaded, heads)
         else:
-            recorded = _record(loaded, heads, prompts, limit, max_new_tokens, batch, progress)
+            asked = asked_of(loaded, prompts, limit)
+            recorded = _record(loaded, heads, asked, max_new_tokens, batch, progress)
         if trace is not None:
             recorded.save(trace)
         measured = [] if timed is None else timed.measure(loaded, recorded, progress)
         found = _findings(loaded, recorded, budgets, measured)
+        if pruning:
+            found = replace(found, pruning=_pruning(loaded, asked, progress))
     if folder is not None:
         found.save(folder)
     profile = None if folder is None else _write_profile(loaded, measured)
@@ -146,39 +156,25 @@ def _destination(model: str, heads: str | None, out: Path | None, dry_run: bool)
 
 
 def _record(
-    loaded: Loaded,
-    heads: str | None,
-    prompts: Path | None,
-    limit: int | None,
-    max_new_tokens: int,
-    batch: int,
-    progress: Any,
+    loaded: Loaded, heads: str | None, asked: Asked, max_new_tokens: int, batch: int, progress: Any
 ) -> LatticeTrace:
     """Let the model answer the prompts."""
     import torch
 
-    from ladon.bench.workloads import Question, make_workload, prompt_ids, read_workload
-    from ladon.bundled import demo_prompts
     from ladon.calibrate.recording import record
     from ladon.cli.loading import dtype_name
 
-    if prompts is not None:
-        workload = read_workload(prompts, limit)
-    elif loaded.is_demo:
-        texts = demo_prompts(limit or _DEMO_PROMPTS, "calibration")
-        questions = [Question.to_continue(text, number) for number, text in enumerate(texts, start=1)]
-        workload = make_workload("standard library modules set aside to calibrate", questions)
-    else:
-        raise InputError("no prompts; give a JSONL file with a JSON object with `prompt` or `turns` on each line")
+    name, ids = asked
+    workload = {"name": name, "sha256": hashlib.sha256(json.dumps(ids).encode()).hexdigest(), "questions": len(ids)}
     about = {"model": loaded.name, "dtype": dtype_name(loaded.model), "max_new_tokens": max_new_tokens}
     assert loaded.heads is not None  # checked when loaded
     trace = record(
         loaded.model,
         loaded.heads,
-        [torch.tensor(prompt_ids(loaded.tokenizer, question, [])).long() for question in workload.questions],
+        [torch.tensor(prompt) for prompt in ids],
         max_new_tokens=max_new_tokens,
         batch_size=batch,
-        about={**about, "workload": workload.summary()},
+        about={**about, "workload": workload},
         progress=progress,
     )
     return replace(trace, heads=_stored_hash(loaded, heads))
@@ -253,6 +249,19 @@ def _write_profile(loaded: Loaded, measured: list[StepTimes]) -> Path | None:
 
     assert loaded.heads is not None  # checked when loaded
     return write_profile(place_of(loaded.model, loaded.heads), profile_of(measured)) if measured else None
+
+
+def _pruning(loaded: Loaded, asked: Asked, progress: Any) -> dict[str, Any]:
+    import torch
+
+    from ladon.calibrate.pruning import find_pruning
+    from ladon.cli.loading import dtype_name
+    from ladon.environment import environment
+
+    assert loaded.heads is not None  # checked when loaded
+    place = environment(loaded.model.device) | {"dtype": dtype_name(loaded.model)}
+    prompts = [torch.tensor(ids) for ids in asked[1][:_PRUNING_PROMPTS]]
+    return find_pruning(loaded.model, loaded.heads, prompts, place=place, progress=progress)
 
 
 def _show(found: Calibration, name: str) -> None:

@@ -37,7 +37,7 @@ def demo(
     threads: options.OneThreadOption = 1,
     as_json: options.JsonOption = False,
 ) -> None:
-    """Complete code with the bundled model, live, then compare plain, chain, fixed and dynamic decoding.
+    """Complete code with the bundled model, live, then compare plain decoding, the chain and every kind of tree.
 
     The prompts come from modules of the running Python that the model was never trained on.
     Each token has the colour of its origin: drafted at some depth, or the bonus token.

@@ -65,6 +65,8 @@ def import_heads(
     found = None if is_own(place) else detect(open_checkpoint(place, source))
     base = loaded_model(model) if model is not None else None
     heads = read_heads(source, base[0] if base else None, force, revision=revision)
+    if base is not None:
+        heads.check_sizes(base[0])
     own_model = found is not None and found.holds_model
     with new_folder(out) as folder:
         if own_model:

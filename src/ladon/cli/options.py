@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Option
 
-from ladon.config import AUTO_BUDGET, TREES, BenchOptions, DecoderOptions, help_of
+from ladon.config import AUTO_BUDGET, BENCH_MODES, TREES, DecoderOptions, help_of
 from ladon.errors import InputError
 
 if TYPE_CHECKING:
@@ -85,11 +85,10 @@ def parse_counts(option: str, text: str, largest: int | None = None) -> tuple[in
 
 def parse_modes(text: str) -> tuple[str, ...]:
     """Mode names separated by commas."""
-    known = BenchOptions().modes
     modes = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
-    unknown = [mode for mode in modes if mode not in known]
+    unknown = [mode for mode in modes if mode not in BENCH_MODES]
     if unknown:
-        raise InputError(f"--modes has {unknown[0]!r}; give some of {', '.join(known)}, separated by commas")
+        raise InputError(f"--modes has {unknown[0]!r}; give some of {', '.join(BENCH_MODES)}, separated by commas")
     return modes
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ladon.cli.output import say
 from ladon.errors import InputError
 
 if TYPE_CHECKING:
@@ -14,6 +15,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from ladon.bench.workloads import Question
+    from ladon.cli.loading import Loaded
+
+Asked = tuple[str, list[list[int]]]  # a name for the prompts, and their token ids
+
+_CALIBRATION_PROMPTS = 120
 
 
 def read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
@@ -74,3 +80,28 @@ def _read(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise InputError(f"cannot read the prompt file {path}: {error.strerror}; give a readable text file") from error
+
+
+def asked_of(loaded: Loaded, prompts: str | None, limit: int | None) -> Asked:
+    """What a model is asked to calibrate its heads: a data set's prompts, or the bundled model's own.
+
+    Raises:
+        InputError: the data set cannot be read, or there is no prompt.
+    """
+    from ladon.bundled import demo_prompts
+    from ladon.train.prompts import read_prompts
+
+    if prompts is not None:
+        found = read_prompts(prompts, loaded.tokenizer, limit=limit)
+        asked = [prompt.token_ids for prompt in found if prompt.token_ids]
+        if len(asked) < len(found):
+            reasons = ", ".join(sorted({prompt.refused or "empty prompt" for prompt in found if not prompt.token_ids}))
+            say(f"ladon: warning: {len(found) - len(asked)} of {len(found)} rows are left out ({reasons})")
+        if not asked:
+            raise InputError(f"{prompts} has no prompt that can be asked; give others")
+        return Path(prompts).name, asked
+    if not loaded.is_demo:
+        raise InputError("no prompts; give a JSONL file with a JSON object with `prompt` or `messages` on each line")
+    texts = demo_prompts(limit or _CALIBRATION_PROMPTS, "calibration")
+    ids = [[int(token) for token in loaded.tokenizer(text)["input_ids"]] for text in texts]
+    return "standard library modules set aside to calibrate", ids

@@ -61,6 +61,7 @@ def train(
     family_option: _FamilyOption = None,
     init_heads: Annotated[str | None, _option("init_heads", "DIR")] = _DEFAULTS.init_heads,
     labels: Annotated[str, _option("labels")] = _DEFAULTS.labels,
+    label_temperature: Annotated[float, _option("label_temperature")] = _DEFAULTS.label_temperature,
     learn: Annotated[str, _option("learn")] = _DEFAULTS.learn,
     decay: Annotated[float, _option("decay")] = _DEFAULTS.decay,
     steps: Annotated[int | None, _option("steps")] = _DEFAULTS.steps,
@@ -144,6 +145,7 @@ def train(
         out,
         say,
         source=Path(rows).name if Path(rows).exists() else rows,
+        field=field,
     )
     if as_json and os.environ.get("RANK", "0") == "0":
         print_json(report)

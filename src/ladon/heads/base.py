@@ -40,6 +40,7 @@ class Heads(nn.Module, ABC):
         training_record: how the heads were trained, as JSON values; saved with them.
         is_conditioned: whether head k looks at the tokens between the one it reads and the one it guesses.
         calibration: what `ladon calibrate` found for these heads on their model; None if it never ran.
+        folder: the folder they were loaded from, where an early exit may lie beside them; None for new ones.
     """
 
     family: ClassVar[str]
@@ -57,6 +58,7 @@ class Heads(nn.Module, ABC):
         self.base_fingerprint: Fingerprint | None = None
         self.training_record: dict[str, Any] = {}
         self.calibration: Calibration | None = None
+        self.folder: Path | None = None
         # In tuples, so that the target's modules are no submodules: not saved, not trained, not moved with the heads.
         self._projection: tuple[nn.Module, ...] = ()
         self._embedding: tuple[nn.Module, ...] = ()
@@ -148,12 +150,7 @@ class Heads(nn.Module, ABC):
             HeadsError: the sizes do not fit, or the fingerprint is another model's and `force` is False.
         """
         projection = output_projection(model)
-        if (self.hidden_size, self.vocab_size) != (projection.hidden_size, projection.vocab_size):
-            raise HeadsError(
-                f"heads for hidden size {self.hidden_size} and vocabulary {self.vocab_size} do not fit a model with "
-                f"hidden size {projection.hidden_size} and vocabulary {projection.vocab_size}. Load the heads of this "
-                "model or train new ones"
-            )
+        self.check_sizes(model)
         if self._projection[:1] != (projection.module,) and not force:
             self.check_base(model)
         self._projection = (projection.module,)
@@ -198,8 +195,19 @@ class Heads(nn.Module, ABC):
         embedded: Tensor = self._embedding[0](tokens)
         return embedded
 
+    def check_sizes(self, model: PreTrainedModel) -> None:
+        """Raise `HeadsError` if hidden size or vocabulary of `model` are others than these heads'."""
+        projection = output_projection(model)
+        if (self.hidden_size, self.vocab_size) != (projection.hidden_size, projection.vocab_size):
+            raise HeadsError(
+                f"heads for hidden size {self.hidden_size} and vocabulary {self.vocab_size} do not fit a model with "
+                f"hidden size {projection.hidden_size} and vocabulary {projection.vocab_size}. Load the heads of this "
+                "model or train new ones"
+            )
+
     def check_base(self, model: PreTrainedModel) -> None:
         """Raise `HeadsError` if `model` is another than these heads' own; warn where that cannot be told."""
+        self.check_sizes(model)
         name = self.base_name or "an unnamed model"
         if self.base_fingerprint is None:
             _warn("the heads carry no fingerprint of the model they were trained on")

@@ -35,7 +35,7 @@ def new_heads(
     Args:
         model: the target; it is not changed.
         num_heads: K, how many tokens beyond the target's own next token are guessed.
-        family: "shared" (a wide residual MLP per head on the target's projection; options `expansion`, 4, and
+        family: "shared" (a wide residual MLP per head on the target's projection; options `expansion`, 2, and
             `activation`, "silu" or "swiglu"), "medusa" (residual blocks and a projection per head; options
             `num_blocks`, 1, `projection`, "own" or "shared", `draft_vocab_size`, 0 for all, and `projection_bias`, 0),
             "lowrank" (a wide MLP and a thin projection per head; options `expansion`, 2, and `rank`, 64) or "hydra"
@@ -96,7 +96,8 @@ def read_heads(
         if model is not None and not force:
             found.refuse_other_base(heads, model)
     _check_token_ids(str(path), heads)
-    heads.calibration = _own_calibration(place if place.is_dir() else place.parent, heads)
+    heads.folder = place if place.is_dir() else place.parent
+    heads.calibration = _own_calibration(heads.folder, heads)
     return heads
 
 

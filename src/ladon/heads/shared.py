@@ -39,7 +39,7 @@ class SharedHeads(Heads):
     option_names = ("expansion", "activation")
 
     def __init__(
-        self, *, num_heads: int, hidden_size: int, vocab_size: int, expansion: int = 4, activation: str = "silu"
+        self, *, num_heads: int, hidden_size: int, vocab_size: int, expansion: int = 2, activation: str = "silu"
     ) -> None:
         super().__init__(num_heads=num_heads, hidden_size=hidden_size, vocab_size=vocab_size)
         check_count("expansion", expansion)

@@ -33,7 +33,8 @@ def messages_of(record: Record, name: str) -> list[Message]:
     Of turns, as in MT-Bench, only the first is taken: what comes after it is asked about an answer.
 
     Raises:
-        InputError: the field is none of these, or holds an unknown role.
+        InputError: the field is none of these.
+        UnusableRow: a message lacks its text, or has an unknown role.
     """
     value = record.fields[name]
     if isinstance(value, str):
@@ -51,9 +52,11 @@ def _message(record: Record, name: str, entry: Any) -> Message:
     if isinstance(entry, dict):
         role, content = entry.get("role", entry.get("from")), entry.get("content", entry.get("value"))
     if not isinstance(content, str) or not isinstance(role, str):
-        raise record.wrong(f"a message of `{name}` lacks role and content (or from and value), both texts")
+        raise record.unusable(
+            "a message without role and content", f"those of `{name}` need them (or from and value), both texts"
+        )
     if role not in _ROLES:
-        raise record.wrong(f"a message of `{name}` has the role {role!r}; known are {', '.join(_ROLES)}")
+        raise record.unusable(f"a message of the role {role!r}", f"known in `{name}` are {', '.join(_ROLES)}")
     return {"role": _ROLES[role], "content": content}
 
 
@@ -72,7 +75,8 @@ def chat_text(
     """A chat as the tokenizer's template writes it.
 
     Raises:
-        InputError: the tokenizer has no template, or the template refuses the chat.
+        InputError: the tokenizer has no template.
+        UnusableRow: the template refuses the chat.
     """
     if not tokenizer.chat_template:
         raise record.wrong(
@@ -84,7 +88,8 @@ def chat_text(
             list(messages), add_generation_prompt=add_generation_prompt, tokenize=False
         )
     except Exception as error:  # of another type for every way in which a template can refuse
-        raise record.wrong(f"the chat template refuses the chat: {' '.join(str(error).split())[:300]}") from error
+        detail = " ".join(str(error).split())[:300]
+        raise record.unusable("the chat template refuses the chat", detail) from error
     return str(text)
 
 
@@ -126,3 +131,20 @@ def encode_chat(
         for place in inside:
             learned[place] = not ends or place <= ends[-1]
     return ids, learned
+
+
+def turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token that ends the assistant's turn: the template's own, as Gemma's, else the end of the sequence."""
+    said = "yes"
+    chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": said}]
+    try:
+        text = str(tokenizer.apply_chat_template(chat, tokenize=False))
+    except Exception:  # of another type for every way in which a template can refuse
+        return _end_of_sequence(tokenizer)
+    ids = tokenizer(text[text.rfind(said) + len(said) :], add_special_tokens=False)["input_ids"]
+    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    return next((int(token) for token in ids if token in special), _end_of_sequence(tokenizer))
+
+
+def _end_of_sequence(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    return None if tokenizer.eos_token_id is None else int(tokenizer.eos_token_id)

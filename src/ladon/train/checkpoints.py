@@ -116,6 +116,7 @@ def whole(out: Path, name: str, is_writer: bool) -> Iterator[Path]:
     try:
         if is_writer:
             shutil.rmtree(partial, ignore_errors=True)
+        _meet()  # before anyone writes there
         yield partial
         _meet()
         if is_writer and not (out / name).exists():

@@ -29,6 +29,9 @@ class TrainOptions:
         "text",
         "what is learned: text (the tokens of the rows) or target (the model's own probabilities at their places)",
     )
+    label_temperature: float = _setting(
+        1.0, "of the probabilities that --labels target learns; below 1 they near the model's greedy choice"
+    )
     learn: str = _setting(
         "answers", "where heads learn: answers, or all (in the prompts too, which suits --labels target)"
     )
@@ -83,7 +86,7 @@ class TrainOptions:
             value = getattr(self, name)
             if value is not None and not value >= least:
                 raise InputError(f"{name} is {value}; give {least} or more")
-        for name in ("epochs", "decay", "learning_rate", "base_learning_rate", "base_divisor"):
+        for name in ("epochs", "decay", "label_temperature", "learning_rate", "base_learning_rate", "base_divisor"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise InputError(f"{name} is {value}; give a number above 0")

@@ -178,7 +178,7 @@ def distill(
         failed.unlink(missing_ok=True)  # what failed before is tried again
         asked = [prompt for prompt in left if prompt.token_ids]
         empty: list[Answer | Failure] = [
-            Failure(prompt=prompt, reason="empty prompt") for prompt in left if not prompt.token_ids
+            Failure(prompt=prompt, reason=prompt.refused or "empty prompt") for prompt in left if not prompt.token_ids
         ]
         progress(report)
         started = time.perf_counter()

@@ -57,7 +57,7 @@ def documents_from(examples: Sequence[Example], vocab_size: int, length: int) ->
                 "this model's tokenizer"
             )
         learned = np.asarray(example.learned, dtype=np.bool_)
-        reason = _nothing_to_learn(learned, length)
+        reason = example.refused or _nothing_to_learn(learned, length)
         if reason:
             notes[f"dropped: {reason}"] += 1
             continue

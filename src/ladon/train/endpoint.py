@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ladon.errors import InputError
+from ladon.train.chats import turn_end
 from ladon.train.distill import Answer, Failure, Settings
 from ladon.train.prompts import Prompt
 
@@ -69,6 +70,7 @@ class EndpointModel:
             raise InputError("--endpoint needs the package requests; pip install 'ladon-llm[train]'") from error
         self._requests: Any = requests
         self._url, self._tokenizer, self._api_key = url.rstrip("/"), tokenizer, api_key
+        self._turn_end = turn_end(tokenizer)
         self._concurrency, self._tries, self._wait = concurrency, tries, wait
         self._stopped = threading.Event()
 
@@ -90,7 +92,8 @@ class EndpointModel:
                         return
                     try:
                         found.put((prompt, self._choice(session, prompt, settings)))
-                    except Exception as error:  # raised again by the reader
+                    except Exception as error:  # raised again by the reader; meanwhile nobody asks on
+                        self._stopped.set()
                         found.put((prompt, error))
 
         self._stopped.clear()
@@ -171,16 +174,19 @@ class EndpointModel:
         """What a choice says, as tokens."""
         if isinstance(choice, Failure):
             return choice
-        said = choice.get("message", choice)
+        said = choice.get("message", choice) if isinstance(choice, dict) else None
+        text = said.get("content", said.get("text")) or "" if isinstance(said, dict) else None
+        if not isinstance(said, dict) or not isinstance(text, str):
+            return Failure(prompt=prompt, reason="endpoint sends no completion", detail=self._clean(str(choice)))
         if said.get("reasoning_content") or said.get("reasoning"):
             raise InputError(
                 f"{self._url} keeps reasoning apart from its answers, which then lack what the model said first; start "
                 "the server without a reasoning parser"
             )
-        text, finish = said.get("content", said.get("text")) or "", choice.get("finish_reason")
+        finish = choice.get("finish_reason")
         if finish not in ("stop", "length"):
             return Failure(prompt=prompt, reason=f"finish reason {finish}")
-        end = self._tokenizer.eos_token_id
+        end = self._tokenizer.eos_token_id if prompt.messages is None else self._turn_end
         ids = self._encode(prompt, text) + ([end] if finish == "stop" and end is not None else [])
         return Answer(prompt=prompt, token_ids=ids, text=text, finish=finish)
 

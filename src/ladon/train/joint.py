@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ladon.errors import InputError
 from ladon.heads import Heads
@@ -88,6 +88,10 @@ class JointModule(HeadsModule):
         loss = self.base_loss(hidden, batch, counts)
         loss = loss + self.heads_weight() * self.heads_loss(hidden, batch, counts)
         return loss if early is None else loss + self.exit_loss(early.detach(), hidden.detach(), batch, counts)
+
+    def projection_parameters(self) -> list[nn.Parameter]:
+        """See `HeadsModule`; nothing of the model is trained before it joins."""
+        return super().projection_parameters() if self.has_joined else []
 
     def heads_weight(self) -> float:
         """What the heads' loss counts beside the model's, at this update."""

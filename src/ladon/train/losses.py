@@ -76,12 +76,14 @@ class SoftLabels:
         hidden: [P, H], what goes into it.
         places: [R, K] int64, the row of `hidden` for each row and head.
         token_ids: [D], the heads' own vocabulary, to which the probabilities are restricted; None: all of it.
+        temperature: of the probabilities; below 1 they near the likeliest token alone.
     """
 
     logits_of: Callable[[Tensor], Tensor]
     hidden: Tensor
     places: Tensor
     token_ids: Tensor | None = None
+    temperature: float = 1.0
 
     @torch.no_grad()
     def of(self, rows: Tensor) -> Judge:
@@ -92,6 +94,8 @@ class SoftLabels:
         if self.token_ids is not None:
             logits = logits[:, self.token_ids]
         wide = logits.to(_wide(logits.dtype))
+        if self.temperature != 1:
+            wide = wide / self.temperature
         wanted = wide.softmax(-1)
         negative_entropy = _mean(wide, wanted) - _log_total(wide, wanted)
         del wide, logits

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ladon.forwards import lock_of, projection_inputs
 from ladon.heads import Heads
 from ladon.heads.card import write_card
+from ladon.heads.checkpoint import EARLY_EXIT_FILES
 from ladon.heads.early_exit import EarlyExit, decoder_layers
 from ladon.heads.ends import output_projection
 from ladon.train.losses import Labels, Outcome, SoftLabels, TokenLabels, chunked_loss, rows_per_chunk
@@ -30,6 +31,7 @@ class LossOptions:
 
     Attributes:
         soft: whether heads learn the model's own probabilities instead of the text.
+        label_temperature: of those probabilities.
         decay: head k counts decay ** k.
         autocast: dtype of the products, or None for that of the parameters.
         chunk_rows: see `rows_per_chunk`.
@@ -37,6 +39,7 @@ class LossOptions:
     """
 
     soft: bool = False
+    label_temperature: float = 1.0
     decay: float = 0.8
     autocast: torch.dtype | None = None
     chunk_rows: int = 0
@@ -118,7 +121,10 @@ class HeadsModule(nn.Module):
         """Save what was trained in `out`, the heads in float32, with a record of how."""
         self.heads.training_record = record
         self.heads.save(out)
-        if self.early_exit is not None:
+        if self.early_exit is None:
+            for name in EARLY_EXIT_FILES:  # of an earlier training: it would be taken for these heads'
+                (out / name).unlink(missing_ok=True)
+        else:
             self.early_exit.training_record = {"settings": record["settings"]}
             self.early_exit.save(out)
         write_card(out, self.heads, early_exit=self.early_exit, data=record["source"])
@@ -150,7 +156,8 @@ class HeadsModule(nn.Module):
         if self.loss_options.soft:
             depths = torch.arange(1, heads.num_heads + 1, device=hidden.device)
             places = (batch["rows"][:, None] + depths).clamp(max=len(hidden) - 1)  # beyond the end nothing is learned
-            labels = SoftLabels(heads.project, hidden.detach(), places, heads.token_ids)
+            temperature = self.loss_options.label_temperature
+            labels = SoftLabels(heads.project, hidden.detach(), places, heads.token_ids, temperature)
         with self.autocast():
             outcome = chunked_loss(
                 lambda rows, which: heads(rows, None if following is None else following[which]),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ladon.train.chats import CHAT_FIELDS, Message, chat_text, messages_of, question_of
-from ladon.train.records import Record, read_records
+from ladon.train.records import Record, UnusableRow, read_records
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,6 +27,7 @@ class Prompt:
         token_ids: what the model reads; empty if the row asks nothing, such as a chat without a user message.
         text: the same as text, written by the chat template if it is a chat; None for one given as token ids.
         messages: a prompt given as a chat, up to its last user message; None otherwise.
+        refused: why the row cannot be used; empty if it can.
     """
 
     id: str
@@ -34,6 +35,7 @@ class Prompt:
     token_ids: list[int]
     text: str | None = None
     messages: list[Message] | None = None
+    refused: str = ""
 
 
 def read_prompts(
@@ -64,7 +66,10 @@ def read_prompts(
     prompts = []
     for record in read_records(source, limit=limit, split=split):
         name = prompt_field(record, field)
-        content = _content(record, name, tokenizer, system, is_text=name in (field, *_TEXT_FIELDS))
+        try:
+            content = _content(record, name, tokenizer, system, is_text=name in (field, *_TEXT_FIELDS))
+        except UnusableRow as error:
+            content = {"token_ids": [], "refused": error.reason}
         prompts.append(Prompt(id=_unused(_id_of(record, content["token_ids"]), taken), index=record.index, **content))
     return prompts
 

@@ -19,6 +19,18 @@ _KINDS = "a JSONL or Parquet file, a JSON file with a list of objects, or the id
 _OWN_IDS = ("id", "question_id", "task_id")
 
 
+class UnusableRow(InputError):
+    """A row that cannot be used, where others of its data set can.
+
+    Attributes:
+        reason: the same for all rows of the kind, so that they can be counted.
+    """
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Record:
     """One row of a data set.
@@ -42,6 +54,10 @@ class Record:
     def wrong(self, problem: str) -> InputError:
         """The error that says what is wrong with it."""
         return InputError(f"{self.where}: {problem}")
+
+    def unusable(self, reason: str, detail: str) -> UnusableRow:
+        """The same where the other rows may still be good."""
+        return UnusableRow(f"{self.where}: {reason}: {detail}", reason)
 
 
 def read_records(source: str, *, limit: int | None = None, split: str = "train") -> Iterator[Record]:

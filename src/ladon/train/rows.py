@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ladon.errors import InputError
 from ladon.train.chats import encode_chat, messages_of
 from ladon.train.prompts import token_list
-from ladon.train.records import Record, read_records
+from ladon.train.records import Record, UnusableRow, read_records
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -144,11 +144,13 @@ class Example:
         id: the row's own, or its place in the data set.
         token_ids: the whole sequence.
         learned: for each token, whether it is one that the model would have to say.
+        refused: why the row cannot be used; empty if it can.
     """
 
     id: str
     token_ids: list[int]
     learned: list[bool]
+    refused: str = ""
 
 
 def read_rows(
@@ -177,8 +179,11 @@ def read_rows(
     """
     examples = []
     for record in read_records(source, limit=limit, split=split):
-        ids, learned = _encode(record, tokenizer, field)
-        examples.append(Example(record.own_id or str(record.index), ids, learned))
+        name = record.own_id or str(record.index)
+        try:
+            examples.append(Example(name, *_encode(record, tokenizer, field)))
+        except UnusableRow as error:
+            examples.append(Example(name, [], [], error.reason))
     return examples
 
 

@@ -38,6 +38,7 @@ def train(
     out: Path,
     say: Callable[[str], None],
     source: str = "",
+    field: str | None = None,
 ) -> dict[str, Any]:
     """Train heads for `model` and save them in `out`.
 
@@ -51,6 +52,7 @@ def train(
         out: a folder, made if needed, for checkpoints and heads.
         say: takes a line about the progress.
         source: where the examples come from, for the record.
+        field: of a file of held-out rows, as `read_rows` takes it.
 
     Returns:
         The report, as JSON values.
@@ -58,7 +60,13 @@ def train(
     if os.environ.get("RANK", "0") != "0":
         say = _silent
     length = min(options.length, _longest(model))
-    learning, held_out, notes = _documents(examples, tokenizer, options, output_projection(model).vocab_size, length)
+    vocab_size = output_projection(model).vocab_size
+    documents, notes = documents_from(examples, vocab_size, length)
+
+    def apart(path: str) -> list[Document]:
+        return documents_from(read_rows(path, tokenizer, field=field), vocab_size, length)[0]
+
+    learning, held_out = _split(documents, options, apart)
     for reason, count in notes.items():
         say(f"{count} of {len(examples)} rows {reason}")
     say(shown(learning[0], tokenizer))
@@ -100,6 +108,9 @@ def _settings(
     """All that decides the result, which a resumed run must share, as JSON values."""
     return {
         **options.binding(),
+        "num_heads": heads.num_heads,
+        "family": heads.family,
+        "family_options": heads.options,
         "updates": arguments.max_steps,
         "processes": arguments.world_size,
         "dtype": str(dtype).removeprefix("torch."),
@@ -118,6 +129,7 @@ def make_module(model: PreTrainedModel, options: TrainOptions) -> HeadsModule:
         )
     losses = LossOptions(
         soft=options.labels == "target",
+        label_temperature=options.label_temperature,
         decay=options.decay,
         autocast=_autocast(options, model),
         chunk_rows=options.chunk_rows,
@@ -137,9 +149,23 @@ def start_heads(model: PreTrainedModel, options: TrainOptions) -> Heads:
     """New heads, or those to go on from, in their training dtype: float32, or the model's if that is wider."""
     if options.init_heads is not None:
         heads = load_heads(options.init_heads, model)
+        _check_same_kind(options, heads)
+        heads.calibration = None  # of what they were
     else:
         heads = new_heads(model, options.num_heads, options.family, seed=options.seed, **dict(options.family_options))
     return heads.to(_master(model))
+
+
+def _check_same_kind(options: TrainOptions, heads: Heads) -> None:
+    """Raise `InputError` if settings ask for other heads than those to go on from."""
+    usual, own = TrainOptions(), {"num_heads": heads.num_heads, "family": heads.family}
+    wrong = [name for name, value in own.items() if getattr(options, name) not in (value, getattr(usual, name))]
+    wrong += [name for name, value in options.family_options if heads.options.get(name) != value]
+    if wrong:
+        raise InputError(
+            f"{options.init_heads} holds {heads.num_heads} {heads.family} heads {heads.options}; training goes on with "
+            f"these, so leave out {', '.join(name.replace('_', '-') for name in wrong)}, or --init-heads"
+        )
 
 
 def _master(model: PreTrainedModel) -> torch.dtype:
@@ -158,26 +184,21 @@ def _autocast(options: TrainOptions, model: PreTrainedModel) -> torch.dtype | No
     return torch.bfloat16
 
 
-def _documents(
-    examples: Sequence[Example],
-    tokenizer: PreTrainedTokenizerBase,
-    options: TrainOptions,
-    vocab_size: int,
-    length: int,
-) -> tuple[list[Document], list[Document], dict[str, int]]:
-    """Documents to learn from and for the reports, and what became of the other rows."""
-    documents, notes = documents_from(examples, vocab_size, length)
+def _split(
+    documents: list[Document], options: TrainOptions, apart: Callable[[str], list[Document]]
+) -> tuple[list[Document], list[Document]]:
+    """Documents to learn from, and those for the reports: a share of them, or what `apart` reads from a file."""
     try:
         share = float(options.held_out)
     except ValueError:
-        held_out, _ = documents_from(read_rows(options.held_out, tokenizer), vocab_size, length)
+        held_out = apart(options.held_out)
     else:
         if not 0 <= share < 1:
             raise InputError(f"held_out is {options.held_out}; give a share of the rows, below 1, or a file")
         documents, held_out = split(documents, share)
     if options.learn == "all":  # the reports stay about answers
         documents = [document.all_learned() for document in documents]
-    return documents, held_out, notes
+    return documents, held_out
 
 
 def _checkpoint(options: TrainOptions, out: Path, settings: dict[str, Any]) -> Path | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -175,8 +176,13 @@ def training_arguments(options: TrainOptions, out: Path, num_rows: int, device: 
         device: the model's.
 
     Raises:
-        InputError: what the losses are to be reported to is not installed.
+        InputError: what the losses are to be reported to is not installed; a GPU that is not the Trainer's.
     """
+    if device.type == "cuda" and device.index and int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        raise InputError(
+            f"the model is on {device}, but a single process trains on the first GPU; set CUDA_VISIBLE_DEVICES="
+            f"{device.index} and leave --device out"
+        )
     if options.report_to != "none" and find_spec(options.report_to) is None:
         raise InputError(f"report_to is {options.report_to}, which is not installed; pip install {options.report_to}")
     arguments = TrainingArguments(

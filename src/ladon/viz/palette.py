@@ -12,6 +12,21 @@ _BONUS = "#e07b00"
 _ANSI_DEPTHS = ("green", "cyan", "blue", "magenta", "red", "bright_green", "bright_cyan")
 _ANSI_BONUS = "yellow"
 
+_MODES = {
+    "plain": "#6b7280",
+    "transformers": "#a3a9b3",
+    "chain": "#2b8cbe",
+    "fixed": "#b5563c",
+    "dynamic": "#2f9e77",
+    "auto": "#5b3fa8",
+    "pruned": "#c2447f",
+}
+
+
+def mode_colour(mode: str) -> str:
+    """Colour (#rrggbb) of a decoding mode in plots."""
+    return _MODES[mode]
+
 
 def origin_colour(origin: int) -> str:
     """Colour (#rrggbb) of a token by its origin: the bonus token, or drafted at a depth of 1 or more."""

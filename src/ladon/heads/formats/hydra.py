@@ -25,6 +25,12 @@ LAYOUT = Layout(
 
 def refuse_other_archs(name: str, config: Mapping[str, Any], keys: Iterable[str]) -> None:
     """Raise `HeadsError` for an architecture of Hydra's that is not supported."""
+    offset = config.get("hidden_state_offset") or 0
+    if offset != 0:
+        raise HeadsError(
+            f"{name} holds Hydra heads with hidden_state_offset {offset}, which read another hidden state than the "
+            "last; supported is 0"
+        )
     arch = config.get("hydra_head_arch")
     if arch is None:
         marks = {"prefix_embeding_layer.": "prefix-mlp", "cross_attn": "cross-attn", "eagle": "eagle-attn"}
@@ -84,7 +90,7 @@ def build(checkpoint: Checkpoint, layout: Layout, parts: Parts, vocab_size: int 
 
 def _tensors(checkpoint: Checkpoint, heads: HydraHeads) -> dict[str, Tensor]:
     """What the file holds under the names of `HydraHeads`."""
-    all_heads, read = range(heads.num_heads), checkpoint.read
+    all_heads, read = range(heads.num_heads), checkpoint.weight
 
     def stacked(pattern: str) -> Tensor:
         return torch.stack([read(pattern.format(head)) for head in all_heads])

@@ -64,8 +64,13 @@ def build(checkpoint: Checkpoint, layout: Layout, parts: Parts, vocab_size: int 
     first = checkpoint.slots[parts.blocks[0, 0, "weight"]] if (0, 0, "weight") in parts.blocks else None
     hidden_size = first.shape[-1] if first is not None and first.shape else 0
     is_own = _check_projections(checkpoint, parts, num_heads, num_blocks)
-    token_map = checkpoint.read(parts.single["token_map"]).long() if "token_map" in parts.single else None
+    token_map = _token_map(checkpoint, parts)
     vocab_size, entries = _sizes(checkpoint, parts, is_own, token_map, vocab_size)
+    if token_map is not None and int(token_map.max()) >= vocab_size:
+        raise HeadsError(
+            f"{checkpoint.name}: token_map holds {int(token_map.max())}, but the vocabulary has {vocab_size}; the file "
+            "is damaged or of another model"
+        )
     square = (hidden_size, hidden_size)
     expected = {key: square[: 2 if kind == "weight" else 1] for (_, _, kind), key in parts.blocks.items()}
     for (_, _, kind), key in parts.projections.items():
@@ -93,6 +98,16 @@ def build(checkpoint: Checkpoint, layout: Layout, parts: Parts, vocab_size: int 
         copy = checkpoint.read(parts.single["shared"])
         heads.base_fingerprint = Fingerprint(embedding="", projection=samples_of(copy), body="", body_matrices=0)
     return heads
+
+
+def _token_map(checkpoint: Checkpoint, parts: Parts) -> Tensor | None:
+    """The tokens of the draft's vocabulary, [D] int64; None if it is the whole one."""
+    if "token_map" not in parts.single:
+        return None
+    tokens = checkpoint.read(parts.single["token_map"])
+    if tokens.ndim != 1 or not len(tokens) or tokens.is_floating_point() or int(tokens.min()) < 0:
+        raise HeadsError(f"{checkpoint.name}: token_map must be a list of token ids from 0; the file is damaged")
+    return tokens.long()
 
 
 def _find_shared(checkpoint: Checkpoint, parts: Parts, num_heads: int) -> None:
@@ -141,16 +156,23 @@ def _sizes(
     """V, and D, the number of entries of the logits."""
     known = vocab_size if vocab_size is not None else checkpoint.config.get("vocab_size")
     if is_own and token_map is None:
-        rows = checkpoint.slots[next(iter(parts.projections.values()))].shape[0]
+        rows = _num_rows(checkpoint, next(iter(parts.projections.values())))
         return rows, rows
     if not is_own and "shared" in parts.single:
-        known = checkpoint.slots[parts.single["shared"]].shape[0]
+        known = _num_rows(checkpoint, parts.single["shared"])
     if not isinstance(known, int) or known < 1:
         raise HeadsError(
             f"{checkpoint.name} does not tell the size of the vocabulary: its heads share the model's output "
             "projection. Give the model: load_heads(path, model), or --model"
         )
     return known, known if token_map is None else len(token_map)
+
+
+def _num_rows(checkpoint: Checkpoint, key: str) -> int:
+    shape = checkpoint.slots[key].shape
+    if len(shape) != 2:
+        raise HeadsError(f"{checkpoint.name}: {key} is {list(shape)}, expected a matrix; the file is damaged")
+    return shape[0]
 
 
 def _tensors(checkpoint: Checkpoint, parts: Parts, heads: MedusaHeads, token_map: Tensor | None) -> dict[str, Tensor]:
@@ -164,7 +186,7 @@ def _tensors(checkpoint: Checkpoint, parts: Parts, heads: MedusaHeads, token_map
         if missing:
             raise HeadsError(f"{checkpoint.name} lacks the {some(missing)}; the file is incomplete")
         return torch.stack(
-            [torch.stack([checkpoint.read(parts.blocks[h, n, kind]) for h in all_heads]) for n in layers]
+            [torch.stack([checkpoint.weight(parts.blocks[h, n, kind]) for h in all_heads]) for n in layers]
         )
 
     tensors = {"block_weight": stacked("weight")}
@@ -180,7 +202,7 @@ def _tensors(checkpoint: Checkpoint, parts: Parts, heads: MedusaHeads, token_map
     for name, kind in (("projection", "weight"), ("own_bias", "bias")):
         keys = {head: key for (head, _, found), key in parts.projections.items() if found == kind}
         if keys:
-            read = [checkpoint.read(keys[head]) for head in all_heads]
+            read = [checkpoint.weight(keys[head]) for head in all_heads]
             if token_map is not None:
                 read = [part if len(part) == len(token_map) else part[token_map] for part in read]
             tensors[name] = torch.stack(read)

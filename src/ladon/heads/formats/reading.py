@@ -71,6 +71,13 @@ class Checkpoint:
         except (SafetensorError, OSError, RuntimeError) as error:
             raise _damaged(slot.file, error) from error
 
+    def weight(self, key: str) -> Tensor:
+        """The same for a tensor that must hold fractions; `HeadsError` if it holds whole numbers, as packed ones do."""
+        found = self.read(key)
+        if not found.is_floating_point():
+            raise HeadsError(f"{self.name}: {key} is {found.dtype}; quantised heads cannot be read, take the original")
+        return found
+
 
 def open_checkpoint(path: Path, name: str | None = None) -> Checkpoint:
     """The checkpoint in a folder, or the one that a file is.

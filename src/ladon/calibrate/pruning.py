@@ -1,0 +1,194 @@
+"""Whether early pruning pays: which layer, criterion and kept size give the most tokens per second, if any.
+
+What pruning loses in acceptance (`ladon.calibrate.survival`) is set against the time it saves net of the early score
+(`ladon.calibrate.layer_times`). It has to beat not only the whole tree but every smaller one: a tree cut by the heads'
+own order costs less than one that is grown, half verified and then dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from ladon.calibrate.layer_times import LayerTimes, Trials, measure_layer_times
+from ladon.calibrate.survival import Survival, Survivals, record_survival
+from ladon.heads import Heads
+from ladon.heads.early_exit import EarlyExit, decoder_layers, load_early_exit
+from ladon.pruning import Pruning
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+SIZES = (8, 16, 24, 32, 48, 64)
+KEEPS = (1, 2, 4, 8, 12, 16, 24, 32, 48)
+BATCHES = (1, 8)
+WEIGHTS = (0.2, 0.35, 0.5, 0.8)
+_TOP_K = (4, 16)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verdict:
+    """What one way of pruning gives on one batch size.
+
+    Attributes:
+        survival: the way, and what it keeps of the acceptance.
+        ms: of a verification, the early score included.
+        score_ms: the early score alone.
+        gain: tokens per second over those of the best tree that is not pruned.
+    """
+
+    survival: Survival
+    ms: float
+    score_ms: float
+    gain: float
+
+
+def ways_to_prune(num_layers: int, early_exit: EarlyExit | None) -> list[Pruning]:
+    """Layers in the first half, every criterion and its settings; without a trained early exit and with it."""
+    layers = sorted({max(1, num_layers * eighth // 8) for eighth in range(1, 5)} & set(range(1, num_layers)))
+    exits: list[tuple[int, EarlyExit | None]] = [(layer, None) for layer in layers]
+    if early_exit is not None:
+        exits.append((early_exit.layer, early_exit))
+    found = []
+    for layer, trained in exits:
+        start = Pruning(layer=layer, keep=1, early_exit=trained)
+        found += [replace(start, weight=weight) for weight in WEIGHTS]
+        found.append(replace(start, criterion="siblings"))
+        found += [replace(start, criterion="top-k", top_k=k) for k in _TOP_K]
+    return found
+
+
+def judge(survivals: Survivals, times: LayerTimes, score_ms: dict[Pruning, float], draft_ms: float) -> list[Verdict]:
+    """Every way and size on one batch size, the most tokens per second first.
+
+    Args:
+        survivals: what is kept.
+        times: of verifications, for all sizes in `survivals`.
+        score_ms: of judging trees of the greatest size, by way (with `keep` 1); smaller ones are taken to cost as much.
+        draft_ms: what a decode step takes besides verifying; it counts in every step alike.
+    """
+    base = max(length / (times.whole_ms(n) + draft_ms) for n, length in survivals.unpruned.items())
+    found = []
+    for survival in survivals.pruned:
+        way = survival.pruning
+        assert isinstance(way.keep, int)  # ways are judged by sizes
+        cost = score_ms[replace(way, keep=1)]
+        ms = times.pruned_ms(survival.nodes, way.layer, way.keep, cost)
+        gain = survival.acceptance_length / (ms + draft_ms) / base
+        found.append(Verdict(survival=survival, ms=ms, score_ms=cost, gain=gain))
+    return sorted(found, key=lambda verdict: -verdict.gain)
+
+
+def find_pruning(
+    model: PreTrainedModel,
+    heads: Heads,
+    prompts: Sequence[Tensor],
+    *,
+    sizes: Sequence[int] = SIZES,
+    context: int = 256,
+    batches: Sequence[int] = BATCHES,
+    max_new_tokens: int = 64,
+    place: dict[str, Any] | None = None,
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+) -> dict[str, Any]:
+    """Everything that `ladon calibrate --pruning` finds out, as JSON values; `Calibration.pruning`.
+
+    Args:
+        model: the target.
+        heads: its heads; a trained early exit is looked for beside them.
+        prompts: 1-D token ids each.
+        sizes: nodes of the whole trees, root included.
+        context: tokens in the cache when verifications are timed.
+        batches: rows verified together when they are timed.
+        max_new_tokens: tokens per answer at most.
+        place: the machine, as `ladon.environment` describes it.
+        progress: called with (what, done, total).
+
+    Raises:
+        InputError: a prompt is empty or too long, or too little was answered.
+        UnsupportedModelError: the model's trees cannot be pruned; the message has the reason.
+    """
+    early_exit = None if heads.folder is None else load_early_exit(heads.folder, model)
+    ways = ways_to_prune(len(decoder_layers(model)), early_exit)
+    keeps, most = [keep for keep in KEEPS if keep < max(sizes)], max(sizes)
+    survivals = record_survival(
+        model, heads, prompts, ways, sizes=sizes, keeps=keeps, max_new_tokens=max_new_tokens, progress=progress
+    )
+    longest = max(prompts, key=len)
+    text = longest.repeat(-(-context // len(longest)))[:context]
+    measured, verdicts = [], []
+    for done, batch in enumerate(batches):
+        progress("timing verifications", done, len(batches))
+        trials = Trials(model, text, batch)
+        times = measure_layer_times(trials, sorted(survivals.unpruned))
+        score_ms = {way: trials.score_ms(replace(way, keep=most // 4), most) for way in ways}
+        draft_ms = trials.draft_ms(heads, most)
+        found = judge(survivals, times, score_ms, draft_ms)
+        verdicts.append(found)
+        measured.append(_document(times, draft_ms, found) | _check(trials, found[0]))
+    progress("timing verifications", len(batches), len(batches))
+    return {
+        "place": place or {},
+        "row_steps": survivals.row_steps,
+        "unpruned": {str(n): round(length, 4) for n, length in survivals.unpruned.items()},
+        "survival": [_survival(way, size, survivals) for way in ways for size in sizes],
+        "measured": measured,
+        "best": best_everywhere(verdicts),
+    }
+
+
+def best_everywhere(verdicts: Sequence[Sequence[Verdict]]) -> dict[str, Any] | None:
+    """The pruning whose least gain over all batch sizes is the greatest; None if it does not pay on each of them."""
+    least: dict[tuple[int, Pruning], float] = {}
+    for of_batch in verdicts:
+        for verdict in of_batch:
+            what = verdict.survival.nodes, verdict.survival.pruning
+            least[what] = min(verdict.gain, least.get(what, verdict.gain))
+    best = max(least, key=lambda what: least[what])
+    return {"nodes": best[0], **_names(best[1]), "gain": round(least[best], 4)} if least[best] > 1.0 else None
+
+
+def _names(pruning: Pruning) -> dict[str, Any]:
+    """A pruning as JSON values; of the early exit, whether it is a trained one."""
+    names = ("layer", "keep", "criterion", "weight", "top_k")
+    return {**{name: getattr(pruning, name) for name in names}, "trained": pruning.early_exit is not None}
+
+
+def _survival(way: Pruning, size: int, survivals: Survivals) -> dict[str, Any]:
+    """Tokens per row-step, and the share of accepted paths that survive whole, by kept size."""
+    of_way = [survival for survival in survivals.pruned if replace(survival.pruning, keep=way.keep) == way]
+    found = [survival for survival in of_way if survival.nodes == size]
+    lengths = {str(survival.pruning.keep): round(survival.acceptance_length, 4) for survival in found}
+    whole = {str(survival.pruning.keep): round(survival.whole, 4) for survival in found}
+    return {**_names(way), "nodes": size, "keep": None, "acceptance_length": lengths, "whole": whole}
+
+
+def _document(times: LayerTimes, draft_ms: float, verdicts: Sequence[Verdict]) -> dict[str, Any]:
+    """One batch size: its times, and each way of pruning with the size that suits it best."""
+    best: dict[Pruning, Verdict] = {}
+    for verdict in verdicts:  # the best come first
+        best.setdefault(replace(verdict.survival.pruning, keep=1), verdict)
+    tables = {
+        name: {str(n): round(ms, 4) for n, ms in getattr(times, name).items()} for name in ("layer_ms", "rest_ms")
+    }
+    rows = [
+        {
+            "nodes": verdict.survival.nodes,
+            **_names(verdict.survival.pruning),
+            "acceptance_length": round(verdict.survival.acceptance_length, 4),
+            "score_ms": round(verdict.score_ms, 4),
+            "verify_ms": round(verdict.ms, 4),
+            "gain": round(verdict.gain, 4),
+        }
+        for verdict in best.values()
+    ]
+    return {"batch": times.batch, "context": times.context, **tables, "draft_ms": round(draft_ms, 4), "pruned": rows}
+
+
+def _check(trials: Trials, best: Verdict) -> dict[str, Any]:
+    """The best way in real: the milliseconds of its verifications, and of unpruned ones in turns with them."""
+    whole, pruned = trials.compare(best.survival.nodes, best.survival.pruning)
+    return {"check": {"whole_ms": round(whole, 4), "pruned_ms": round(pruned, 4), "predicted_ms": round(best.ms, 4)}}

@@ -1,0 +1,11 @@
+"""The one place where the host reads the device."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def to_host(values: Tensor) -> list[list[int]]:
+    """An int64 table [B, n] as lists. Waits for the device; everything else that decoding does must not."""
+    rows: list[list[int]] = values.tolist()
+    return rows
