@@ -94,9 +94,7 @@ class StepCost:
         self._steps = 0
         self._surprises = 0  # how many times in a row a time was far off, counted with its sign
         self._residuals: dict[_Key, float] = {}  # computed from the next when asked for
-        self._gaps: list[
-            tuple[_Key, float, float]
-        ] = []  # of each cell: beyond the regression; its weight
+        self._gaps: list[tuple[_Key, float, float]] = []  # of each cell: beyond the regression; its weight
         self.version = 0
         for time in times:
             if _is_time(time.seconds):

@@ -17,9 +17,7 @@ from ladon.sizing import FixedSizing, Sizing, StepRecord
 from ladon.stats import DecodeStats
 from ladon.tree import TokenTree, ancestor_mask, node_depths
 
-_ONE = (
-    2**32
-)  # probabilities are summed as integers: the order of the sum does not matter, and any device gives the same
+_ONE = 2**32  # probabilities are summed as integers: the order of the sum, which devices choose, does not matter
 
 
 class StepSizes:
