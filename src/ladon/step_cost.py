@@ -20,7 +20,8 @@ from dataclasses import dataclass
 
 _FULL_WEIGHT = 32.0  # steps beyond which a cell counts no more
 _PROFILE_WEIGHT = 8.0  # steps that a time of a profile stands for
-_CELL_RATE, _PACE_RATE = 0.02, 0.15  # share of a surprise that a well-known cell and the pace take over
+_CELL_RATE, _PACE_RATE = 0.02, 0.15  # share of a surprise that a well-known cell and the pace take over at most
+_FAMILIAR = 16.0  # steps of a cell after which half of a surprise is put down to the machine and not to the cell
 _PACE_LEAK = 0.005  # share of the pace that goes with each step: what lasts belongs to the cells
 _NOISE, _NOISE_RATE = 0.05, 0.05  # relative error of a time at first; share of a step that it is corrected by
 _MOST_NOISE = 0.12  # greater surprises are no measure of what is usual
@@ -148,7 +149,8 @@ class StepCost:
         cell.count = min(cell.count + 1, 1 / _CELL_RATE)
         share = 1 / cell.count
         cell.level, cell.context, cell.seen = known + share * error, time.context, self._steps
-        self._pace += _PACE_RATE * error - _PACE_LEAK * self._pace
+        trust = cell.count / (cell.count + _FAMILIAR)
+        self._pace += _PACE_RATE * trust * error - _PACE_LEAK * self._pace
 
     def predict(self, batch: int, nodes: int, context: float, *, drafts: bool) -> float:
         """Seconds of such a step; NaN if nothing was seen yet."""
