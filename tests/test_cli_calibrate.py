@@ -26,6 +26,13 @@ def _own_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
 
 
+@pytest.fixture(autouse=True)
+def profiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where step times are kept: not where other tests would find them."""
+    monkeypatch.setenv("LADON_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
 @pytest.fixture
 def arguments(tiny: Tiny, tmp_path: Path) -> list[str]:
     """The command with the tiny model, a copy of its heads in `heads`, and prompts."""
@@ -39,6 +46,7 @@ def test_it_writes_beside_the_heads_what_decoding_then_uses(
     tiny: Tiny,
     arguments: list[str],
     tmp_path: Path,
+    profiles: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -48,6 +56,9 @@ def test_it_writes_beside_the_heads_what_decoding_then_uses(
     document = json.loads(captured.out.splitlines()[-1])
     assert document == json.loads((tmp_path / "heads" / CALIBRATION_FILE).read_text(encoding="utf-8"))
     assert f"written to {tmp_path / 'heads'}" in captured.err
+    (profile,) = profiles.glob("step-times-*.json")
+    times = json.loads(profile.read_text(encoding="utf-8"))["times"]
+    assert {time["batch"] for time in times} == {1, 4} and {time["drafts"] for time in times} == {True, False}
     heads = load_heads(tmp_path / "heads", tiny.model)
     assert heads.calibration is not None and heads.calibration.temperatures == document["temperatures"]
     assert document["heads"] == heads.weights_hash

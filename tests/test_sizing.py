@@ -127,12 +127,16 @@ def test_off_is_not_for_ever() -> None:
 
 
 def test_on_is_not_for_ever() -> None:
-    simulation = Simulation(AutoSizing(MOST), float32_cpu, GOOD)
-    simulation.run(400)
-    simulation.heads = BOASTING
-    plain = plain_rate(float32_cpu, BOASTING, 1, 400, 464.0)
-    assert simulation.run(400).rate >= 0.93 * plain
-    assert simulation.run(400).rate >= 0.97 * plain_rate(float32_cpu, BOASTING, 1, 400, 864.0)
+    """The text turns into one on which the heads are sure and wrong."""
+    shortly, later = [], []
+    for seed in SEEDS:
+        simulation = Simulation(AutoSizing(MOST), float32_cpu, GOOD, seed=seed)
+        simulation.run(400)
+        simulation.heads = BOASTING
+        shortly.append(simulation.run(400).rate)
+        later.append(simulation.run(400).rate)
+    assert mean(shortly) >= 0.92 * plain_rate(float32_cpu, BOASTING, 1, 400, 464.0)
+    assert mean(later) >= 0.97 * plain_rate(float32_cpu, BOASTING, 1, 400, 864.0)
 
 
 def test_plain_decoding_is_looked_at_again() -> None:

@@ -29,13 +29,16 @@ from ladon.sizing import StepRecord, are_finite, edges_up_to
 from ladon.step_cost import StepCost, StepTime
 
 _FIRST_EDGE = 4  # sizes up to this one may be tried first; beyond, only the next one after a known one
+_KNOWN = 0.9  # evidence of a size from which on what it takes is known: two steps, as one may have been an odd one
 _PLAIN_FIRST = 2.5  # plain steps before anything is drafted, for something to compare with; old ones count a bit less
 _TRIAL_ROWS = 4  # verified rows without which heads are not judged
+_PROVED_ROWS = 16  # verified rows without which drafting is not known to pay, whatever it promises
 _ALLOWANCE, _ALLOWANCE_LATER = 4.0, 2.5  # plain steps that trials may lose at a time, until heads are judged and then
 _SHARE = 0.01  # share of the time gone by that makes such losses good
 _LONGEST = 16.0  # plain steps that a single step may have lost; a machine that slept is no loss
 _STAY = 1.01  # another size is taken when it promises this much more than the last one
-_GAIN_EVERY = 3  # steps for which what drafting promises is not looked at again, where it pays
+_GAIN_EVERY = 3  # steps for which what drafting promises is not looked at again, unless a trial has ended
+_REST = 3  # plain steps after one that shall draft nothing: they are neither asked about nor learnt from
 _WIDER = 2  # trees are grown this many edges further than was chosen of late
 # What drafting promises, as a multiple of plain decoding's speed. From the first on it is done. From the second on it
 # is done while its losses are within bounds, as who does not draft learns nothing. Below, it is tried now and then.
@@ -75,13 +78,19 @@ class AutoSizing:
         self._plain_steps = 0  # steps still to come in a look at plain decoding
         self._kept_curve = _Curve()
         self._kept_gain, self._gain_batch, self._gain_left = 0.0, 0, 0  # with the batch and steps that it holds for
+        self._rest = 0  # such steps still to come
         self._has_warned = False
         self._lock = threading.Lock()
 
     def reach(self, batch: int, context: float) -> int:
         """Most nodes worth growing now, for the step after this one; 1: the heads need not run."""
         with self._lock:
-            self._grown = self._widest if self._should_draft(batch, context) else 0
+            if self._rest > 0 and batch == self._gain_batch:
+                self._rest -= 1
+                self._grown = 0
+            else:
+                self._rest = 0
+                self._grown = self._widest if self._should_draft(batch, context) else 0
             return self.edges[self._grown]
 
     def choose(self, sums: Sums | None, batch: int, context: float) -> int:
@@ -99,13 +108,15 @@ class AutoSizing:
 
     def _learn(self, record: StepRecord) -> float:
         batch, nodes, context, drafts = record.batch, record.nodes, record.context, record.grown > 1
+        if 0.0 < record.seconds < math.inf:
+            self._lost = max(0.0, self._lost - _SHARE * record.seconds)
+        if self._rest > 0 and nodes == 1 and not drafts:
+            return math.nan
         predicted = self.cost.predict(batch, nodes, context, drafts=drafts)
         curve = self._curve(batch, context)
         if (nodes > 1 or drafts) and not (self._pays and nodes in curve.known):
             self.probes += 1
             self._charge(record, curve.plain)
-        if 0.0 < record.seconds < math.inf:
-            self._lost = max(0.0, self._lost - _SHARE * record.seconds)
         self.cost.observe(StepTime(batch=batch, nodes=nodes, context=context, drafts=drafts, seconds=record.seconds))
         if record.expected:
             self.expectation.learn_outcome(record.expected, record.accepted, batch)
@@ -117,7 +128,7 @@ class AutoSizing:
             tokens = 1 + sum(record.accepted) / record.batch
             loss = min(record.seconds, _LONGEST * plain) - tokens * plain
             self._lost = max(0.0, self._lost + loss)
-            if loss < 0.0:
+            if loss < 0.0 and tokens > 1:  # a step may be short by chance as well
                 self._try_heads.end()  # it paid: the next trial need not wait
 
     @property
@@ -142,17 +153,18 @@ class AutoSizing:
             self._pays = False
             return self._may_lose(plain)
         gain = self._gain(batch, context)
-        self._pays = gain >= _SURE
+        self._pays = gain >= _SURE and self.expectation.rows_verified >= _PROVED_ROWS
         if self._pays:
             self._try_heads.reset()
-        elif not self._may_lose(plain) or (gain < _UNSURE and not self._try_heads.is_over()):
+        elif not self._may_lose(plain) or (gain < _UNSURE and not self._try_heads.is_over(_REST + 1)):
+            self._rest = _REST
             return False
         return not self._is_time_for_plain(gain)
 
     def _gain(self, batch: int, context: float) -> float:
         """Speed that drafting trees like those of late promises, as a multiple of plain decoding's."""
         self._gain_left -= 1
-        if self._gain_left < 0 or batch != self._gain_batch or not self._pays:
+        if self._gain_left < 0 or batch != self._gain_batch:
             self._gain_left, self._gain_batch = _GAIN_EVERY, batch
             promise = self._rates(self.expectation.typical_tokens(batch), batch, context, len(self.edges))
             self._kept_gain = max(promise.values()) * self._curve(batch, context).plain / batch
@@ -178,7 +190,10 @@ class AutoSizing:
         best = max(rates, key=rates.__getitem__)
         if self._last in rates and rates[best] < _STAY * rates[self._last]:
             best = self._last
-        if best > 0 or self._pays:
+        if self._pays:
+            return best
+        self._gain_left = 0
+        if best > 0:
             return best
         # A trial: the smallest size that would pay if the heads were as good as they say shows whether they are.
         claims = self._rates(self.expectation.tokens(sums, batch, corrected=False), batch, context, count)
@@ -205,7 +220,7 @@ class AutoSizing:
         may_lose = self._may_lose(self._kept_curve.plain)
         state = (batch, int(context) // 64, self.cost.version, may_lose)
         if state != self._kept_curve.state:
-            known = {n for n in self.edges if self.cost.evidence(batch, n, drafts=True) >= 1.0}
+            known = {n for n in self.edges if self._steps_seen(batch, n) >= _KNOWN}
             self._kept_curve = _Curve(
                 state=state,
                 plain=self._least(batch, 1, context, drafts=False),
@@ -214,6 +229,9 @@ class AutoSizing:
                 known=known,
             )
         return self._kept_curve
+
+    def _steps_seen(self, batch: int, nodes: int) -> float:
+        return sum(self.cost.evidence(batch, nodes, drafts=drafts) for drafts in (True, False))
 
     def _seconds_with_drafting(self, batch: int, context: float, known: set[int], may_lose: bool) -> dict[int, float]:
         """Seconds of a step, by place, of the edges that may be taken."""
@@ -238,7 +256,7 @@ class _Curve:
         plain: seconds of a step of plain decoding.
         has_plain: whether enough steps of plain decoding were seen.
         seconds: of a step that drafts, by place of the edge; edges that may not be taken are left out.
-        known: numbers of nodes of which such steps were seen, more than one: it may have been an odd one.
+        known: numbers of nodes of which enough steps were seen, with drafting or without.
     """
 
     state: tuple[object, ...] = ()

@@ -163,12 +163,12 @@ class StepCost:
         )
 
     def evidence(self, batch: int, nodes: int, *, drafts: bool) -> float:
-        """How many such steps were seen, at this batch or at one like it; below 1 if it was one, or very long ago."""
+        """How many such steps were seen, at this batch or one like it; old ones count less, a single one half."""
         found = 0.0
         for (other_batch, other_nodes, other_drafts, _), cell in self._cells.items():
             alike = other_nodes == nodes and other_drafts == drafts
             if alike and batch <= 2 * other_batch and other_batch <= 2 * batch:
-                found = max(found, self._weight(cell))
+                found += self._weight(cell)
         return found
 
     def times(self) -> Iterator[StepTime]:
