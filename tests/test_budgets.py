@@ -63,8 +63,8 @@ def test_what_a_sizing_is_told(tiny_llama: PreTrainedModel, heads: Heads) -> Non
     for sums in sizing.sums:
         for masses in sums or []:
             assert masses[0] == 0.0 and list(masses) == sorted(masses) and masses[-1] <= 3.0
-    assert stats.predicted_steps == stats.forwards and stats.predicted_seconds == pytest.approx(0.5 * stats.forwards)
-    assert stats.prediction_error > 0 and 0 < stats.sizing_seconds < stats.decode_seconds + stats.prefill_seconds
+    assert stats.predicted_steps == stats.forwards and stats.prediction_error > 0
+    assert 0 < stats.sizing_seconds < stats.decode_seconds + stats.prefill_seconds
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -109,7 +109,7 @@ def test_output_does_not_depend_on_it(cache: Path, tiny_llama: PreTrainedModel, 
     assert torch.equal(decoder.generate(prompt, max_new_tokens=20, do_sample=False), plain)
     write_profile(place, [StepTime(batch=1, nodes=n, context=8.0, drafts=n > 1, seconds=9.0 / n) for n in (1, 8, 16)])
     decoder = Decoder(tiny_llama, heads)
-    assert isinstance(decoder.sizing, AutoSizing) and not decoder.sizing.cost.is_empty
+    assert isinstance(decoder.sizing, AutoSizing) and len(decoder.sizing.cost) > 0
     assert torch.equal(decoder.generate(prompt, max_new_tokens=20, do_sample=False), plain)
 
 

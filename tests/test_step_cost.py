@@ -108,19 +108,9 @@ def test_a_machine_that_slows_down_much_is_followed() -> None:
     assert cost.predict(1, 8, 100.0, drafts=True) == pytest.approx(0.05 * 8**0.5, rel=0.1)
 
 
-def test_times_can_be_handed_on() -> None:
-    cost = known()
-    again = StepCost(list(cost.times()))
-    for nodes in (1, 8):
-        assert again.predict(1, nodes, 100.0, drafts=nodes > 1) == pytest.approx(
-            cost.predict(1, nodes, 100.0, drafts=nodes > 1), rel=0.05
-        )
-    assert again.evidence(1, 8, drafts=True) >= 1.0
-
-
 def test_memory_is_bounded() -> None:
     cost = StepCost()
     for batch in range(1, 400):
         cost.observe(StepTime(batch=batch, nodes=1, context=9.0 * batch, drafts=False, seconds=1e-3 * batch))
-    assert len(list(cost.times())) <= 129
+    assert len(cost) <= 129
     assert cost.predict(399, 1, 3000.0, drafts=False) == pytest.approx(0.4, rel=0.2)

@@ -96,9 +96,8 @@ class Dropping:
         assert self.kept is not None
         batch_size, num_kept = self.kept.shape
         if tensor.ndim == 1 and len(tensor) == self._num_tokens and not tensor.is_floating_point():
-            return tensor[
-                :num_kept
-            ]  # slots that count from the start (transformers 5.0 passes them; no one reads them)
+            # Slots that count from the start: transformers 5.0 passes them, and no one reads them.
+            return tensor[:num_kept]
         dim = 2 if tensor.ndim == 4 else 1
         if tensor.ndim < 2 or tensor.shape[dim] != self._num_tokens or tensor.shape[0] not in (1, batch_size):
             return tensor

@@ -7,7 +7,6 @@ too. The control is what logits of the wrong nodes would differ by.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -16,13 +15,11 @@ from torch import Tensor
 from ladon.early_scores import CRITERIA
 from ladon.errors import UnsupportedModelError
 from ladon.pruning import Pruning
-from ladon.self_test import allowed_share
+from ladon.self_test import Testable, allowed_share
 from ladon.tree import TokenTree
 from ladon.verified import VerifyOutput
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from ladon.cache import TreeCache
 
 _PARENTS = ((-1, 0, 0, 1, 2, 1, 4, 4), (-1, 0, 1, 0, 3, 3, 2, 6))
@@ -31,16 +28,9 @@ _KEPT = 5
 _STEPS = 2
 
 
-class _Prunable(Protocol):
+class _Prunable(Testable, Protocol):
     """The part of a target that the test runs."""
 
-    model: PreTrainedModel
-    device: torch.device
-    dtype: torch.dtype
-    vocab_size: int
-
-    def new_cache(self, batch_size: int) -> TreeCache: ...
-    def prefill(self, rows: Sequence[Tensor], cache: TreeCache) -> tuple[Tensor, Tensor]: ...
     def verify(self, tree: TokenTree, cache: TreeCache, pruning: Pruning | None = None) -> VerifyOutput: ...
 
 

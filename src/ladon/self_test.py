@@ -56,7 +56,7 @@ class _Output(Protocol):
     def logits(self) -> Tensor: ...
 
 
-class _Testable(Protocol):
+class Testable(Protocol):
     """The part of a target that the test runs."""
 
     model: PreTrainedModel
@@ -64,12 +64,17 @@ class _Testable(Protocol):
     dtype: torch.dtype
     vocab_size: int
 
-    def new_cache(self, batch_size: int) -> TreeCache: ...
-    def prefill(self, rows: Sequence[Tensor], cache: TreeCache) -> tuple[Tensor, Tensor]: ...
-    def verify(self, tree: TokenTree, cache: TreeCache) -> _Output: ...
+    def new_cache(self, batch_size: int) -> TreeCache:
+        """See `Target`."""
+
+    def prefill(self, rows: Sequence[Tensor], cache: TreeCache) -> tuple[Tensor, Tensor]:
+        """See `Target`."""
+
+    def verify(self, tree: TokenTree, cache: TreeCache) -> _Output:
+        """See `Target`."""
 
 
-def tested(target: _Testable) -> Verdict:
+def tested(target: Testable) -> Verdict:
     """The verdict on a model, from memory, from the file, or from the test itself.
 
     Raises:
@@ -90,7 +95,7 @@ def allowed_share(dtype: torch.dtype) -> float:
     return _PASSES.get(dtype, _PASSES_HALF)
 
 
-def _judge(target: _Testable) -> Verdict:
+def _judge(target: Testable) -> Verdict:
     reasons = []
     for name, shapes in (("a token tree", _BRANCHING), ("a chain", _CHAIN)):
         reason = _failure(target, shapes)
@@ -103,7 +108,7 @@ def _judge(target: _Testable) -> Verdict:
     )
 
 
-def _failure(target: _Testable, shapes: tuple[tuple[int, ...], ...]) -> str | None:
+def _failure(target: Testable, shapes: tuple[tuple[int, ...], ...]) -> str | None:
     """Why trees of these shapes cannot be trusted, or None."""
     allowed = allowed_share(target.dtype)
     try:
@@ -119,7 +124,7 @@ def _failure(target: _Testable, shapes: tuple[tuple[int, ...], ...]) -> str | No
 
 
 @torch.no_grad()
-def measure(target: _Testable, shapes: tuple[tuple[int, ...], ...]) -> tuple[float, float]:
+def measure(target: Testable, shapes: tuple[tuple[int, ...], ...]) -> tuple[float, float]:
     """Root mean square difference of trees of these shapes to plain forwards, and that of a wrong mask.
 
     Args:
@@ -174,7 +179,7 @@ def _path(parents: tuple[int, ...], node: int) -> list[int]:
     return path
 
 
-def _plain(target: _Testable, prefix: Tensor, tokens: Tensor, leaves: list[list[int]]) -> Tensor:
+def _plain(target: Testable, prefix: Tensor, tokens: Tensor, leaves: list[list[int]]) -> Tensor:
     """Logits after each node, [N, V], by one plain forward over the paths to the leaves, all of one length."""
     ids = torch.stack([torch.cat((prefix, tokens[path])) for path in leaves]).to(target.device)
     with lock_of(target.model):
@@ -185,7 +190,7 @@ def _plain(target: _Testable, prefix: Tensor, tokens: Tensor, leaves: list[list[
     return found
 
 
-def _key(target: _Testable) -> str:
+def _key(target: Testable) -> str:
     config = target.model.config
     facts = {
         "config": {name: value for name, value in config.to_dict().items() if not name.startswith("_name")},

@@ -97,9 +97,7 @@ class DecodeStats(Counts):
         probes: decode steps that were taken to learn what a size or the heads are good for.
         sizing_seconds: time of `decode_seconds` and `prefill_seconds` spent deciding on sizes.
         predicted_steps: decode steps whose time was predicted.
-        predicted_seconds: what was predicted for them, in sum.
-        measured_seconds: what they took, without the callers' stop rules.
-        prediction_errors: sum over them of |predicted - measured| / measured.
+        prediction_errors: sum over them of |predicted - measured| / measured, without the time of callers' stop rules.
     """
 
     prefill_seconds: float = 0.0
@@ -110,8 +108,6 @@ class DecodeStats(Counts):
     probes: int = 0
     sizing_seconds: float = 0.0
     predicted_steps: int = 0
-    predicted_seconds: float = 0.0
-    measured_seconds: float = 0.0
     prediction_errors: float = 0.0
 
     def add_size(self, nodes: int, *, predicted: float, seconds: float) -> None:
@@ -119,8 +115,6 @@ class DecodeStats(Counts):
         self.sizes[nodes] = self.sizes.get(nodes, 0) + 1
         if math.isfinite(predicted) and seconds > 0.0:
             self.predicted_steps += 1
-            self.predicted_seconds += predicted
-            self.measured_seconds += seconds
             self.prediction_errors += abs(predicted - seconds) / seconds
 
     @property

@@ -15,8 +15,9 @@ the pace, which all cells share: sizes that were not tried since then are still 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import mul
 
 _FULL_WEIGHT = 32.0  # steps beyond which a cell counts no more
 _PROFILE_WEIGHT = 8.0  # steps that a time of a profile stands for
@@ -104,10 +105,9 @@ class StepCost:
                 )
         self._refit()
 
-    @property
-    def is_empty(self) -> bool:
-        """Whether not a single step was seen."""
-        return not self._cells
+    def __len__(self) -> int:
+        """How many kinds of steps were seen, of those that are remembered."""
+        return len(self._cells)
 
     def observe(self, time: StepTime) -> None:
         """Learn from a real step."""
@@ -154,7 +154,7 @@ class StepCost:
 
     def predict(self, batch: int, nodes: int, context: float, *, drafts: bool) -> float:
         """Seconds of such a step; NaN if nothing was seen yet."""
-        if self.is_empty:
+        if not self._cells:
             return math.nan
         return math.exp(
             self._log_regression(batch, nodes, drafts, context)
@@ -171,23 +171,13 @@ class StepCost:
                 found += self._weight(cell)
         return found
 
-    def times(self) -> Iterator[StepTime]:
-        """What the cells show now, at the present pace."""
-        for (batch, nodes, drafts, _), cell in self._cells.items():
-            seconds = math.exp(cell.level + self._pace)
-            yield StepTime(batch=batch, nodes=nodes, context=cell.context, drafts=drafts, seconds=seconds)
-
     def _weight(self, cell: _Cell) -> float:
         """How much a cell counts: by its steps, less when they are long past; a single step counts little."""
         count = 0.5 if cell.count < 2 else min(cell.count, _FULL_WEIGHT)
         return count * math.exp((cell.seen - self._steps) / _STALE)
 
     def _log_regression(self, batch: int, nodes: int, drafts: bool, context: float) -> float:
-        step, by_node, by_row, by_sight, by_draft, by_drafts = self._weights
-        work, cached = batch * nodes / 16, context / 1024
-        seconds = step + work * (by_node + by_sight * cached) + by_row * batch * cached / 4
-        seconds += drafts * (by_draft + by_drafts * batch / 4)
-        return math.log(seconds + _TINY)
+        return math.log(sum(map(mul, self._weights, _features(batch, nodes, drafts, context))) + _TINY)
 
     def _residual(self, key: _Key) -> float:
         """What the cells show beyond the regression: the cell itself, or those around it if it was little seen."""

@@ -12,13 +12,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ladon.config import DecoderOptions
+from ladon.calibrate.drafting import default_proposer
 from ladon.heads import Heads
 from ladon.heads.early_exit import decoder_layers
 from ladon.heads.ends import output_projection
-from ladon.proposers import HeadsProposer, tree_builder
 from ladon.pruning import Pruning
-from ladon.stats import StageClock
 from ladon.target import Target
 from ladon.tree import TokenTree, ancestor_mask
 
@@ -142,9 +140,7 @@ class Trials:
 
     def draft_ms(self, heads: Heads, nodes: int) -> float:
         """Milliseconds of drafting a tree of so many nodes in every row; a median."""
-        clock = StageClock({}, enabled=False, device=self.target.device)
-        build = tree_builder("dynamic" if self.target.supports_trees else "chain")
-        proposer = HeadsProposer(heads.bind(self.model, force=True), build, DecoderOptions().num_candidates, clock)
+        proposer = default_proposer(self.target, heads)
         hidden, root = self._hidden(self.batch), self._tokens[:1].expand(self.batch)
         return self._median_ms(lambda: proposer.propose(hidden, root, nodes))
 

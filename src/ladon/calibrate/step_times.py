@@ -13,13 +13,11 @@ from torch import Tensor
 
 from ladon import sampling
 from ladon.accept import longest_match
-from ladon.config import DecoderOptions
+from ladon.calibrate.drafting import default_proposer
 from ladon.errors import InputError
 from ladon.heads import Heads
 from ladon.host import to_host
-from ladon.proposers import HeadsProposer, tree_builder
 from ladon.sizing import EDGES
-from ladon.stats import StageClock
 from ladon.step_cost import StepTime
 from ladon.target import Target
 from ladon.tree import TokenTree
@@ -88,7 +86,7 @@ def measure_step_times(
         context = context[: target.context_limit - heads.num_heads - 1]
     if len(context) == 0:
         raise InputError("no context to time steps at; give a prompt of at least one token")
-    steps = _Steps(target, heads.bind(model, force=True), context, batch)
+    steps = _Steps(target, heads, context, batch)
     trees = [tree for size in sorted({1, *nodes}) if (tree := steps.draft(size)).num_nodes == size]
     kinds = [(tree, tree.num_nodes) for tree in trees] + [(trees[0], trees[-1].num_nodes)]  # verified, then drafted
     for kind in kinds:
@@ -130,9 +128,7 @@ class _Steps:
     @torch.no_grad()
     def __init__(self, target: Target, heads: Heads, context: Tensor, batch: int) -> None:
         self._target = target
-        clock = StageClock({}, enabled=False, device=target.device)
-        build = tree_builder("dynamic" if target.supports_trees else "chain")
-        self._proposer = HeadsProposer(heads, build, DecoderOptions().num_candidates, clock)
+        self._proposer = default_proposer(target, heads)
         self._cache, self._lengths = target.new_cache(batch), [len(context)] * batch
         hidden, logits = target.prefill([context] * batch, self._cache)
         self._hidden, self._root = hidden, sampling.pick(logits)

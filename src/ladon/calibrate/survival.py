@@ -17,13 +17,12 @@ from torch import Tensor
 from ladon import sampling
 from ladon.accept import longest_match
 from ladon.cache import TreeCache
+from ladon.calibrate.drafting import default_proposer
 from ladon.calibrate.recording import row_of
-from ladon.config import DecoderOptions
 from ladon.engine import Engine
 from ladon.errors import InputError
 from ladon.forwards import layer_output
 from ladon.heads import Heads
-from ladon.proposers import HeadsProposer, tree_builder
 from ladon.pruning import Pruning
 from ladon.stats import DecodeStats, StageClock
 from ladon.survivors import best_nodes
@@ -98,8 +97,7 @@ def record_survival(
     """
     target = _WatchedTarget(model, ways, sizes, keeps)
     clock = StageClock({}, enabled=False, device=target.device)
-    build = tree_builder("dynamic" if target.supports_trees else "chain")
-    proposer = HeadsProposer(heads.bind(model, force=True), build, DecoderOptions().num_candidates, clock)
+    proposer = default_proposer(target, heads)
     rows = [row_of(index, prompt, max_new_tokens, target) for index, prompt in enumerate(prompts)]
     engine = Engine(target, proposer, budget=max(sizes), stats=DecodeStats(), clock=clock, max_rows=batch_size)
     for _ in engine.run(rows):

@@ -229,6 +229,17 @@ def _warn(reason: str) -> None:
     warnings.warn(f"cannot verify that these heads belong to this model: {reason}", stacklevel=4)
 
 
+def check_token_ids(name: str, ids: Tensor, vocab_size: int) -> None:
+    """A draft vocabulary must name tokens of the target, each once: the heads would index past its end otherwise."""
+    values = ids.tolist()
+    distinct = set(values)
+    if ids.is_floating_point() or len(distinct) < len(values) or not 0 <= min(values) <= max(values) < vocab_size:
+        raise HeadsError(
+            f"{name}: token_map has {len(values)} ids, {len(distinct)} of them distinct, from {min(values)} to "
+            f"{max(values)}; expected distinct ids below {vocab_size}. Save or download the heads again"
+        )
+
+
 def check_count(name: str, value: int) -> None:
     """Raise unless `value` is an integer of at least 1."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:

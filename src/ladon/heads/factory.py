@@ -11,7 +11,7 @@ import torch
 
 from ladon.calibration import CALIBRATION_FILE, Calibration, read_calibration
 from ladon.errors import HeadsError
-from ladon.heads.base import Heads
+from ladon.heads.base import Heads, check_token_ids
 from ladon.heads.checkpoint import find_heads, is_own, read_config, read_tensors
 from ladon.heads.ends import output_projection
 from ladon.heads.formats.detect import detect
@@ -95,7 +95,8 @@ def read_heads(
         heads = found.heads(None if model is None else output_projection(model).vocab_size)
         if model is not None and not force:
             found.refuse_other_base(heads, model)
-    _check_token_ids(str(path), heads)
+    if heads.token_ids is not None:
+        check_token_ids(str(path), heads.token_ids, heads.vocab_size)
     heads.folder = place if place.is_dir() else place.parent
     heads.calibration = _own_calibration(heads.folder, heads)
     return heads
@@ -110,20 +111,6 @@ def _read_own(folder: Path) -> Heads:
     heads.base_name, heads.base_fingerprint = config.base_name, config.base_fingerprint
     heads.training_record = dict(config.training)
     return heads
-
-
-def _check_token_ids(name: str, heads: Heads) -> None:
-    """A draft vocabulary must name tokens of the target, each once: the heads would index past its end otherwise."""
-    ids = heads.token_ids
-    if ids is None:
-        return
-    values = ids.tolist()
-    distinct = set(values)
-    if ids.is_floating_point() or len(distinct) < len(values) or not 0 <= min(values) <= max(values) < heads.vocab_size:
-        raise HeadsError(
-            f"{name}: the token map has {len(values)} ids, {len(distinct)} of them distinct, from {min(values)} to "
-            f"{max(values)}; expected distinct ids below {heads.vocab_size}. Save or download the heads again"
-        )
 
 
 def _own_calibration(folder: Path, heads: Heads) -> Calibration | None:

@@ -175,15 +175,15 @@ class EndpointModel:
         if isinstance(choice, Failure):
             return choice
         said = choice.get("message", choice) if isinstance(choice, dict) else None
-        text = said.get("content", said.get("text")) or "" if isinstance(said, dict) else None
-        if not isinstance(said, dict) or not isinstance(text, str):
+        content = said.get("content", said.get("text")) if isinstance(said, dict) else said
+        if not isinstance(said, dict) or not isinstance(content, str | None):
             return Failure(prompt=prompt, reason="endpoint sends no completion", detail=self._clean(str(choice)))
         if said.get("reasoning_content") or said.get("reasoning"):
             raise InputError(
                 f"{self._url} keeps reasoning apart from its answers, which then lack what the model said first; start "
                 "the server without a reasoning parser"
             )
-        finish = choice.get("finish_reason")
+        text, finish = content or "", choice.get("finish_reason")
         if finish not in ("stop", "length"):
             return Failure(prompt=prompt, reason=f"finish reason {finish}")
         end = self._tokenizer.eos_token_id if prompt.messages is None else self._turn_end

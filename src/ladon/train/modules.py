@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ladon.forwards import lock_of, projection_inputs
+from ladon.forwards import layer_output, lock_of, projection_inputs
 from ladon.heads import Heads
 from ladon.heads.card import write_card
 from ladon.heads.checkpoint import EARLY_EXIT_FILES
-from ladon.heads.early_exit import EarlyExit, decoder_layers
+from ladon.heads.early_exit import EarlyExit
 from ladon.heads.ends import output_projection
 from ladon.train.losses import Labels, Outcome, SoftLabels, TokenLabels, chunked_loss, rows_per_chunk
 
@@ -137,8 +137,10 @@ class HeadsModule(nn.Module):
 
     def read(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """At each token what the output projection receives, and what the early exit reads, [B T, H] both."""
-        layer = None if self.early_exit is None else self.early_exit.layer
-        with self.autocast(), layer_output(self.model, layer) as seen:
+        noted = (
+            nullcontext(list[Tensor]()) if self.early_exit is None else layer_output(self.model, self.early_exit.layer)
+        )
+        with self.autocast(), noted as seen:
             hidden = hidden_states(self.model, batch, self.loss_options.packed)
         device = self._depth_weights.device
         early = seen[0].flatten(0, 1).to(device) if seen else None
@@ -216,24 +218,6 @@ def group(name: str, parameters: Any, rate: float) -> dict[str, Any]:
     """Those of named parameters that are trained, as `make_optimizer` takes them."""
     trained = [(key, parameter) for key, parameter in parameters if parameter.requires_grad]
     return {"name": name, "lr": rate, "names": [key for key, _ in trained], "params": [value for _, value in trained]}
-
-
-@contextmanager
-def layer_output(model: PreTrainedModel, layer: int | None) -> Iterator[list[Tensor]]:
-    """While this lasts, note the hidden states after decoder layer `layer`, counted from 1, [B, T, H] per forward."""
-    seen: list[Tensor] = []
-    if layer is None:
-        yield seen
-        return
-
-    def note(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
-        seen.append(output[0] if isinstance(output, tuple) else output)
-
-    handle = decoder_layers(model)[layer - 1].register_forward_hook(note)
-    try:
-        yield seen
-    finally:
-        handle.remove()
 
 
 def hidden_states(model: PreTrainedModel, batch: Batch, packed: bool) -> Tensor:

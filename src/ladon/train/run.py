@@ -60,13 +60,7 @@ def train(
     if os.environ.get("RANK", "0") != "0":
         say = _silent
     length = min(options.length, _longest(model))
-    vocab_size = output_projection(model).vocab_size
-    documents, notes = documents_from(examples, vocab_size, length)
-
-    def apart(path: str) -> list[Document]:
-        return documents_from(read_rows(path, tokenizer, field=field), vocab_size, length)[0]
-
-    learning, held_out = _split(documents, options, apart)
+    learning, held_out, notes = _documents(model, tokenizer, examples, options, field, length)
     for reason, count in notes.items():
         say(f"{count} of {len(examples)} rows {reason}")
     say(shown(learning[0], tokenizer))
@@ -80,17 +74,14 @@ def train(
     checkpoint = _checkpoint(options, out, settings)
     if checkpoint is not None:
         say(f"going on from {checkpoint}")
+    num_trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
     say(
         f"{len(learning)} documents in {len(rows)} rows of at most {length} tokens, {len(held_out)} held out; "
-        f"{arguments.max_steps} updates of {sum(p.numel() for p in module.parameters() if p.requires_grad):,} numbers"
+        f"{arguments.max_steps} updates of {num_trained:,} numbers"
     )
     collator = Collator(heads.num_heads, heads.vocab_size, heads.token_ids)
-    reports = Reports(
-        batches_of(held_out, length if share_rows else 0, collator, options.batch_size),
-        options.eval_every,
-        options.speedup,
-        say,
-    )
+    looked_at = batches_of(held_out, length if share_rows else 0, collator, options.batch_size)
+    reports = Reports(looked_at, options.eval_every, options.speedup, say)
     order = RowOrder(learning, rows, _rows_of_run(arguments), options.seed)
     trainer = HeadsTrainer(module, arguments, options, settings, order, collator, [LossLines(say), reports])
     reports.trainer = trainer
@@ -184,21 +175,29 @@ def _autocast(options: TrainOptions, model: PreTrainedModel) -> torch.dtype | No
     return torch.bfloat16
 
 
-def _split(
-    documents: list[Document], options: TrainOptions, apart: Callable[[str], list[Document]]
-) -> tuple[list[Document], list[Document]]:
-    """Documents to learn from, and those for the reports: a share of them, or what `apart` reads from a file."""
+def _documents(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    options: TrainOptions,
+    field: str | None,
+    length: int,
+) -> tuple[list[Document], list[Document], dict[str, int]]:
+    """Documents to learn from and for the reports, and what became of the other rows."""
+    vocab_size = output_projection(model).vocab_size
+    documents, notes = documents_from(examples, vocab_size, length)
     try:
         share = float(options.held_out)
     except ValueError:
-        held_out = apart(options.held_out)
+        rows = read_rows(options.held_out, tokenizer, field=field)
+        held_out, _ = documents_from(rows, vocab_size, length)
     else:
         if not 0 <= share < 1:
             raise InputError(f"held_out is {options.held_out}; give a share of the rows, below 1, or a file")
         documents, held_out = split(documents, share)
     if options.learn == "all":  # the reports stay about answers
         documents = [document.all_learned() for document in documents]
-    return documents, held_out
+    return documents, held_out, notes
 
 
 def _checkpoint(options: TrainOptions, out: Path, settings: dict[str, Any]) -> Path | None:

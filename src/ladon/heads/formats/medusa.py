@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ladon.errors import HeadsError
+from ladon.heads.base import check_token_ids
 from ladon.heads.fingerprint import Fingerprint, samples_of
 from ladon.heads.formats.keys import HEAD, KIND, LAYER, Layout, Parts, check_shapes, counts, some
 from ladon.heads.formats.reading import Checkpoint
@@ -66,11 +67,6 @@ def build(checkpoint: Checkpoint, layout: Layout, parts: Parts, vocab_size: int 
     is_own = _check_projections(checkpoint, parts, num_heads, num_blocks)
     token_map = _token_map(checkpoint, parts)
     vocab_size, entries = _sizes(checkpoint, parts, is_own, token_map, vocab_size)
-    if token_map is not None and int(token_map.max()) >= vocab_size:
-        raise HeadsError(
-            f"{checkpoint.name}: token_map holds {int(token_map.max())}, but the vocabulary has {vocab_size}; the file "
-            "is damaged or of another model"
-        )
     square = (hidden_size, hidden_size)
     expected = {key: square[: 2 if kind == "weight" else 1] for (_, _, kind), key in parts.blocks.items()}
     for (_, _, kind), key in parts.projections.items():
@@ -83,6 +79,8 @@ def build(checkpoint: Checkpoint, layout: Layout, parts: Parts, vocab_size: int 
     if token_map is not None:
         expected[parts.single["token_map"]] = (entries,)
     check_shapes(checkpoint, expected)
+    if token_map is not None:  # whole projections are cut by it
+        check_token_ids(checkpoint.name, token_map, vocab_size)
     with torch.device("meta"):
         heads = MedusaHeads(
             num_heads=num_heads,
@@ -105,8 +103,8 @@ def _token_map(checkpoint: Checkpoint, parts: Parts) -> Tensor | None:
     if "token_map" not in parts.single:
         return None
     tokens = checkpoint.read(parts.single["token_map"])
-    if tokens.ndim != 1 or not len(tokens) or tokens.is_floating_point() or int(tokens.min()) < 0:
-        raise HeadsError(f"{checkpoint.name}: token_map must be a list of token ids from 0; the file is damaged")
+    if tokens.ndim != 1 or not len(tokens) or tokens.is_floating_point():
+        raise HeadsError(f"{checkpoint.name}: token_map must be a list of token ids; the file is damaged")
     return tokens.long()
 
 

@@ -1,0 +1,17 @@
+"""What drafts when heads are measured: the trees that a `Decoder` grows by default."""
+
+from __future__ import annotations
+
+from ladon.config import DecoderOptions
+from ladon.heads import Heads
+from ladon.proposers import HeadsProposer, drafting
+from ladon.stats import StageClock
+from ladon.target import Target
+
+
+def default_proposer(target: Target, heads: Heads) -> HeadsProposer:
+    """Heads, bound to the model of `target`, that draft the kind of trees it can verify, untimed."""
+    clock = StageClock({}, enabled=False, device=target.device)
+    tree = "dynamic" if target.supports_trees else "chain"
+    options = DecoderOptions()
+    return drafting(heads.bind(target.model, force=True), tree, options.num_candidates, "auto", clock)
