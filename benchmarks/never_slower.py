@@ -4,12 +4,13 @@
     python benchmarks/never_slower.py --quick
     python benchmarks/never_slower.py --cells 'demo/*/b4' --work cells.jsonl
 
-A cell is model, heads, kind of prompts, context and batch (`--list` prints them). In each, systems take turns on the
-same prompts: plain decoding; a decoder with automatic sizes that is new each time (cold) and one that has run before
-(warm); and the two fastest fixed sizes, which a shorter sweep finds. The fixed tree of 64 nodes that MEDUSA would use
-meets the warm decoder over fewer tokens, because it is slow. Every output is compared with plain decoding's.
+A cell is model, heads, kind of prompts, context and batch (`--list` prints them). In each, systems decode the same
+prompts side by side, step by step (`never_slower_turns.py`): plain decoding; a decoder with automatic sizes that is new
+each time (cold) and one that has run before (warm); and the three fastest fixed sizes, which a shorter sweep finds. The
+fixed tree of 64 nodes that MEDUSA would use meets the warm decoder over fewer tokens, because it is slow. Every output
+is compared with plain decoding's.
 
-It takes about 25 minutes (`--quick`: 2). Run it alone on the machine: the load is recorded before and after each cell.
+It takes about 35 minutes (`--quick`: 2). Run it alone on the machine: the load is recorded before and after each cell.
 Cells are appended to `--work` as they are done; killed and started again, it goes on where it stopped. The last line is
 one JSON document; docs/metrics.md defines its keys.
 """
@@ -18,12 +19,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from fnmatch import fnmatch
 from pathlib import Path
 from statistics import median
@@ -32,6 +32,7 @@ from typing import Any
 import torch
 from never_slower_cells import MEDUSA_NODES, Cell, Materials, all_cells
 from never_slower_goals import MEDUSA_GAINS, goals, lines, ratios
+from never_slower_turns import QUICK, Make, Settings, take_turns
 
 from ladon.bench.identity import compare
 from ladon.bench.report import finite
@@ -41,48 +42,8 @@ from ladon.environment import commit, environment, load
 
 SWEEP = (2, 4, 8, 16, 24, 32, 48, 64)
 HOPELESS = 0.8  # of the best speed so far: after two such sizes in a row the sweep ends
-FINALISTS, CLOSE = 2, 0.9  # so many fixed sizes go on, if they had this share of the best speed of the sweep
+FINALISTS, CLOSE = 3, 0.85  # so many fixed sizes go on, if they had this share of the best speed of the sweep
 LEARNT_AFTER = 50  # steps after which step times must be predicted well
-
-Make = Callable[[], LadonSystem]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """How long to measure; cells of other settings are measured anew.
-
-    Attributes:
-        max_new_tokens: of each row.
-        sweep_tokens: of each row in the sweep of fixed sizes and against MEDUSA's tree.
-        most_repeats: of the systems that take turns.
-        second_seconds: after so long there is no second repeat.
-        further_seconds: after so long there is no further one.
-    """
-
-    max_new_tokens: int = 256
-    sweep_tokens: int = 32
-    most_repeats: int = 5
-    second_seconds: float = 30.0
-    further_seconds: float = 12.0
-
-
-QUICK = Settings(max_new_tokens=48, sweep_tokens=16, most_repeats=1)
-
-
-def take_turns(
-    makers: Mapping[str, Make], prompts: Sequence[list[int]], tokens: int, settings: Settings
-) -> dict[str, list[Run]]:
-    """Runs by system and repeat; systems alternate, another one first each time."""
-    runs: dict[str, list[Run]] = {name: [] for name in makers}
-    names, started = list(makers), time.perf_counter()
-    for repeat in range(settings.most_repeats):
-        bound = {0: math.inf, 1: settings.second_seconds}.get(repeat, settings.further_seconds)
-        if time.perf_counter() - started > bound:
-            break
-        for offset in range(len(names)):
-            name = names[(repeat + offset) % len(names)]
-            runs[name].append(makers[name]().run(prompts, tokens))
-    return runs
 
 
 def speeds(runs: Mapping[str, Sequence[Run]]) -> dict[str, list[float]]:

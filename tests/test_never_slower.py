@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
-from ladon.bench.systems import Run
+from ladon import new_heads
+from ladon.bench.systems import LadonSystem, Run
 from ladon.stats import DecodeStats
 from user_side import ROOT
 
@@ -18,6 +20,11 @@ from user_side import ROOT
 def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     return importlib.import_module("never_slower")
+
+
+@pytest.fixture
+def turns(script: ModuleType) -> ModuleType:
+    return importlib.import_module("never_slower_turns")
 
 
 @pytest.fixture
@@ -119,29 +126,59 @@ def test_cells_hold_what_is_asked(script: ModuleType) -> None:
     assert not any("humaneval" in cell.name for cell in script.all_cells(1792, False))
 
 
-def test_systems_take_turns(script: ModuleType) -> None:
-    order = []
+class FakeRacer:
+    """Emits so many tokens per step, ten in all."""
 
-    class Fake:
-        def __init__(self, name: str) -> None:
-            self.name = name
+    def __init__(self, name: str, per_step: int, order: list[str]) -> None:
+        self.name, self.per_step, self.order = name, per_step, order
+        self.tokens = self.steps = 0
 
-        def run(self, prompts: list[list[int]], tokens: int) -> Run:
-            order.append(self.name)
-            stats = DecodeStats(tokens=tokens, decode_seconds=1.0)
-            return Run(outputs=[[1]], stats=stats, seconds=1.0, first_token_seconds=0.0)
+    def step(self) -> bool:
+        self.steps += 1
+        if self.tokens >= 10:
+            return False
+        self.tokens += self.per_step
+        self.order.append(self.name)
+        return True
 
-    makers = {name: (lambda name=name: Fake(name)) for name in "abc"}
-    settings = script.Settings(most_repeats=3, further_seconds=0.0)  # time for a second repeat only
-    runs = script.take_turns(makers, [[1]], 7, settings)
-    assert order == ["a", "b", "c", "b", "c", "a"]
-    assert script.speeds(runs) == {name: [7.0, 7.0] for name in "abc"}
-    order.clear()
-    script.take_turns(makers, [[1]], 7, script.Settings(most_repeats=3, further_seconds=1e9))
-    assert len(order) == 9
-    order.clear()
-    script.take_turns(makers, [[1]], 7, script.Settings(most_repeats=3, second_seconds=0.0))
-    assert order == ["a", "b", "c"]
+    def run(self) -> Run:
+        stats = DecodeStats(tokens=self.tokens, decode_seconds=1.0)
+        return Run(outputs=[[1]], stats=stats, seconds=1.0, first_token_seconds=0.0)
+
+
+def test_who_is_behind_takes_the_next_step(turns: ModuleType) -> None:
+    order: list[str] = []
+    turns.race([FakeRacer("slow", 1, order), FakeRacer("fast", 3, order)])
+    assert "".join(name[0] for name in order) == "sfssfsssfsssfs"
+
+
+def test_systems_take_turns(turns: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    monkeypatch.setattr(turns, "Racer", lambda name, prompts, tokens: FakeRacer(name, tokens, order))
+    makers = {name: (lambda name=name: name) for name in "abc"}
+    two = turns.Settings(most_repeats=3, further_seconds=0.0)  # time for a second repeat only
+    runs = turns.take_turns(makers, [[1]], 10, two)
+    assert order == ["a", "b", "c", "b", "c", "a"]  # another one is first each time
+    assert [[run.stats.tokens for run in runs[name]] for name in "abc"] == [[10, 10]] * 3
+    for settings, repeats in (
+        (turns.Settings(most_repeats=3, further_seconds=1e9), 3),
+        (turns.Settings(most_repeats=3, second_seconds=0.0), 1),
+    ):
+        assert len(turns.take_turns(makers, [[1]], 10, settings)["a"]) == repeats
+
+
+def test_a_racer_says_what_a_run_says(turns: ModuleType, tiny_llama: PreTrainedModel) -> None:
+    """Step by step beside another one, a system decodes what it decodes alone."""
+    prompts, heads = [[1, 2, 3], [4, 5]], new_heads(tiny_llama, num_heads=2).eval()
+    tiny_llama.generation_config.eos_token_id = None
+    systems = [LadonSystem(tiny_llama, heads, mode=mode, budget=4) for mode in ("plain", "dynamic")]
+    racers = [turns.Racer(system, prompts, 12) for system in systems]
+    turns.race(racers)
+    for system, racer in zip(systems, racers, strict=True):
+        found, alone = racer.run(), system.run(prompts, 12)
+        assert found.outputs == alone.outputs and found.stats.tokens == alone.stats.tokens == 22
+        assert len(found.steps) == found.stats.forwards == alone.stats.forwards
+        assert found.seconds >= found.stats.decode_seconds > 0
 
 
 def test_sweep_ends_when_sizes_are_hopeless(script: ModuleType) -> None:
@@ -163,7 +200,7 @@ def test_sweep_ends_when_sizes_are_hopeless(script: ModuleType) -> None:
 
 
 def test_sizes_that_come_close_go_on(script: ModuleType) -> None:
-    screened = {"plain": 10.0, "dynamic-2": 11.0, "dynamic-4": 12.0, "dynamic-8": 11.5, "dynamic-16": 5.0}
+    screened = {"plain": 10.0, "dynamic-2": 9.0, "dynamic-4": 12.0, "dynamic-8": 11.5, "dynamic-16": 5.0}
     assert script.finalists(screened) == {"dynamic-4": 4, "dynamic-8": 8}
     assert script.finalists(screened | {"plain": 12.9}) == {"dynamic-4": 4}
     assert script.finalists(screened | {"plain": 20.0}) == {}

@@ -131,8 +131,12 @@ class LadonSystem:
             seconds=seconds,
             first_token_seconds=seconds - self._decoder.stats.decode_seconds,
             step_counts=recorder.counts if recorder else [],
-            steps=self._noted.taken(),
+            steps=self.taken_steps(),
         )
+
+    def taken_steps(self) -> list[StepFacts]:
+        """The decode steps since the last call."""
+        return self._noted.taken()
 
     def fitted_step_ms(self, runs: Sequence[Run]) -> list[dict[str, Any]]:
         """What a mode that chooses sizes predicts by now for each of them, at the batch and context of these runs."""
