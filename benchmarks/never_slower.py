@@ -10,7 +10,7 @@ each time (cold) and one that has run before (warm); and the three fastest fixed
 fixed tree of 64 nodes that MEDUSA would use meets the warm decoder over fewer tokens, because it is slow. Every output
 is compared with plain decoding's.
 
-It takes about 35 minutes (`--quick`: 2). Run it alone on the machine: the load is recorded before and after each cell.
+It takes about 40 minutes (`--quick`: 2). Run it alone on the machine: the load is recorded before and after each cell.
 Cells are appended to `--work` as they are done; killed and started again, it goes on where it stopped. The last line is
 one JSON document; docs/metrics.md defines its keys.
 """
@@ -30,7 +30,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from never_slower_cells import MEDUSA_NODES, Cell, Materials, all_cells
+from never_slower_cells import MEDUSA_NODES, Cell, Materials, Prompts, all_cells
 from never_slower_goals import MEDUSA_GAINS, goals, lines, ratios
 from never_slower_turns import QUICK, Make, Settings, take_turns
 
@@ -51,14 +51,18 @@ def speeds(runs: Mapping[str, Sequence[Run]]) -> dict[str, list[float]]:
     return {name: [run.stats.tokens_per_second for run in several] for name, several in runs.items()}
 
 
-def sweep(make: Callable[..., LadonSystem], prompts: Sequence[list[int]], tokens: int) -> dict[str, float]:
-    """Tokens per second of fixed sizes, once each, from small to large until they are hopeless."""
-    found = {"plain": make(mode="plain", budget=1).run(prompts, tokens).stats.tokens_per_second}
+def sweep(make: Callable[..., LadonSystem], groups: Sequence[Prompts], tokens: int) -> dict[str, float]:
+    """Tokens per second of fixed sizes, each over all groups, from small to large until they are hopeless."""
+
+    def speed(**options: Any) -> float:
+        system = make(**options)
+        return merged([system.run(prompts, tokens).stats for prompts in groups]).tokens_per_second
+
+    found = {"plain": speed(mode="plain", budget=1)}
     hopeless = 0
     for budget in SWEEP:
-        speed = make(mode="dynamic", budget=budget).run(prompts, tokens).stats.tokens_per_second
-        found[f"dynamic-{budget}"] = speed
-        hopeless = hopeless + 1 if speed < HOPELESS * max(found.values()) else 0
+        found[f"dynamic-{budget}"] = speed(mode="dynamic", budget=budget)
+        hopeless = hopeless + 1 if found[f"dynamic-{budget}"] < HOPELESS * max(found.values()) else 0
         if hopeless == 2:
             break
     return found
@@ -74,27 +78,27 @@ def finalists(screened: Mapping[str, float]) -> dict[str, int]:
 def measure(cell: Cell, materials: Materials, settings: Settings) -> dict[str, Any]:
     """Everything about one cell, as a JSON object."""
     before, started = load(), time.perf_counter()
-    prompts, tokens = materials.prompts(cell), settings.max_new_tokens
-    make = materials.systems(cell, prompts, tokens)
-    screened = sweep(make, prompts, settings.sweep_tokens)
+    groups, tokens = [materials.prompts(cell, group) for group in range(settings.groups)], settings.max_new_tokens
+    make = materials.systems(cell, groups, tokens)
+    screened = sweep(make, groups, settings.sweep_tokens)
     plain, warm = make(mode="plain", budget=1), make(mode="auto", budget="auto")
-    warm.run(prompts, tokens)
+    warm.run(groups[-1], tokens)
     makers: dict[str, Make] = {
         "plain": lambda: plain,
         "cold": lambda: make(mode="auto", budget="auto"),
         "warm": lambda: warm,
         **{name: _always(make(mode="dynamic", budget=size)) for name, size in finalists(screened).items()},
     }
-    runs = take_turns(makers, prompts, tokens, settings)
+    runs = take_turns(makers, groups, tokens, settings)
     duel: dict[str, list[Run]] = {}
     if cell.context == 64 and cell.batch in MEDUSA_GAINS and cell.heads != "untrained":
         medusa = make(mode="fixed", budget=MEDUSA_NODES, fixed_tree=materials.medusa_tree)
-        duel = take_turns({"warm": lambda: warm, "medusa": lambda: medusa}, prompts, settings.sweep_tokens, settings)
+        duel = take_turns({"warm": lambda: warm, "medusa": lambda: medusa}, groups, settings.sweep_tokens, settings)
     return {
         "cell": cell.name,
         **asdict(cell),
         "at_limit": cell.context == materials.longest_prompt(tokens),
-        "prompt_tokens": [len(prompt) for prompt in prompts],
+        "prompt_tokens": [[len(prompt) for prompt in prompts] for prompts in groups],
         "load_before": before,
         "load_after": load(),
         "seconds": round(time.perf_counter() - started, 1),
@@ -104,7 +108,7 @@ def measure(cell: Cell, materials: Materials, settings: Settings) -> dict[str, A
         "duel": {name: _system(several) for name, several in duel.items()},
         "ratios": ratios(speeds(runs), speeds(duel)),
         **_learning(runs),
-        **_differences(materials.model(cell), prompts, runs),
+        **_differences(materials.model(cell), groups, runs),
     }
 
 
@@ -131,13 +135,13 @@ def _learning(runs: Mapping[str, Sequence[Run]]) -> dict[str, Any]:
     return {"prediction_error": finite(prediction_error(later)), "sizing_share": finite(share)}
 
 
-def _differences(model: Any, prompts: Sequence[list[int]], runs: Mapping[str, Sequence[Run]]) -> dict[str, int]:
+def _differences(model: Any, groups: Sequence[Prompts], runs: Mapping[str, Sequence[Run]]) -> dict[str, int]:
     """Outputs that are not plain decoding's, once per prompt and system."""
-    reference = runs["plain"][0].outputs
     found = [
         compare(model, number, prompt, output, expected)
         for several in runs.values()
-        for number, (prompt, output, expected) in enumerate(zip(prompts, several[0].outputs, reference, strict=True))
+        for prompts, run, plain in zip(groups, several, runs["plain"], strict=False)
+        for number, (prompt, output, expected) in enumerate(zip(prompts, run.outputs, plain.outputs, strict=True))
     ]
     near = [difference.is_near_tie for difference in found if difference is not None]
     return {"near_ties": sum(near), "different": len(near) - sum(near)}

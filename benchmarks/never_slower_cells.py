@@ -25,6 +25,8 @@ _PIECES = 160  # of held-out code, about 250 tokens each
 _EDIT = "\n\n\n# The same code again, with `self` renamed to `this`:\n\n"
 _EDIT_TOKENS = 160  # of the code that is to be written again
 
+Prompts = list[list[int]]  # token ids of the rows that are decoded together
+
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
@@ -113,8 +115,8 @@ class Materials:
         )
         return LlamaForCausalLM(config).eval()
 
-    def systems(self, cell: Cell, prompts: Sequence[list[int]], max_new_tokens: int) -> Callable[..., LadonSystem]:
-        """Makes a system of the cell, from `mode`, `budget` and perhaps `fixed_tree`."""
+    def systems(self, cell: Cell, groups: Sequence[Prompts], max_new_tokens: int) -> Callable[..., LadonSystem]:
+        """Makes a system of the cell for these groups of prompts, from `mode`, `budget` and perhaps `fixed_tree`."""
         model, heads = self.model(cell), self._heads
         if cell.heads != "bundled":
             torch.manual_seed(0)
@@ -122,14 +124,16 @@ class Materials:
         system = partial(LadonSystem, model, heads)
         if cell.heads != "synthetic":
             return system
-        plain = system(mode="plain", budget=1).run(prompts, max_new_tokens)
-        answers = {tuple(prompt): output for prompt, output in zip(prompts, plain.outputs, strict=True)}
+        answers: dict[tuple[int, ...], list[int]] = {}
+        for prompts in groups:
+            plain = system(mode="plain", budget=1).run(prompts, max_new_tokens)
+            answers |= {tuple(prompt): output for prompt, output in zip(prompts, plain.outputs, strict=True)}
         drafts = SyntheticDrafts(answers, self.hit_rates, vocab_size=model.config.vocab_size)
         return partial(system, make=partial(SyntheticDecoder, drafts=drafts))
 
-    def prompts(self, cell: Cell) -> list[list[int]]:
-        """One prompt per row, all different, of exactly the cell's context if it has one."""
-        texts = {"code": self._code, "edits": self._edits, "humaneval": self._problems}[cell.task](cell)
+    def prompts(self, cell: Cell, group: int = 0) -> Prompts:
+        """One prompt per row, all different, of exactly the cell's context if it has one; others in each group."""
+        texts = {"code": self._code, "edits": self._edits, "humaneval": self._problems}[cell.task](cell, group)
         prompts = [list(self._tokenizer(text)["input_ids"]) for text in texts]
         if cell.context is None:
             return prompts
@@ -137,24 +141,31 @@ class Materials:
             raise SystemExit(f"{cell.name}: a prompt has fewer than {cell.context} tokens")
         return [prompt[-cell.context :] for prompt in prompts]
 
-    def _code(self, cell: Cell) -> list[str]:
+    def _code(self, cell: Cell, group: int) -> list[str]:
         """Pieces of held-out code, one after the other until there are enough tokens."""
-        pieces = demo_prompts(_PIECES)
         count = 1 + (cell.context or 0) // 160  # the shortest has more than 160 tokens
+        pieces = _from(demo_prompts(_PIECES), group * cell.batch * count)
         rows = [pieces[row :: cell.batch] for row in range(cell.batch)]
         return ["\n\n\n".join(row[:count]) for row in rows]
 
-    def _edits(self, cell: Cell) -> list[str]:
+    def _edits(self, cell: Cell, group: int) -> list[str]:
         """Code, a comment that asks for it again with a change, and its first line again."""
         texts = []
-        for piece in demo_prompts(cell.batch):
+        for piece in _from(demo_prompts(_PIECES), group * cell.batch)[: cell.batch]:
             ids = self._tokenizer(piece)["input_ids"][:_EDIT_TOKENS]
             code = self._tokenizer.decode(ids).rstrip("\n")
             texts.append(f"{code}{_EDIT}{code.lstrip().splitlines()[0]}")
         return texts
 
-    def _problems(self, cell: Cell) -> list[str]:
+    def _problems(self, cell: Cell, group: int) -> list[str]:
         """HumanEval's prompts, spread over the file."""
         assert self._humaneval is not None  # else the cell is not among those to measure
         rows = [json.loads(line) for line in self._humaneval.read_text(encoding="utf-8").splitlines() if line.strip()]
+        rows = _from(rows, group * (len(rows) // 7))
         return [row["prompt"].rstrip("\n") for row in rows[:: len(rows) // cell.batch][: cell.batch]]
+
+
+def _from(items: Sequence[Any], start: int) -> list[Any]:
+    """All items, beginning with another one, those before it at the end."""
+    start %= len(items)
+    return [*items[start:], *items[:start]]

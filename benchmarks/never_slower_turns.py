@@ -28,6 +28,7 @@ class Settings:
     Attributes:
         max_new_tokens: of each row.
         sweep_tokens: of each row in the sweep of fixed sizes and against MEDUSA's tree.
+        groups: of prompts, which repeats use in turn: how well one prompt is guessed is a matter of luck.
         most_repeats: of the systems that take turns.
         second_seconds: after so long there is no second repeat.
         further_seconds: after so long there is no further one.
@@ -35,12 +36,13 @@ class Settings:
 
     max_new_tokens: int = 256
     sweep_tokens: int = 32
+    groups: int = 4
     most_repeats: int = 8
-    second_seconds: float = 30.0
-    further_seconds: float = 25.0
+    second_seconds: float = 60.0
+    further_seconds: float = 40.0
 
 
-QUICK = Settings(max_new_tokens=48, sweep_tokens=16, most_repeats=1)
+QUICK = Settings(max_new_tokens=48, sweep_tokens=16, groups=1, most_repeats=1)
 
 
 class Racer:
@@ -90,16 +92,19 @@ def race(racers: Sequence[Racer]) -> None:
 
 
 def take_turns(
-    makers: Mapping[str, Make], prompts: Sequence[list[int]], tokens: int, settings: Settings
+    makers: Mapping[str, Make], groups: Sequence[Sequence[list[int]]], tokens: int, settings: Settings
 ) -> dict[str, list[Run]]:
-    """Runs by system and repeat, as many repeats as there is time for; in each one all systems race."""
+    """Runs by system and repeat, as many repeats as there is time for; in each one all systems race.
+
+    Each repeat takes the next group of prompts.
+    """
     runs: dict[str, list[Run]] = {name: [] for name in makers}
     names, started = list(makers), time.perf_counter()
     for repeat in range(settings.most_repeats):
         bound = {0: math.inf, 1: settings.second_seconds}.get(repeat, settings.further_seconds)
         if time.perf_counter() - started > bound:
             break
-        first = repeat % len(names)
+        first, prompts = repeat % len(names), groups[repeat % len(groups)]
         racers = {name: Racer(makers[name](), prompts, tokens) for name in names[first:] + names[:first]}
         race(list(racers.values()))
         for name, racer in racers.items():

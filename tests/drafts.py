@@ -18,7 +18,7 @@ from ladon.lattice import Lattice
 from ladon.proposers import HeadsProposer, Proposer, RootProposer, tree_builder
 from ladon.pruning import Pruning
 from ladon.rows import Row
-from ladon.sizing import EDGES, Sizing, StepRecord
+from ladon.sizing import EDGES, Size, Sizing, StepRecord
 from ladon.stats import DecodeStats, StageClock
 from ladon.target import Target
 
@@ -78,7 +78,7 @@ class DraftedLattice:
 
 
 class RandomSizing:
-    """Any size at any time, drafting or not; keeps what it is told."""
+    """Any size at any time, drafting and pruning or not; keeps what it is told."""
 
     def __init__(self, seed: int) -> None:
         self.edges: Sequence[int] = EDGES
@@ -90,9 +90,9 @@ class RandomSizing:
     def reach(self, batch: int, context: float) -> int:
         return self._dice.choice((1, 1, *EDGES))
 
-    def choose(self, sums: Sums | None, batch: int, context: float) -> int:
+    def choose(self, sums: Sums | None, batch: int, context: float) -> Size:
         self.sums.append(sums)
-        return self._dice.choice(EDGES)
+        return Size(self._dice.choice(EDGES), self._dice.random() < 0.5)
 
     def observe(self, record: StepRecord) -> float:
         self.records.append(record)

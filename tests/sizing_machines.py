@@ -12,26 +12,26 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 
-from ladon.sizing import Sizing, StepRecord
+from ladon.sizing import PLAIN, PrunedSteps, Sizing, StepRecord
 
 DEPTHS, RANKS, MOST = 4, 8, 128
-CostFunction = Callable[[int, int, float, int], float]  # batch, nodes, context, grown -> milliseconds
+CostFunction = Callable[[int, float, float, int], float]  # batch, nodes, context, grown -> milliseconds
 
 
-def linear(batch: int, nodes: int, context: float, grown: int) -> float:
+def linear(batch: int, nodes: float, context: float, grown: int) -> float:
     """A CPU of two cores: time grows from the second token on."""
     rows = batch * nodes**0.9
     return 1.6 + 0.5 * rows + 0.04 * batch * nodes * context / 4096 + drafting(batch, grown)
 
 
-def float32_cpu(batch: int, nodes: int, context: float, grown: int) -> float:
+def float32_cpu(batch: int, nodes: float, context: float, grown: int) -> float:
     """Few rows take a slow kernel: two nodes cost more than four."""
     rows = batch * nodes
     slow = 3.0 if 2 <= rows <= 3 else 0.0
     return 3.6 + 0.22 * rows + slow + 0.1 * batch * context / 1024 + drafting(batch, grown)
 
 
-def gpu(batch: int, nodes: int, context: float, grown: int) -> float:
+def gpu(batch: int, nodes: float, context: float, grown: int) -> float:
     """Flat to a knee, then in stairs of 64 rows."""
     rows = batch * nodes
     stairs = max(0, -(-(rows - 128) // 64))
@@ -129,15 +129,43 @@ class Run:
         return self.tokens / self.seconds
 
 
+@dataclass(frozen=True)
+class SimulatedPruning:
+    """What pruning does on a simulated machine.
+
+    Attributes:
+        steps: what it keeps, after which share of the layers.
+        keeps: share of the accepted nodes that it lets through, at each depth.
+        score: milliseconds of the early score.
+    """
+
+    steps: PrunedSteps
+    keeps: float
+    score: float
+
+
 class Simulation:
-    """Decodes as the engine does: verify, draft up to `reach`, observe, choose."""
+    """Decodes as the engine does: verify, draft up to `reach`, observe, choose.
+
+    With `pruning`, sizes above its `keep` may be pruned: they take the time of their work, `score` more, and keep so
+    much of what would be accepted.
+    """
 
     def __init__(
-        self, sizing: Sizing, machine: CostFunction, heads: Heads, *, batch: int = 1, noise: float = 0.05, seed: int = 0
+        self,
+        sizing: Sizing,
+        machine: CostFunction,
+        heads: Heads,
+        *,
+        batch: int = 1,
+        noise: float = 0.05,
+        seed: int = 0,
+        pruning: SimulatedPruning | None = None,
     ) -> None:
         self.sizing, self.machine, self.heads, self.batch = sizing, machine, heads, batch
+        self.pruning, self.num_pruned = pruning, 0
         self.context, self.noise, self.dice = 64.0, noise, random.Random(seed)
-        self._nodes, self._trees = 1, []
+        self._size, self._trees = PLAIN, []
         self.slower = 1.0
 
     def run(self, tokens: int) -> Run:
@@ -150,16 +178,23 @@ class Simulation:
         return done
 
     def step(self, done: Run) -> int:
-        batch, context, nodes = self.batch, self.context, self._nodes
-        expected, accepted = self._verify(nodes)
+        batch, context, nodes = self.batch, self.context, self._size.nodes
+        pruning = self.pruning if self._size.pruned else None
+        kept = nodes if pruning is None else min(nodes, pruning.steps.keep)
+        expected, accepted = self._verify(nodes, 1.0 if kept == nodes or pruning is None else pruning.keeps)
         grown = self.sizing.reach(batch, context)
-        seconds = self.slower * 1e-3 * self.machine(batch, nodes, context, grown)
+        milliseconds = self.machine(batch, nodes, context, grown)
+        if pruning is not None and kept < nodes:
+            self.num_pruned += 1
+            milliseconds = self.machine(batch, pruning.steps.work(nodes, kept), context, grown) + pruning.score
+        seconds = self.slower * 1e-3 * milliseconds
         seconds *= 1.0 + self.noise * self.dice.gauss(0.0, 1.0)
         predicted = self.sizing.observe(
             StepRecord(
                 batch=batch,
                 context=context,
                 nodes=nodes,
+                kept=kept,
                 grown=grown,
                 seconds=seconds,
                 expected=expected,
@@ -167,7 +202,7 @@ class Simulation:
             )
         )
         self._trees = [self.heads.draw(self.dice) for _ in range(batch)] if grown > 1 else []
-        self._nodes = self.sizing.choose(self._sums(), batch, context)
+        self._size = self.sizing.choose(self._sums(), batch, context)
         emitted = batch + sum(accepted)
         self.context += emitted / batch
         done.seconds += seconds
@@ -182,7 +217,7 @@ class Simulation:
         tables = [mass(claimed, edges) for claimed, _ in self._trees]
         return [[sum(column) for column in zip(*rows, strict=True)] for rows in zip(*tables, strict=True)]
 
-    def _verify(self, nodes: int) -> tuple[list[float], list[int]]:
+    def _verify(self, nodes: int, keeps: float) -> tuple[list[float], list[int]]:
         if nodes == 1 or not self._trees:
             return [], []
         expected, accepted = [0.0] * DEPTHS, [0] * DEPTHS
@@ -194,7 +229,7 @@ class Simulation:
             said: tuple[int, ...] = ()
             for depth in range(DEPTHS):
                 said += (self._rank(true),)
-                if said not in inside:
+                if said not in inside or (keeps < 1.0 and self.dice.random() > keeps):
                     break
                 accepted[depth] += 1
         return expected, accepted

@@ -13,7 +13,7 @@ from ladon.bench import plots, table
 from ladon.bench.report import Result
 from ladon.bench.steps import NotedSizing, StepFacts, by_size, prediction_error
 from ladon.cli.main import run as run_command
-from ladon.sizing import StepRecord
+from ladon.sizing import Size, StepRecord
 from ladon.step_cost import StepTime
 from ladon.viz import png
 from user_side import Tiny, write_jsonl
@@ -64,8 +64,8 @@ class Sizing:
     def reach(self, batch: int, context: float) -> int:
         return 8
 
-    def choose(self, sums: object, batch: int, context: float) -> int:
-        return 4
+    def choose(self, sums: object, batch: int, context: float) -> Size:
+        return Size(4, False)
 
     def observe(self, record: StepRecord) -> float:
         return 0.25 if record.nodes > 1 else math.nan
@@ -74,8 +74,8 @@ class Sizing:
 def test_steps_are_noted_and_decisions_stay_the_same() -> None:
     noted = NotedSizing(Sizing())
     assert (noted.edges, noted.probes) == ((1, 4, 8), 3)
-    assert (noted.reach(2, 5.0), noted.choose(None, 2, 5.0)) == (8, 4)
-    asked = {"batch": 2, "context": 5.0, "grown": 8, "seconds": 0.5}
+    assert (noted.reach(2, 5.0), noted.choose(None, 2, 5.0)) == (8, (4, False))
+    asked = {"batch": 2, "context": 5.0, "kept": 4, "grown": 8, "seconds": 0.5}
     assert noted.observe(StepRecord(nodes=4, expected=[1.5, 0.5], accepted=[2, 1], **asked)) == 0.25  # type: ignore[arg-type]
     assert math.isnan(noted.observe(StepRecord(nodes=1, **asked)))  # type: ignore[arg-type]
     noted.observe(StepRecord(nodes=4, **asked))  # type: ignore[arg-type]

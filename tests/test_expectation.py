@@ -64,6 +64,20 @@ def test_a_depth_that_was_not_verified_keeps_its_correction() -> None:
     assert expectation.corrections()[1] == before
 
 
+def test_pruned_trees_say_what_pruning_keeps_and_nothing_of_the_heads() -> None:
+    dice = random.Random(2)
+    expectation = Expectation(2)
+    for _ in range(200):
+        expectation.learn_outcome([0.8], [int(dice.random() < 0.4)], 1)
+    before = expectation.corrections()
+    assert expectation.kept_by_pruning == 1.0
+    for _ in range(200):
+        expectation.learn_outcome([0.8], [int(dice.random() < 0.3)], 1, pruned=True)
+    assert expectation.corrections() == before
+    assert expectation.kept_by_pruning == pytest.approx(0.75, abs=0.15)
+    assert expectation.rows_verified == 400
+
+
 def test_edges_that_were_not_grown_keep_what_is_known() -> None:
     expectation = Expectation(3)
     expectation.learn_trees([[0.0, 0.5, 0.9]], 1, 3)

@@ -14,14 +14,16 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import ladon
-from drafts import TREES, decode, make_proposer
+from drafts import TREES, RandomSizing, decode, make_proposer
 from families import FAMILIES, FAST, VOCAB_SIZE, WORKABLE, build
 from ladon import Pruning
+from ladon.auto_sizing import AutoSizing
 from ladon.calibration import Calibration
 from ladon.errors import HeadsError, InputError, UnsupportedModelError
 from ladon.heads.early_exit import EarlyExit, new_early_exit
 from ladon.pruning import Pruner
 from ladon.pruning_test import check_pruning
+from ladon.sizing import PrunedSteps
 from ladon.target import Target
 from random_trees import draw, pad_paths, plain_logits
 from test_engine import PROMPTS, generate
@@ -156,6 +158,33 @@ def test_decoding_says_the_same(model: PreTrainedModel, kind: str, tree: str, mo
         assert stats.nodes_verified > stats.nodes_pruned
     if kind == "oracle":
         assert stats.accepted_nodes > 0, "nothing was drafted, so nothing was tried"
+
+
+def test_a_sizing_decides_step_by_step(model: PreTrainedModel) -> None:
+    """Pruned or whole, of any size, at any step: the tokens are the same, and the sizing is told what went on."""
+    truth = [generate(model, prompt, 30) for prompt in PROMPTS]
+    kept = set()
+    for seed in range(4):
+        sizing = RandomSizing(seed)
+        proposer = make_proposer("oracle", "dynamic", truth, 97, None)
+        pruning = Pruning(layer=1, keep=4)
+        outputs, stats = decode(Target(model), proposer, PROMPTS, 30, budget=sizing, pruning=pruning)
+        assert outputs == truth
+        assert sum(r.batch * (r.nodes - r.kept) for r in sizing.records) == stats.nodes_pruned
+        kept |= {(record.kept, record.kept < record.nodes) for record in sizing.records}
+    assert (4, True) in kept and any(count > 4 and not is_cut for count, is_cut in kept)
+
+
+@pytest.mark.parametrize(("keep", "learns"), [(4, True), ("threshold", False)])
+def test_automatic_sizes_know_what_pruning_does(keep: int | str, learns: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A number of kept nodes makes sizes to choose from; a threshold keeps as many as it likes, always."""
+    model, asked = deep_llama(), []
+    monkeypatch.setattr("ladon.budgets.AutoSizing", lambda *given: asked.append(given) or AutoSizing(*given))
+    heads = ladon.new_heads(model, num_heads=3)
+    decoder = ladon.Decoder(model, heads, prune=Pruning(layer=2, keep=keep, threshold=0.1))
+    assert [pruned for *_, pruned in asked] == [PrunedSteps(keep=4, share=0.4) if learns else None]
+    prompt = torch.arange(3, 40)[None]
+    assert decoder.generate(prompt, max_new_tokens=24).tolist() == model.generate(prompt, max_new_tokens=24).tolist()
 
 
 def test_a_pruned_truth_is_the_bonus(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:

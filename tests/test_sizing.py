@@ -9,7 +9,7 @@ from statistics import mean
 import pytest
 
 from ladon.auto_sizing import AutoSizing
-from ladon.sizing import EDGES, FixedSizing, FrozenSizing, StepRecord, edges_up_to
+from ladon.sizing import EDGES, PLAIN, FixedSizing, FrozenSizing, PrunedSteps, StepRecord, edges_up_to
 from ladon.step_cost import StepCost, StepTime
 from sizing_machines import (
     BAD,
@@ -21,6 +21,7 @@ from sizing_machines import (
     MOST,
     CostFunction,
     Heads,
+    SimulatedPruning,
     Simulation,
     float32_cpu,
     gpu,
@@ -97,6 +98,34 @@ def check_against_the_best_fixed_size(machine: CostFunction, batch: int, heads: 
     assert mean(rates) >= 0.97 * best_fixed_rate(machine, heads, batch, 800)
 
 
+STEPS = PrunedSteps(keep=8, share=0.25)
+
+
+def pruned_share(pruning: SimulatedPruning, seed: int = 0) -> tuple[float, float]:
+    """Of a warm run with good heads on a CPU: tokens per second, and the share of its steps that prune."""
+    sizing = AutoSizing(MOST, pruned=pruning.steps)
+    simulation = Simulation(sizing, float32_cpu, GOOD, seed=seed, pruning=pruning)
+    simulation.run(400)
+    simulation.num_pruned, simulation.context = 0, 64.0
+    run = simulation.run(800)
+    return run.rate, simulation.num_pruned / len(run.sizes)
+
+
+def test_pruning_is_taken_where_it_pays() -> None:
+    """It costs little and keeps nearly all: faster than the best size that is verified whole."""
+    rates, shares = zip(*(pruned_share(SimulatedPruning(STEPS, 0.995, 0.05), seed) for seed in SEEDS), strict=True)
+    assert min(shares) > 0.6
+    assert mean(rates) > 1.05 * best_fixed_rate(float32_cpu, GOOD, 1, 800)
+
+
+@pytest.mark.parametrize(("keeps", "score"), [(0.6, 0.05), (0.995, 12.0)])
+def test_pruning_is_left_where_it_does_not_pay(keeps: float, score: float) -> None:
+    """It drops too much, or takes longer than what it saves."""
+    rates, shares = zip(*(pruned_share(SimulatedPruning(STEPS, keeps, score), seed) for seed in SEEDS), strict=True)
+    assert max(shares) < 0.1
+    assert mean(rates) >= 0.96 * best_fixed_rate(float32_cpu, GOOD, 1, 800)
+
+
 @pytest.mark.parametrize("machine", [gpu, float32_cpu])
 def test_the_ramp_is_fast_with_good_heads(machine: CostFunction) -> None:
     """Also past two nodes, which cost more than four on one of these machines."""
@@ -145,7 +174,7 @@ def test_plain_decoding_is_looked_at_again() -> None:
     simulation = Simulation(sizing, gpu, GOOD)
     simulation.run(300)
 
-    def crowded(batch: int, nodes: int, context: float, grown: int) -> float:
+    def crowded(batch: int, nodes: float, context: float, grown: int) -> float:
         return 10.0 * nodes**1.2
 
     simulation.machine = crowded
@@ -159,9 +188,9 @@ def test_rows_join_and_leave() -> None:
     for batch in (1, 2, 4, 8, 16, 12, 6, 3, 2):
         simulation.batch, simulation.context = batch, 64.0
         simulation._trees = simulation._trees[:batch] if len(simulation._trees) >= batch else []
-        simulation._nodes = simulation._nodes if simulation._trees else 1
+        simulation._size = simulation._size if simulation._trees else PLAIN
         simulation.run(60)
-    simulation.batch, simulation._nodes, simulation.context = 1, 1, 64.0
+    simulation.batch, simulation._size, simulation.context = 1, PLAIN, 64.0
     simulation._trees = []
     assert simulation.run(300).rate >= 1.05 * plain_rate(linear, GOOD, 1, 300)
 
@@ -171,7 +200,7 @@ def test_a_clock_that_jumps(wrong: float) -> None:
     simulation = Simulation(AutoSizing(MOST), float32_cpu, GOOD)
     clock = iter(range(10**9))
 
-    def jumping(batch: int, nodes: int, context: float, grown: int) -> float:
+    def jumping(batch: int, nodes: float, context: float, grown: int) -> float:
         return wrong if next(clock) % 37 == 5 else float32_cpu(batch, nodes, context, grown)
 
     simulation.machine = jumping
@@ -184,20 +213,20 @@ def test_a_clock_that_jumps(wrong: float) -> None:
 def test_probabilities_that_are_not_finite(wrong: float) -> None:
     sizing = AutoSizing(MOST)
     for _ in range(3):
-        sizing.observe(StepRecord(batch=1, context=9.0, nodes=1, grown=1, seconds=0.01))
+        sizing.observe(StepRecord(batch=1, context=9.0, nodes=1, kept=1, grown=1, seconds=0.01))
     with pytest.warns(UserWarning, match="not finite"):
         assert sizing.reach(1, 9.0) > 1
-        assert sizing.choose([[wrong] * len(EDGES)], 1, 9.0) == 1
+        assert sizing.choose([[wrong] * len(EDGES)], 1, 9.0).nodes == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # it warns once
         sizing.reach(1, 9.0)
-        assert sizing.choose([[wrong] * len(EDGES)], 1, 9.0) == 1
+        assert sizing.choose([[wrong] * len(EDGES)], 1, 9.0).nodes == 1
     assert all(map(math.isfinite, sizing.expectation.typical_tokens(1)))
 
 
 def test_nothing_grown_is_plain() -> None:
     for sizing in (AutoSizing(MOST), FrozenSizing(profile(linear), MOST, DEPTHS)):
-        assert sizing.choose(None, 3, 9.0) == 1
+        assert sizing.choose(None, 3, 9.0).nodes == 1
 
 
 def profile(machine: CostFunction) -> StepCost:
@@ -240,7 +269,7 @@ def test_frozen_sizes_pay() -> None:
 
 
 def test_frozen_is_off_where_no_tree_could_pay() -> None:
-    def hopeless(batch: int, nodes: int, context: float, grown: int) -> float:
+    def hopeless(batch: int, nodes: float, context: float, grown: int) -> float:
         return 2.0 * nodes + (1.0 if grown > 1 else 0.0)
 
     sizing = FrozenSizing(profile(hopeless), MOST, DEPTHS)
@@ -250,8 +279,8 @@ def test_frozen_is_off_where_no_tree_could_pay() -> None:
 
 def test_a_fixed_size_never_changes() -> None:
     sizing = FixedSizing(12)
-    assert sizing.reach(3, 9.0) == sizing.choose(None, 1, 9.0) == 12
-    assert math.isnan(sizing.observe(StepRecord(batch=1, context=9.0, nodes=12, grown=12, seconds=0.01)))
+    assert sizing.reach(3, 9.0) == sizing.choose(None, 1, 9.0).nodes == 12
+    assert math.isnan(sizing.observe(StepRecord(batch=1, context=9.0, nodes=12, kept=12, grown=12, seconds=0.01)))
 
 
 def test_edges_of_small_trees() -> None:

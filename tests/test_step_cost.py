@@ -49,17 +49,16 @@ def test_predictions_after_50_steps(machine: CostFunction) -> None:
 def test_nothing_is_known_at_first() -> None:
     cost = StepCost()
     assert math.isnan(cost.predict(1, 1, 10.0, drafts=False))
-    assert cost.evidence(1, 1, drafts=False) == 0.0
+    assert cost.evidence(1) == {}
 
 
 def test_evidence_of_a_batch_counts_for_batches_like_it() -> None:
     cost = StepCost()
     for _ in range(3):
         cost.observe(StepTime(batch=4, nodes=8, context=10.0, drafts=True, seconds=0.01))
-    assert cost.evidence(4, 8, drafts=True) == cost.evidence(2, 8, drafts=True) == cost.evidence(8, 8, drafts=True) == 3
-    assert (
-        cost.evidence(9, 8, drafts=True) == cost.evidence(4, 8, drafts=False) == cost.evidence(4, 4, drafts=True) == 0
-    )
+    for batch in (2, 4, 8):
+        assert cost.evidence(batch) == {(8, True, False): 3}
+    assert cost.evidence(9) == cost.evidence(1) == {}
 
 
 def known(seconds: float = 0.01, steps: int = 60) -> StepCost:

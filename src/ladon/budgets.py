@@ -9,8 +9,10 @@ from ladon.auto_sizing import AutoSizing
 from ladon.config import AUTO_BUDGET, MOST_NODES
 from ladon.errors import TreeError
 from ladon.fixed_tree import FixedTree
+from ladon.heads.early_exit import decoder_layers
 from ladon.profiles import place_of, read_profile
-from ladon.sizing import FixedSizing, FrozenSizing, Sizing
+from ladon.pruning import Pruning
+from ladon.sizing import FixedSizing, FrozenSizing, PrunedSteps, Sizing
 from ladon.step_cost import StepCost
 
 if TYPE_CHECKING:
@@ -49,6 +51,7 @@ def make_sizing(
     heads: Heads | None,
     num_candidates: int,
     deterministic: bool,
+    pruning: Pruning | None = None,
 ) -> Sizing:
     """Who chooses the sizes of a decoder's trees.
 
@@ -59,6 +62,8 @@ def make_sizing(
         heads: its heads, bound to it; None for plain decoding.
         num_candidates: candidates kept per head.
         deterministic: whether no clock may enter; the environment variable LADON_DETERMINISTIC=1 asks for it too.
+        pruning: the decoder's. A sizing that learns takes it step by step where it pays, if it keeps a number of nodes;
+            else trees are always pruned.
     """
     if budget != "auto":
         return FixedSizing(int(budget))
@@ -67,5 +72,11 @@ def make_sizing(
         return FixedSizing(most)
     times = read_profile(place_of(model, heads))
     if not deterministic and os.environ.get(DETERMINISTIC_VARIABLE, "0") in ("", "0"):
-        return AutoSizing(most, times)
+        return AutoSizing(most, times, _pruned_steps(pruning, model))
     return FrozenSizing(StepCost(times), most, heads.num_heads) if times else FixedSizing(min(AUTO_BUDGET, most))
+
+
+def _pruned_steps(pruning: Pruning | None, model: PreTrainedModel) -> PrunedSteps | None:
+    if pruning is None or not isinstance(pruning.keep, int):
+        return None
+    return PrunedSteps(keep=pruning.keep, share=pruning.layer / len(decoder_layers(model)))

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ladon import sampling
-from ladon.accept import Accepted, longest_match
+from ladon.accept import longest_match
 from ladon.batch import Batch
 from ladon.host import to_host
 from ladon.proposers import Proposer
@@ -24,55 +23,9 @@ from ladon.sampling import Sampler
 from ladon.sizing import Sizing
 from ladon.stats import DecodeStats, StageClock
 from ladon.step_sizes import StepSizes
+from ladon.steps import Outcome, Step
 from ladon.target import Target
 from ladon.tree import TokenTree, node_depths
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Step:
-    """What one step did.
-
-    Attributes:
-        rows: the rows it served: first those that it decoded, then those whose prompts it has read to the end. None in
-            a step that has only read on in prompts.
-        emitted: the tokens each row took, in order: accepted drafts, then the bonus token unless the row ended before;
-            for a prompt read to its end, the first token. None for a row that was cancelled meanwhile.
-        tree: the verified trees of the rows decoded, on the device; None if there was none.
-        accepted: the accepted paths, on the device; None likewise.
-    """
-
-    rows: list[Row]
-    emitted: list[list[int]]
-    tree: TokenTree | None = None
-    accepted: Accepted | None = None
-
-    @property
-    def joined(self) -> list[Row]:
-        """The rows whose prompts it has read to the end."""
-        return self.rows if self.tree is None else self.rows[self.tree.batch_size :]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Outcome:
-    """What a step's forward says of b rows, on the device: where they go on from, and what the host must know.
-
-    Attributes:
-        places: the rows.
-        hidden: hidden state of the last token kept, [b, H].
-        root: the token picked last, [b].
-        table: of each row, the number of its new tokens, then these, [b, 1 + A]; the rest is meaningless.
-        tree: the verified tree; None for prompts.
-        accepted: the accepted paths likewise.
-        num_pruned: nodes per row that were given to the target and are not in the tree.
-    """
-
-    places: list[int]
-    hidden: Tensor
-    root: Tensor
-    table: Tensor
-    tree: TokenTree | None = None
-    accepted: Accepted | None = None
-    num_pruned: int = 0
 
 
 class Engine:
@@ -195,14 +148,15 @@ class Engine:
                 table = self._sizes.unpack(to_host(packed)[0], len(lengths))
         if decoded is not None:
             counts = [count for count, *_ in table[: len(decoded.places)]]
-            self._sizes.observe(counts, grown=self._tree.num_nodes, seconds=time.perf_counter() - prefilled)
+            seconds, grown = time.perf_counter() - prefilled, self._tree.num_nodes
+            self._sizes.observe(counts, pruned=decoded.num_pruned, grown=grown, seconds=seconds)
         step = self._deliver(table, decoded)
         ended = time.perf_counter()
         self._stats.prefill_seconds += (ended if decoded is None else prefilled) - started
         self._stats.decode_seconds += 0.0 if decoded is None else ended - prefilled
         return step
 
-    def _read(self) -> _Outcome | None:
+    def _read(self) -> Outcome | None:
         """Read joining rows' prompts on by a chunk; what is said after those that have come to their end, if any."""
         batch, first = self._batch, len(self._batch.drafted)
         if not batch.joining:
@@ -216,7 +170,7 @@ class Engine:
             return None
         root = self._first_picks(logits, [batch.joining[index] for index in done])
         table = torch.stack([torch.ones_like(root), root], dim=1)
-        return _Outcome(places=[first + index for index in done], hidden=hidden, root=root, table=table)
+        return Outcome(places=[first + index for index in done], hidden=hidden, root=root, table=table)
 
     def _first_picks(self, logits: Tensor, rows: list[Row]) -> Tensor:
         """The first token of each row, [b], from the logits after its prompt [b, V]."""
@@ -226,15 +180,16 @@ class Engine:
         lengths = torch.tensor([len(row.prompt) for row in rows], device=logits.device)
         return self._sampler.pick(logits[:, None], seeds, lengths, torch.zeros_like(lengths)[:, None], 0)[:, 0]
 
-    def _decode(self, tree: TokenTree) -> _Outcome:
+    def _decode(self, tree: TokenTree) -> Outcome:
         """Verify the trees of the rows that decode, and keep what the target would have said."""
         cache, clock = self._batch.cache, self._clock
-        tree = tree.prefix(self._sizes.choose(cache.host_lengths[: tree.batch_size]))
-        tree, chosen = self._within_limits(tree), tree
+        size = self._sizes.choose(cache.host_lengths[: tree.batch_size])
+        chosen = tree.prefix(size.nodes)
+        tree = self._within_limits(chosen)
         self._sizes.begin(tree.num_nodes, is_whole=tree is chosen)
         seeds = self._seeds_of(self._batch.decoding)
         with clock.stage("verify"), clock.forward_of(self._target.model, "forward"):
-            out = self._target.verify(tree, cache, self._pruning)
+            out = self._target.verify(tree, cache, self._pruning if size.pruned else None)
         with clock.stage("pick"):
             if self._sampler is None or seeds is None:
                 picks = sampling.pick(out.logits)
@@ -249,10 +204,8 @@ class Engine:
             batch_index = torch.arange(out.tree.batch_size, device=picks.device)
             hidden, root = out.hidden[batch_index, accepted.last], accepted.bonus
         table = torch.cat([accepted.count[:, None], accepted.tokens], dim=1)
-        places, pruned = self._batch.drafted, out.num_pruned
-        return _Outcome(
-            places=places, hidden=hidden, root=root, table=table, tree=out.tree, accepted=accepted, num_pruned=pruned
-        )
+        places = self._batch.drafted
+        return Outcome(places=places, hidden=hidden, root=root, table=table, verified=out, accepted=accepted)
 
     def _within_limits(self, tree: TokenTree) -> TokenTree:
         """Drop nodes that no row may emit any more, or that the target could not verify exactly at this length."""
@@ -262,13 +215,13 @@ class Engine:
             caps.append(row.num_left - 1 if target_cap is None else min(row.num_left - 1, target_cap))
         return tree.within(caps)
 
-    def _deliver(self, table: list[list[int]], decoded: _Outcome | None) -> Step:
+    def _deliver(self, table: list[list[int]], decoded: Outcome | None) -> Step:
         """Hand each row its new tokens and count them; rows decide where they end."""
         rows, emitted = self._batch.decoding, []
         tree, accepted, num_decoded, pruned = None, None, 0, 0
-        if decoded is not None:
-            tree, accepted, num_decoded = decoded.tree, decoded.accepted, len(decoded.places)
-            pruned = decoded.num_pruned
+        if decoded is not None and decoded.verified is not None:
+            tree, pruned = decoded.verified.tree, decoded.num_pruned
+            accepted, num_decoded = decoded.accepted, len(decoded.places)
             self._batch.cache.mirror([count for count, *_ in table[:num_decoded]])
             self._stats.forwards += 1
         for index, (row, (count, *tokens)) in enumerate(zip(rows, table, strict=True)):

@@ -2,8 +2,9 @@
 
 The sum of a tree's path probabilities is the number of nodes that would be accepted, if the heads' probabilities were
 true. They are not quite, and how far off they are changes with the text: so each depth has a correction, learnt from
-what was accepted. ProPD (arXiv 2402.13485) keeps a table of acceptance rates by head and rank instead; on recorded
-traces that predicts worse, because it says the same of every tree (`benchmarks/expectation.py`, docs/sizing.md).
+what was accepted, and pruning (`ladon.pruning`) has one of its own. ProPD (arXiv 2402.13485) keeps a table of
+acceptance rates by head and rank instead; on recorded traces that predicts worse, because it says the same of every
+tree (`benchmarks/expectation.py`, docs/sizing.md).
 
 Shapes: K depths, E bucket edges. `sums[d][e]` is the path probability of all nodes of depth d + 1 among the first
 `edges[e]` nodes, summed over rows.
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import mul
 
 _PRIOR = 2.0  # expected acceptances that count for the heads' own word before any evidence
 _KEEP = 0.995  # of the evidence, per row of a step: half is forgotten after 138
@@ -34,18 +36,34 @@ class Expectation:
         """Nothing is known about the heads yet; E is `num_edges`."""
         self._num_edges = num_edges
         self._evidence: list[_Evidence] = []
+        self._evidence_pruned = _Evidence()
         self._typical: list[list[float]] = []
         self._typical_rows = 0.0
         self.rows_verified = 0
 
     def corrections(self) -> list[float]:
         """Accepted over expected nodes of each depth, recent rows counting most; 1 where little is known, [K]."""
-        return [(found.accepted + _PRIOR) / (found.expected + _PRIOR) for found in self._evidence]
+        return [found.correction for found in self._evidence]
 
-    def learn_outcome(self, expected: Sequence[float], accepted: Sequence[float], rows: int) -> None:
-        """A step's verified trees: per depth their path probability, uncorrected, and rows that accepted a node."""
+    @property
+    def kept_by_pruning(self) -> float:
+        """Share of the drafts accepted from whole trees that are accepted when they are pruned; 1 if not known."""
+        return min(self._evidence_pruned.correction, 1.0)
+
+    def learn_outcome(
+        self, expected: Sequence[float], accepted: Sequence[float], rows: int, *, pruned: bool = False
+    ) -> None:
+        """A step's verified trees: per depth their path probability, uncorrected, and rows that accepted a node.
+
+        Trees that were `pruned` say what pruning keeps, and nothing of the heads.
+        """
         self.rows_verified += rows
         self._evidence += [_Evidence() for _ in range(len(expected) - len(self._evidence))]
+        if pruned:
+            foreseen = sum(map(mul, self.corrections(), expected))
+            self._evidence_pruned.add(foreseen, sum(accepted), rows)
+            return
+        self._evidence_pruned.fade(rows)  # or a bad start would keep pruning off for ever
         for found, mass, count in zip(self._evidence, expected, accepted, strict=False):
             if mass > 0.0:  # a depth that was not verified says nothing
                 found.add(mass, count, rows)
@@ -78,21 +96,34 @@ class Expectation:
 
 @dataclass(slots=True)
 class _Evidence:
-    """Accepted and expected nodes of one depth, the past counting less and less, and the same with a shorter memory."""
+    """Accepted and expected nodes, the past counting less and less, and the same with a shorter memory."""
 
     accepted: float = 0.0
     expected: float = 0.0
     recently_accepted: float = 0.0
     recently_expected: float = 0.0
 
+    @property
+    def correction(self) -> float:
+        """Accepted over expected, 1 where there is no evidence."""
+        return (self.accepted + _PRIOR) / (self.expected + _PRIOR)
+
+    def fade(self, rows: int) -> None:
+        """Let steps of so many rows have gone by."""
+        keep, keep_recent = _KEEP**rows, _KEEP_RECENT**rows
+        self.accepted *= keep
+        self.expected *= keep
+        self.recently_accepted *= keep_recent
+        self.recently_expected *= keep_recent
+
     def add(self, expected: float, accepted: float, rows: int) -> None:
         """One step of so many rows."""
-        keep, keep_recent = _KEEP**rows, _KEEP_RECENT**rows
-        self.accepted = keep * self.accepted + accepted
-        self.expected = keep * self.expected + expected
-        self.recently_accepted = keep_recent * self.recently_accepted + accepted
-        self.recently_expected = keep_recent * self.recently_expected + expected
-        foreseen = self.recently_expected * (self.accepted + _PRIOR) / (self.expected + _PRIOR)
-        variance = max(foreseen, 1.0) / (1 + keep_recent)
+        self.fade(rows)
+        self.accepted += accepted
+        self.expected += expected
+        self.recently_accepted += accepted
+        self.recently_expected += expected
+        foreseen = self.recently_expected * self.correction
+        variance = max(foreseen, 1.0) / (1 + _KEEP_RECENT**rows)
         if (self.recently_accepted - foreseen) ** 2 > _TURN**2 * variance:  # another text, another rate
             self.accepted, self.expected = self.recently_accepted, self.recently_expected

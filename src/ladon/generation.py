@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ladon.budgets import check_budget, make_sizing
 from ladon.config import DecoderOptions
-from ladon.engine import Engine, Step
+from ladon.engine import Engine
 from ladon.errors import InputError, LadonError
 from ladon.fixed_tree import FixedTree
 from ladon.heads import Heads
@@ -36,6 +36,7 @@ from ladon.requests import (
 from ladon.rows import Row
 from ladon.sampling import Sampler
 from ladon.stats import DecodeStats, StageClock
+from ladon.steps import Step
 from ladon.stopping import stop_string_rule
 from ladon.target import Target
 from ladon.trace import Trace
@@ -106,8 +107,8 @@ class Decoder:
         self._target = Target(model)
         if heads is not None and not self._target.supports_trees:
             self._tree = as_chain(self._tree)
-        self.sizing = make_sizing(budget, self._tree, model, self.heads, self._num_candidates, deterministic)
-        self.pruning = chosen_pruning(prune, heads, self._target)
+        self.pruning = pruning = chosen_pruning(prune, heads, self._target)
+        self.sizing = make_sizing(budget, self._tree, model, self.heads, self._num_candidates, deterministic, pruning)
         self.stats = DecodeStats()
 
     def generate(

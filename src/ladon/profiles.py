@@ -103,10 +103,11 @@ def _times_of(document: Any, place: Mapping[str, Any]) -> list[StepTime]:
     if not isinstance(entries, list) or not all(isinstance(entry, dict) and set(entry) == names for entry in entries):
         raise ValueError("its times are damaged")
     for entry in entries:
-        counts = [entry["batch"], entry["nodes"]]
-        numbers = [entry["context"], entry["seconds"]]
-        if not all(type(count) is int and count >= 1 for count in counts) or type(entry["drafts"]) is not bool:
+        flags, numbers = [entry["drafts"], entry["pruned"]], [entry["context"], entry["seconds"], entry["nodes"]]
+        if type(entry["batch"]) is not int or entry["batch"] < 1 or not all(type(flag) is bool for flag in flags):
             raise ValueError("its times are damaged")
-        if not all(type(n) in (int, float) and 0 <= n < math.inf for n in numbers) or entry["seconds"] == 0:
+        if not all(type(n) in (int, float) and 0 <= n < math.inf for n in numbers):
+            raise ValueError("its times are damaged")
+        if entry["seconds"] == 0 or entry["nodes"] < 1:
             raise ValueError("it has a time that cannot be")
     return [StepTime(**entry) for entry in entries]

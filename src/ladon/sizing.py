@@ -1,7 +1,7 @@
 """The size of the trees: how many nodes a step verifies, chosen anew at each step; 1 is plain decoding.
 
-All rows verify the same number of nodes, and output never depends on it. Here is what the engine asks of whatever
-chooses, and two that learn nothing; `ladon.auto_sizing` has the one that does.
+All rows verify the same number of nodes, whole or pruned on the way, and output never depends on it. Here is what the
+engine asks of whatever chooses, and two that learn nothing; `ladon.auto_sizing` has the one that does.
 
 Shapes: B rows, K depths, E bucket edges. Everything here is plain host arithmetic.
 """
@@ -11,12 +11,43 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from ladon.expectation import Expectation, Sums
 from ladon.step_cost import StepCost
 
 EDGES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
+
+
+class Size(NamedTuple):
+    """How many nodes a step verifies.
+
+    Attributes:
+        nodes: node slots per row, root included.
+        pruned: whether they are pruned on the way, if the engine prunes at all.
+    """
+
+    nodes: int
+    pruned: bool
+
+
+PLAIN = Size(1, False)
+
+
+class PrunedSteps(NamedTuple):
+    """What pruning does to a step.
+
+    Attributes:
+        keep: node slots per row that go on.
+        share: of the layers, that see all nodes: 0 to 1.
+    """
+
+    keep: int
+    share: float
+
+    def work(self, nodes: int, kept: int) -> float:
+        """Node slots per row that a layer sees, on average over the layers, if so many of them go on."""
+        return kept + self.share * (nodes - kept)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,6 +58,7 @@ class StepRecord:
         batch: B, rows it served.
         context: cached tokens per row before it, their mean.
         nodes: node slots verified per row, root included.
+        kept: those of them that no pruning took out.
         grown: nodes per row that trees for the next step were grown to; 1 if nothing was drafted.
         seconds: how long it took.
         expected: path probability of the verified nodes of each depth, summed over rows; empty if there were none or
@@ -37,6 +69,7 @@ class StepRecord:
     batch: int
     context: float
     nodes: int
+    kept: int
     grown: int
     seconds: float
     expected: Sequence[float] = ()
@@ -57,8 +90,8 @@ class Sizing(Protocol):
     def reach(self, batch: int, context: float) -> int:
         """Most nodes worth growing now, for the step after this one; 1: the heads need not run."""
 
-    def choose(self, sums: Sums | None, batch: int, context: float) -> int:
-        """Nodes of the next step.
+    def choose(self, sums: Sums | None, batch: int, context: float) -> Size:
+        """Size of the next step.
 
         Args:
             sums: [K][E], path probability of the new trees' nodes of each depth up to each edge, summed over rows; None
@@ -84,9 +117,9 @@ class FixedSizing:
         """The size."""
         return self._nodes
 
-    def choose(self, sums: Sums | None, batch: int, context: float) -> int:
+    def choose(self, sums: Sums | None, batch: int, context: float) -> Size:
         """The size."""
-        return self._nodes
+        return Size(self._nodes, True)
 
     def observe(self, record: StepRecord) -> float:
         """Nothing to learn."""
@@ -113,13 +146,13 @@ class FrozenSizing:
         could_pay = [n for n in self.edges[1:] if self._seconds(batch, n, context) < min(n, self._depth + 1) * plain]
         return could_pay[-1] if could_pay else 1
 
-    def choose(self, sums: Sums | None, batch: int, context: float) -> int:
+    def choose(self, sums: Sums | None, batch: int, context: float) -> Size:
         """The best edge for these trees."""
         if sums is None or not are_finite(sums):
-            return 1
+            return PLAIN
         tokens = Expectation(len(self.edges)).tokens(sums, batch)
         rates = [t / self._seconds(batch, n, context) for n, t in zip(self.edges, tokens, strict=True)]
-        return self.edges[rates.index(max(rates))]
+        return Size(self.edges[rates.index(max(rates))], True)
 
     def observe(self, record: StepRecord) -> float:
         """The time predicted; nothing is learnt."""

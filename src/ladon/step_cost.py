@@ -5,7 +5,7 @@ node is plain decoding. Its time is modelled in two parts:
 
 - a weighted regression over nodes, batch and context with coefficients that are never negative, so that it can be
   trusted between the steps that were seen and a little beyond them;
-- what each cell (batch, nodes, drafting or not, octave of the context) itself shows over and above the regression,
+- what each cell (batch, nodes, drafting, pruning, octave of the context) itself shows over and above the regression,
   because real time is a staircase: flat up to a knee on a GPU, with another kernel for every few rows on a CPU.
 
 Both forget. A machine whose speed changes as a whole (another program runs, the clock is throttled) moves one number,
@@ -42,20 +42,22 @@ class StepTime:
 
     Attributes:
         batch: rows decoded together.
-        nodes: node slots verified per row, root included.
+        nodes: node slots verified per row, root included; of a pruned step, those that a layer sees on average.
         context: cached tokens per row, their mean.
         drafts: whether trees for the next step were drafted in it.
         seconds: how long it took.
+        pruned: whether nodes were taken out on the way.
     """
 
     batch: int
-    nodes: int
+    nodes: float
     context: float
     drafts: bool
     seconds: float
+    pruned: bool = False
 
 
-_Key = tuple[int, int, bool, int]  # batch, nodes, drafts, octave of the context
+_Key = tuple[int, float, bool, bool, int]  # batch, nodes, drafts, pruned, octave of the context
 
 
 @dataclass(slots=True)
@@ -65,12 +67,14 @@ class _Cell:
     Attributes:
         level: logarithm of the seconds of a step with `context` cached tokens, at the pace 0.
         context: cached tokens of those steps.
+        regression: what the regression says of such a step, a logarithm.
         count: how many steps there were, up to a bound.
         seen: number of the last one among all steps.
     """
 
     level: float
     context: float
+    regression: float
     count: float
     seen: int
 
@@ -96,47 +100,45 @@ class StepCost:
         self._steps = 0
         self._surprises = 0  # how many times in a row a time was far off, counted with its sign
         self._residuals: dict[_Key, float] = {}  # computed from the next when asked for
-        self._gaps: list[tuple[_Key, float, float]] = []  # of each cell: beyond the regression; its weight
+        self._gaps: dict[_Key, tuple[float, float]] = {}  # of each cell: beyond the regression; its weight
         self.version = 0
         for time in times:
             if _is_time(time.seconds):
-                self._cells[_key(time.batch, time.nodes, time.drafts, time.context)] = _Cell(
-                    math.log(time.seconds), time.context, _PROFILE_WEIGHT, 0
-                )
+                self._cells[_key(time)] = _Cell(math.log(time.seconds), time.context, 0.0, _PROFILE_WEIGHT, 0)
         self._refit()
 
     def __len__(self) -> int:
         """How many kinds of steps were seen, of those that are remembered."""
         return len(self._cells)
 
-    def observe(self, time: StepTime) -> None:
-        """Learn from a real step."""
+    def observe(self, time: StepTime) -> float:
+        """Learn from a real step; the seconds that were predicted for it, NaN if nothing was seen before."""
         self._steps += 1
-        if not _is_time(time.seconds):
-            return
-        key = _key(time.batch, time.nodes, time.drafts, time.context)
-        level = math.log(time.seconds) - self._pace
-        cell = self._cells.get(key)
+        regression = self._log_regression(time.batch, time.nodes, time.drafts, time.context)
+        key = _key(time)
+        predicted = math.exp(regression + self._residual(key) + self._pace) if self._cells else math.nan
+        if _is_time(time.seconds):
+            self._learn(key, time, regression)
+        return predicted
+
+    def _learn(self, key: _Key, time: StepTime, regression: float) -> None:
+        level, cell = math.log(time.seconds) - self._pace, self._cells.get(key)
         if cell is None or cell.count < 2:
-            level = level if cell is None else min(level, cell.level)
-            self._cells[key] = _Cell(level, time.context, 1 if cell is None else 2, self._steps)
+            level, count = (level, 1) if cell is None else (min(level, cell.level), 2)
+            self._cells[key] = _Cell(level, time.context, regression, count, self._steps)
             self._refit()
-        else:
-            self._correct(cell, level, time)
-            if self._steps % max(_REFIT_EVERY, len(self._cells)) == 0:
-                self._refit()
-            elif cell.count < _FRESH:
-                self._forget_residuals()
+            return
+        self._correct(cell, level, time.context, regression)
+        if self._steps % max(_REFIT_EVERY, len(self._cells)) == 0:
+            self._refit()
+        elif cell.count < _FRESH:  # what it says of its neighbours can wait for the next fit
+            self._gaps[key] = cell.level - cell.regression, self._weight(cell)
+            self._residuals.pop(key, None)
+            self.version += 1
 
-    def _forget_residuals(self) -> None:
-        self._residuals.clear()
-        self._gaps = [(key, self._gap(key, cell), self._weight(cell)) for key, cell in self._cells.items()]
-        self.version += 1
-
-    def _correct(self, cell: _Cell, level: float, time: StepTime) -> None:
-        """Move a cell and the pace towards a new time."""
-        shape = (time.batch, time.nodes, time.drafts)
-        known = cell.level + self._log_regression(*shape, time.context) - self._log_regression(*shape, cell.context)
+    def _correct(self, cell: _Cell, level: float, context: float, regression: float) -> None:
+        """Move a cell and the pace towards a new time, at a context for which the regression says `regression`."""
+        known = cell.level + regression - cell.regression
         error = level - known
         bound = _CLIP * 2.0 ** min(abs(self._surprises), 10)
         if abs(error) <= _CLIP:
@@ -147,28 +149,27 @@ class StepCost:
         error = max(-bound, min(bound, error))
         self.noise += _NOISE_RATE * (min(abs(error), _MOST_NOISE) - self.noise)
         cell.count = min(cell.count + 1, 1 / _CELL_RATE)
-        share = 1 / cell.count
-        cell.level, cell.context, cell.seen = known + share * error, time.context, self._steps
+        cell.level = known + error / cell.count
+        cell.context, cell.regression, cell.seen = context, regression, self._steps
         trust = cell.count / (cell.count + _FAMILIAR)
         self._pace += _PACE_RATE * trust * error - _PACE_LEAK * self._pace
 
-    def predict(self, batch: int, nodes: int, context: float, *, drafts: bool) -> float:
+    def predict(self, batch: int, nodes: float, context: float, *, drafts: bool, pruned: bool = False) -> float:
         """Seconds of such a step; NaN if nothing was seen yet."""
         if not self._cells:
             return math.nan
-        return math.exp(
-            self._log_regression(batch, nodes, drafts, context)
-            + self._residual(_key(batch, nodes, drafts, context))
-            + self._pace
-        )
+        residual = self._residual((batch, nodes, drafts, pruned, _octave(context)))
+        return math.exp(self._log_regression(batch, nodes, drafts, context) + residual + self._pace)
 
-    def evidence(self, batch: int, nodes: int, *, drafts: bool) -> float:
-        """How many such steps were seen, at this batch or one like it; old ones count less, a single one half."""
-        found = 0.0
-        for (other_batch, other_nodes, other_drafts, _), cell in self._cells.items():
-            alike = other_nodes == nodes and other_drafts == drafts
-            if alike and batch <= 2 * other_batch and other_batch <= 2 * batch:
-                found += self._weight(cell)
+    def evidence(self, batch: int) -> dict[tuple[float, bool, bool], float]:
+        """How many steps were seen, at this batch or one like it, by (nodes, drafts, pruned).
+
+        Old ones count less, a single one half.
+        """
+        found: dict[tuple[float, bool, bool], float] = {}
+        for (other_batch, nodes, drafts, pruned, _), cell in self._cells.items():
+            if batch <= 2 * other_batch and other_batch <= 2 * batch:
+                found[nodes, drafts, pruned] = found.get((nodes, drafts, pruned), 0.0) + self._weight(cell)
         return found
 
     def _weight(self, cell: _Cell) -> float:
@@ -176,7 +177,7 @@ class StepCost:
         count = 0.5 if cell.count < 2 else min(cell.count, _FULL_WEIGHT)
         return count * math.exp((cell.seen - self._steps) / _STALE)
 
-    def _log_regression(self, batch: int, nodes: int, drafts: bool, context: float) -> float:
+    def _log_regression(self, batch: int, nodes: float, drafts: bool, context: float) -> float:
         return math.log(sum(map(mul, self._weights, _features(batch, nodes, drafts, context))) + _TINY)
 
     def _residual(self, key: _Key) -> float:
@@ -189,7 +190,7 @@ class StepCost:
     def _residual_of(self, key: _Key) -> float:
         around, weights = 0.0, 0.25  # a little trust in the regression alone
         own_gap, own_weight = 0.0, 0.0
-        for other, gap, weight in self._gaps:
+        for other, (gap, weight) in self._gaps.items():
             if other == key:
                 own_gap, own_weight = gap, weight
             elif (distance := _distance(key, other)) < _FAR:
@@ -200,9 +201,6 @@ class StepCost:
         if own_weight == 0.0:
             return around
         return (own_weight * own_gap + _OTHER_CELLS * around) / (own_weight + _OTHER_CELLS)
-
-    def _gap(self, key: _Key, cell: _Cell) -> float:
-        return cell.level - self._log_regression(*key[:3], cell.context)
 
     def _refit(self) -> None:
         """Fit the regression to the cells, relative errors alike, by coordinate descent with no weight below 0."""
@@ -223,24 +221,32 @@ class StepCost:
             for i in range(_NUM_FEATURES):
                 rest = sum(g * w for g, w in zip(gram[i], weights, strict=True)) - gram[i][i] * weights[i]
                 weights[i] = max(0.0, (goal[i] - rest) / (gram[i][i] * 1.001 + _TINY))
-        self._forget_residuals()
+        for key, cell in self._cells.items():
+            cell.regression = self._log_regression(*key[:3], cell.context)
+        self._gaps = {key: (cell.level - cell.regression, self._weight(cell)) for key, cell in self._cells.items()}
+        self._residuals.clear()
+        self.version += 1
 
 
 _TINY = 1e-12
 _NUM_FEATURES = 6
 
 
-def _key(batch: int, nodes: int, drafts: bool, context: float) -> _Key:
-    return batch, nodes, drafts, max(0, int(context) // 128).bit_length()
+def _key(time: StepTime) -> _Key:
+    return time.batch, time.nodes, time.drafts, time.pruned, _octave(time.context)
+
+
+def _octave(context: float) -> int:
+    return max(0, int(context) // 128).bit_length()
 
 
 def _distance(key: _Key, other: _Key) -> float:
     """How unlike two cells are."""
     steps = abs(math.log2(key[0] / other[0])) + abs(math.log2(key[1] / other[1]))
-    return steps + (key[2] != other[2]) + 0.25 * abs(key[3] - other[3])
+    return steps + (key[2] != other[2]) + 0.5 * (key[3] != other[3]) + 0.25 * abs(key[4] - other[4])
 
 
-def _features(batch: int, nodes: int, drafts: bool, context: float) -> tuple[float, ...]:
+def _features(batch: int, nodes: float, drafts: bool, context: float) -> tuple[float, ...]:
     """What the cost of a step is made of, scaled to be of like size.
 
     The step itself, its nodes, what its rows and its nodes read of the cache, drafting, and drafting by row.

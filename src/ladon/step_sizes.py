@@ -13,7 +13,7 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
-from ladon.sizing import FixedSizing, Sizing, StepRecord
+from ladon.sizing import FixedSizing, Size, Sizing, StepRecord
 from ladon.stats import DecodeStats
 from ladon.tree import TokenTree, ancestor_mask, node_depths
 
@@ -64,18 +64,18 @@ class StepSizes:
                 self._sums = [list(accumulate(numbers[k : k + num_edges])) for k in starts]
         return [values[row * width : (row + 1) * width] for row in range(num_rows)]
 
-    def choose(self, lengths: Sequence[int]) -> int:
-        """Nodes to verify now, of rows of so many cached tokens each; some of those drafted for may have ended."""
+    def choose(self, lengths: Sequence[int]) -> Size:
+        """What to verify now, of rows of so many cached tokens each; some of those drafted for may have ended."""
         with self._timed:
             self._batch, self._context = len(lengths), sum(lengths) / len(lengths)
             sums = self._sums
             if sums is not None and self._batch < self._rows:
                 share = self._batch / self._rows
                 sums = [[share * mass for mass in masses] for masses in sums]
-            nodes = self._sizing.choose(sums, self._batch, self._context)
-            place = self._edges.index(nodes) if nodes in self._edges and nodes > 1 else 0
+            size = self._sizing.choose(sums, self._batch, self._context)
+            place = self._edges.index(size.nodes) if size.nodes in self._edges else 0
             self._expected = [masses[place] for masses in sums] if sums is not None and place > 0 else []
-            return nodes
+            return size
 
     def begin(self, nodes: int, *, is_whole: bool) -> None:
         """A step verifies so many slots per row; `is_whole`: no node was taken out after the choice."""
@@ -83,11 +83,12 @@ class StepSizes:
         if not is_whole:
             self._expected = []
 
-    def observe(self, counts: Sequence[int], *, grown: int, seconds: float) -> None:
+    def observe(self, counts: Sequence[int], *, pruned: int, grown: int, seconds: float) -> None:
         """The step is done.
 
         Args:
             counts: of each row, nodes on the accepted path, the root included.
+            pruned: node slots per row that later layers did not see.
             grown: slots of the trees drafted in it; 1 if none were.
             seconds: how long it took.
         """
@@ -97,6 +98,7 @@ class StepSizes:
                 batch=self._batch,
                 context=self._context,
                 nodes=self._nodes,
+                kept=self._nodes - pruned,
                 grown=grown,
                 seconds=seconds,
                 expected=self._expected,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 
-from ladon.engine import Step
+from ladon.steps import Step
 from ladon.tree import ancestor_mask, node_depths
 
 

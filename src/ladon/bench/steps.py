@@ -9,7 +9,7 @@ from typing import Any
 
 from ladon.auto_sizing import AutoSizing
 from ladon.expectation import Sums
-from ladon.sizing import Sizing, StepRecord
+from ladon.sizing import Size, Sizing, StepRecord
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,7 +50,7 @@ class NotedSizing:
         """As the sizing says."""
         return self._sizing.reach(batch, context)
 
-    def choose(self, sums: Sums | None, batch: int, context: float) -> int:
+    def choose(self, sums: Sums | None, batch: int, context: float) -> Size:
         """As the sizing says."""
         return self._sizing.choose(sums, batch, context)
 
