@@ -38,6 +38,11 @@ def gpu(batch: int, nodes: float, context: float, grown: int) -> float:
     return 20.0 + 3.5 * stairs + 0.2 * batch * context / 1024 + 0.3 * drafting(batch, grown)
 
 
+def flat(batch: int, nodes: float, context: float, grown: int) -> float:
+    """A CPU that reads its weights slowly: nodes cost nearly nothing, drafting a fifth of a step."""
+    return 12.0 + 0.08 * batch * nodes + 0.1 * batch * context / 1024 + (2.7 if grown > 1 else 0.0)
+
+
 def drafting(batch: int, grown: int) -> float:
     return 0.0 if grown == 1 else 0.8 + 0.05 * batch + 0.001 * grown
 

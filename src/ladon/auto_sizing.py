@@ -22,7 +22,7 @@ from __future__ import annotations
 import math
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from ladon.curve import Curve, Curves, options_of
 from ladon.expectation import Expectation, Sums
@@ -39,8 +39,9 @@ _STANDS = (
     3  # further steps for which it stands that drafting pays, or does not: nothing is asked or summed up meanwhile
 )
 _WIDER = 2  # trees are grown this many edges further than was chosen of late
-# What drafting promises, as a multiple of plain decoding's speed. From the first on it is done. From the second on it
-# is done while its losses are within bounds, as who does not draft learns nothing. Below, it is tried now and then.
+# What drafting promises, as a multiple of plain decoding's speed. Where the first is likely, it is done. Where the
+# second is possible, it is done while its losses are within bounds, as who does not draft learns nothing. Below, it is
+# tried now and then.
 _SURE, _UNSURE = 1.05, 0.95
 _PROBE_AFTER, _PROBE_AFTER_MOST = 16, 256  # plain steps between two trials of the heads
 _PLAIN_AFTER, _PLAIN_AFTER_MOST = 64, 2048  # drafting steps between two looks at plain decoding
@@ -174,9 +175,10 @@ class AutoSizing:
         if self._on_trial:
             self._pays = False
             return self._may_lose(curve.plain)
-        promise = self._rates(self.expectation.typical_tokens(batch), batch, curve, len(self.edges))
-        gain = max(promise.values()) * curve.plain / batch
-        self._pays = gain >= _SURE and self.expectation.rows_verified >= _PROVED_ROWS
+        tokens, most = self.expectation.typical_tokens(batch), len(self.edges)
+        gain = max(self._rates(tokens, batch, curve.seconds, most).values()) * curve.plain / batch
+        likely = max(self._rates(tokens, batch, curve.likely, most).values(), default=0.0) * curve.likely_plain / batch
+        self._pays = likely >= _SURE and self.expectation.rows_verified >= _PROVED_ROWS
         if self._pays:
             self._try_heads.reset()
         elif not self._may_lose(curve.plain) or (gain < _UNSURE and not self._try_heads.is_over(_STANDS + 1)):
@@ -206,7 +208,7 @@ class AutoSizing:
         if self._stands == 0:
             self.expectation.learn_trees(sums, batch, count)
         curve = self._curve(batch, context)
-        rates = self._rates(self.expectation.tokens(sums, batch), batch, curve, count)
+        rates = self._rates(self.expectation.tokens(sums, batch), batch, curve.seconds, count)
         best = max(rates, key=rates.__getitem__)
         if self._last in rates and rates[best] < _STAY * rates[self._last]:
             best = self._last
@@ -214,7 +216,7 @@ class AutoSizing:
         if best > 0 or self._pays:
             return best
         # A trial: the smallest size that would pay if the heads were as good as they say shows whether they are.
-        claims = self._rates(self.expectation.tokens(sums, batch, corrected=False), batch, curve, count)
+        claims = self._rates(self.expectation.tokens(sums, batch, corrected=False), batch, curve.seconds, count)
         return next((place for place, rate in claims.items() if place > 0 and rate > batch / curve.plain), 0)
 
     def _warn_once(self) -> None:
@@ -222,17 +224,19 @@ class AutoSizing:
             self._has_warned = True
             warnings.warn("the heads' probabilities are not finite; steps without them decode plainly", stacklevel=2)
 
-    def _rates(self, tokens: Sequence[float], batch: int, curve: Curve, num_edges: int) -> dict[int, float]:
-        """Tokens per second, by place, of the options that may be taken and have one of the first edges.
+    def _rates(
+        self, tokens: Sequence[float], batch: int, seconds: Mapping[int, float], num_edges: int
+    ) -> dict[int, float]:
+        """Tokens per second, by place, of the options whose seconds are given and that have one of the first edges.
 
         `tokens` are those of whole trees up to each edge, [E].
         """
         rates, kept = {}, self.expectation.kept_by_pruning
-        for place, seconds in curve.seconds.items():
+        for place, time in seconds.items():
             option = self._options[place]
             if option.edge < num_edges:
                 expected = tokens[option.edge]
-                rates[place] = (batch + kept * (expected - batch) if option.is_cut else expected) / seconds
+                rates[place] = (batch + kept * (expected - batch) if option.is_cut else expected) / time
         return rates
 
     def _curve(self, batch: int, context: float) -> Curve:

@@ -56,10 +56,13 @@ class Curve:
 
     Attributes:
         state: what this holds for.
-        plain: seconds of a step of plain decoding.
+        plain: seconds that a step of plain decoding takes at the least.
         has_plain: whether enough steps of plain decoding were seen.
-        seconds: of a step that drafts, by place of the option; options that may not be taken are left out.
+        seconds: that a step which drafts takes at the least, by place of the option; options that may not be taken are
+            left out.
         known: places of which enough steps were seen, with drafting or without.
+        likely_plain: seconds that a step of plain decoding is likely to take.
+        likely: seconds that a step which drafts is likely to take, by place of the options that are known.
     """
 
     state: tuple[object, ...] = ()
@@ -67,6 +70,8 @@ class Curve:
     has_plain: bool = False
     seconds: dict[int, float] = field(default_factory=dict)
     known: set[int] = field(default_factory=set)
+    likely_plain: float = math.inf
+    likely: dict[int, float] = field(default_factory=dict)
 
 
 Evidence = Mapping[tuple[float, bool, bool], float]  # steps seen by (work, drafts, pruned)
@@ -91,14 +96,18 @@ class Curves:
                 has_plain=seen.get((1.0, False, False), 0.0) >= _PLAIN_FIRST,
                 seconds=self._seconds_with_drafting(seen, batch, context, known, may_lose),
                 known=known,
+                likely_plain=self._likely(batch, self._options[0], context, drafts=False),
+                likely={place: self._likely(batch, self._options[place], context, drafts=True) for place in known},
             )
         return self.newest
+
+    def _likely(self, batch: int, option: Option, context: float, *, drafts: bool) -> float:
+        return self._cost.predict(batch, option.work, context, drafts=drafts, pruned=option.is_cut)
 
     def _least(self, seen: Evidence, batch: int, option: Option, context: float, *, drafts: bool) -> float:
         """Seconds that a step may take at the least: what is little known is tried for this, and is then known."""
         evidence = max(seen.get((option.work, drafts, option.is_cut), 0.0), 1.0)
-        seconds = self._cost.predict(batch, option.work, context, drafts=drafts, pruned=option.is_cut)
-        return seconds * (1.0 - self._cost.noise / math.sqrt(evidence))
+        return self._likely(batch, option, context, drafts=drafts) * (1.0 - self._cost.noise / math.sqrt(evidence))
 
     def _seconds_with_drafting(
         self, seen: Evidence, batch: int, context: float, known: set[int], may_lose: bool
