@@ -87,6 +87,9 @@ class RandomSizing:
         self.sums: list[Sums | None] = []
         self._dice = random.Random(seed)
 
+    def for_run(self) -> RandomSizing:
+        return self
+
     def reach(self, batch: int, context: float) -> int:
         return self._dice.choice((1, 1, *EDGES))
 

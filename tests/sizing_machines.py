@@ -172,6 +172,7 @@ class Simulation:
         self.context, self.noise, self.dice = 64.0, noise, random.Random(seed)
         self._size, self._trees = PLAIN, []
         self.slower = 1.0
+        self.cut_at: int | None = None  # depth at which trees are cut in every second step
 
     def run(self, tokens: int) -> Run:
         """Until each row has emitted so many tokens, on average."""
@@ -187,6 +188,8 @@ class Simulation:
         pruning = self.pruning if self._size.pruned else None
         kept = nodes if pruning is None else min(nodes, pruning.steps.keep)
         expected, accepted = self._verify(nodes, 1.0 if kept == nodes or pruning is None else pruning.keeps)
+        if self.cut_at is not None and len(done.sizes) % 2:
+            expected, accepted = expected[: self.cut_at], accepted[: self.cut_at]
         grown = self.sizing.reach(batch, context)
         milliseconds = self.machine(batch, nodes, context, grown)
         if pruning is not None and kept < nodes:
@@ -200,6 +203,7 @@ class Simulation:
                 context=context,
                 nodes=nodes,
                 kept=kept,
+                tokens=batch + sum(accepted),
                 grown=grown,
                 seconds=seconds,
                 expected=expected,

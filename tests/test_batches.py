@@ -15,13 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ladon
-from drafts import CANDIDATES, NUM_NODES, PROPOSERS, TREES, decode, make_proposer
+from drafts import CANDIDATES, NUM_NODES, PROPOSERS, TREES, RandomSizing, decode, make_proposer
 from families import FAMILIES, VOCAB_SIZE, build
 from ladon import engine as engine_module
 from ladon.cache import TreeCache
 from ladon.engine import Engine
 from ladon.errors import InputError
 from ladon.proposers import RootProposer
+from ladon.pruning import Pruning
 from ladon.rows import Row
 from ladon.sampling import Sampler
 from ladon.stats import DecodeStats, StageClock
@@ -70,7 +71,7 @@ class Case:
 def new_engine(target: Target, proposer, **options) -> Engine:
     stats = DecodeStats()
     clock = StageClock(stats.stage_seconds, enabled=False, device=torch.device("cpu"))
-    return Engine(target, proposer, budget=NUM_NODES, stats=stats, clock=clock, **options)
+    return Engine(target, proposer, **{"budget": NUM_NODES, "stats": stats, "clock": clock, **options})
 
 
 case = cache(Case)
@@ -124,6 +125,8 @@ schedules = st.fixed_dictionaries(
         "tree": st.sampled_from(list(TREES)),
         "max_rows": st.sampled_from([None, 1, 2, 3]),
         "sampled": st.booleans(),
+        "sizes": st.one_of(st.none(), st.none(), st.integers(0, 9)),  # any size at any step, from this seed
+        "keep": st.sampled_from([None, None, 3, "threshold"]),
     }
 )
 
@@ -135,7 +138,12 @@ def follow(name: str, schedule: dict) -> None:
     sampler = SAMPLER if schedule["sampled"] else None
     truth = made.sampled if schedule["sampled"] else made.greedy
     todo: list[Plan] = [replace(plan, events=[]) for plan in schedule["plans"]]
-    engine = made.engine(schedule["kind"], schedule["tree"], max_rows=schedule["max_rows"], sampler=sampler)
+    options = {"max_rows": schedule["max_rows"], "sampler": sampler}
+    if schedule["sizes"] is not None:
+        options["budget"] = RandomSizing(schedule["sizes"])
+    if schedule["keep"] is not None:
+        options["pruning"] = Pruning(layer=1, keep=schedule["keep"], threshold=0.01)
+    engine = made.engine(schedule["kind"], schedule["tree"], **options)
     plan_of: dict[Row, Plan] = {}
     number = 0
     while True:
@@ -368,6 +376,55 @@ def test_a_step_that_raises_takes_only_the_rows_in_flight(monkeypatch):
     while engine.step() is not None:
         pass
     assert rows[2].tokens == made.greedy[5]
+
+
+def test_a_stop_rule_that_raises_ends_its_own_row():
+    made = case("llama")
+    engine = made.engine("oracle")
+
+    def broken(token: int) -> bool:
+        raise ZeroDivisionError("a rule of the user's")
+
+    good, bad = a_row(made, 1), a_row(made, 3, is_stop=broken)
+    engine.submit(good)
+    engine.submit(bad)
+    while engine.step() is not None:
+        pass
+    assert good.tokens == made.greedy[1] and not good.cancelled and good.error is None
+    assert bad.cancelled and len(bad.tokens) == 1 and isinstance(bad.error, ZeroDivisionError)
+    others = [a_row(made, 1), a_row(made, 3, is_stop=broken)]
+    with pytest.raises(ZeroDivisionError, match="a rule of the user's"):
+        for _ in engine.run(others):
+            pass
+    assert all(row.cancelled for row in others) and engine.cache_bytes == 0
+
+
+def test_rows_that_cannot_be_run_leave_nothing_behind():
+    made = case("llama")
+    engine, elsewhere = made.engine(), made.engine()
+    good, used = a_row(made, 1), a_row(made, 3)
+    elsewhere.submit(used)
+    with pytest.raises(InputError, match="given to an engine before"):
+        next(engine.run([good, used]))
+    assert good.cancelled and not used.cancelled and engine.step() is None
+    while elsewhere.step() is not None:
+        pass
+    assert used.tokens == made.greedy[3]
+
+
+def test_cancelled_rows_have_an_end_too():
+    made = case("llama")
+    engine = made.engine(max_rows=1)
+    flying, waiting = a_row(made, 1), a_row(made, 3)
+    engine.submit(flying)
+    engine.submit(waiting)
+    engine.step()
+    for row in (flying, waiting):
+        assert row.stats.finished is None
+        engine.cancel(row)
+        ended = row.stats.finished
+        row.cancel()
+        assert row.stats.finished == ended >= row.stats.submitted
 
 
 def random_events(engine: Engine, made: Case, rng: random.Random, count: int) -> tuple[int, int, int]:

@@ -61,6 +61,9 @@ class Sizing:
     edges = (1, 4, 8)
     probes = 3
 
+    def for_run(self) -> Sizing:
+        return self
+
     def reach(self, batch: int, context: float) -> int:
         return 8
 
@@ -76,15 +79,18 @@ def test_steps_are_noted_and_decisions_stay_the_same() -> None:
     assert (noted.edges, noted.probes) == ((1, 4, 8), 3)
     assert (noted.reach(2, 5.0), noted.choose(None, 2, 5.0)) == (8, (4, False))
     asked = {"batch": 2, "context": 5.0, "kept": 4, "grown": 8, "seconds": 0.5}
-    assert noted.observe(StepRecord(nodes=4, expected=[1.5, 0.5], accepted=[2, 1], **asked)) == 0.25  # type: ignore[arg-type]
-    assert math.isnan(noted.observe(StepRecord(nodes=1, **asked)))  # type: ignore[arg-type]
-    noted.observe(StepRecord(nodes=4, **asked))  # type: ignore[arg-type]
+    assert noted.observe(StepRecord(nodes=4, expected=[1.5, 0.5], accepted=[2, 1], tokens=5, **asked)) == 0.25  # type: ignore[arg-type]
+    assert math.isnan(noted.observe(StepRecord(nodes=1, tokens=2, **asked)))  # type: ignore[arg-type]
+    noted.observe(StepRecord(nodes=4, tokens=6, **asked))  # type: ignore[arg-type]
     tree, plain, cut = noted.taken()
     assert (tree.nodes, tree.batch, tree.seconds, tree.predicted_seconds) == (4, 2, 0.5, 0.25)
     assert (tree.tokens, tree.expected_tokens) == (2.5, 2.0)
     assert plain.tokens == 1.0 and math.isnan(plain.expected_tokens)
-    assert math.isnan(cut.tokens) and math.isnan(cut.expected_tokens)  # nobody asked what was accepted
+    assert cut.tokens == 3.0 and math.isnan(cut.expected_tokens)  # nobody asked what was expected
     assert noted.taken() == [] and noted.fit([tree]) == []
+    run = noted.for_run()
+    run.observe(StepRecord(nodes=4, tokens=6, **asked))  # type: ignore[arg-type]
+    assert len(noted.taken()) == 1 and run.taken() == []
 
 
 def test_the_fit_is_what_the_sizing_knows() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -80,6 +81,31 @@ def test_path_mass(seed: int) -> None:
             nodes = [(r, n) for r in range(3) for n in range(20) if drawn.depth(r, n) == depth and buckets[n] == bucket]
             expected = sum(tree.log_probs[row, node].exp().item() for row, node in nodes)
             assert found[depth, bucket].item() == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
+def test_a_probability_that_is_no_number_shows_in_every_sum(wrong: float) -> None:
+    """Also where several of them meet."""
+    tree = draw(random.Random(1), [None, None], 12, 97).tree
+    log_probs = tree.log_probs.clone()
+    log_probs[:, 5] = wrong
+    buckets = torch.tensor([0, *[1] * 11])
+    found = path_mass(replace(tree, log_probs=log_probs), buckets, 2)
+    assert int(found.min()) < 0
+
+
+def test_heads_that_overflow_decode_plainly_and_say_so(tiny_llama: PreTrainedModel) -> None:
+    heads = new_heads(tiny_llama, num_heads=2)
+    for parameter in heads.parameters():
+        torch.nn.init.constant_(parameter, torch.nan)
+    prompt = torch.arange(3, 12)[None]
+    expected = tiny_llama.generate(prompt, max_new_tokens=24, do_sample=False)
+    decoder = Decoder(tiny_llama, heads)
+    with pytest.warns(UserWarning, match="not finite") as caught:
+        for _ in range(2):
+            assert torch.equal(decoder.generate(prompt, max_new_tokens=24, do_sample=False), expected)
+    assert len([warning for warning in caught if "not finite" in str(warning.message)]) == 1
+    assert set(decoder.stats.sizes) == {1}
 
 
 def test_auto_is_the_default_and_decodes_as_plain_does(tiny_llama: PreTrainedModel, heads: Heads) -> None:

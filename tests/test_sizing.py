@@ -21,6 +21,7 @@ from sizing_machines import (
     MOST,
     CostFunction,
     Heads,
+    Run,
     SimulatedPruning,
     Simulation,
     flat,
@@ -209,6 +210,59 @@ def test_rows_join_and_leave() -> None:
     assert simulation.run(300).rate >= 1.05 * plain_rate(linear, GOOD, 1, 300)
 
 
+@pytest.mark.parametrize("batches", [(1, 1), (1, 16)])
+def test_runs_at_once_share_what_is_learnt_and_not_their_trees(batches: tuple[int, int]) -> None:
+    """Two runs of one decoder, in turns: each about as fast as if it were alone."""
+    alone, together = [], []
+    for batch in batches:
+        simulation = Simulation(AutoSizing(MOST), float32_cpu, GOOD, batch=batch)
+        simulation.run(200)
+        alone.append(simulation.run(400).rate)
+    sizing = AutoSizing(MOST)
+    runs = [Simulation(sizing.for_run(), float32_cpu, GOOD, batch=batch, seed=b) for b, batch in enumerate(batches)]
+    for tokens, measured in ((200, False), (400, True)):
+        done, emitted = [Run(), Run()], [0, 0]
+        while min(emitted[place] / batch for place, batch in enumerate(batches)) < tokens:
+            for place, simulation in enumerate(runs):
+                emitted[place] += simulation.step(done[place])
+        if measured:
+            together = [emitted[place] / batch / done[place].seconds for place, batch in enumerate(batches)]
+    assert all(ours >= 0.93 * theirs for ours, theirs in zip(together, alone, strict=True))
+    assert sizing.expectation.rows_verified > 200 and len(sizing.cost) > 4
+
+
+def test_a_new_run_knows_what_others_have_learnt() -> None:
+    sizing = AutoSizing(MOST)
+    Simulation(sizing.for_run(), float32_cpu, GOOD).run(300)
+    sizes = Simulation(sizing.for_run(), float32_cpu, GOOD, seed=1).run(60).sizes
+    assert max(sizes[1:4]) > 1 and mean(sizes[1:]) > 4
+
+
+def test_pruning_to_a_threshold_does_not_hide_that_heads_are_wrong() -> None:
+    """What a threshold keeps is not told apart from what heads achieve."""
+    pruning = SimulatedPruning(PrunedSteps(keep=4, share=0.5), 0.97, 0.05)
+    simulation = Simulation(AutoSizing(MOST), float32_cpu, GOOD, pruning=pruning)
+    simulation.run(400)
+    simulation.heads = BOASTING
+    simulation.run(400)
+    simulation.num_pruned = 0
+    sizes = simulation.run(200).sizes
+    assert mean(size > 1 for size in sizes) < 0.2
+
+
+@pytest.mark.parametrize("limit", [1, 2])
+def test_rows_near_their_end_do_not_stop_learning(limit: int) -> None:
+    """Trees are cut to the depth that a row may still emit, in every second step: what is above is learnt from."""
+    rates = []
+    for cuts in (False, True):
+        simulation = Simulation(AutoSizing(MOST), float32_cpu, GOOD)
+        simulation.cut_at = limit if cuts else None
+        simulation.run(300)
+        simulation.cut_at = None
+        rates.append(simulation.run(400).rate)
+    assert rates[1] >= 0.9 * rates[0]
+
+
 @pytest.mark.parametrize("wrong", [0.0, -1.0, math.nan, math.inf, 7200.0])
 def test_a_clock_that_jumps(wrong: float) -> None:
     simulation = Simulation(AutoSizing(MOST), float32_cpu, GOOD)
@@ -223,11 +277,11 @@ def test_a_clock_that_jumps(wrong: float) -> None:
     assert mean(4 <= size <= 32 for size in sizes) > 0.9
 
 
-@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf, 0.0])
 def test_probabilities_that_are_not_finite(wrong: float) -> None:
     sizing = AutoSizing(MOST)
     for _ in range(3):
-        sizing.observe(StepRecord(batch=1, context=9.0, nodes=1, kept=1, grown=1, seconds=0.01))
+        sizing.observe(StepRecord(batch=1, context=9.0, nodes=1, kept=1, grown=1, tokens=1, seconds=0.01))
     with pytest.warns(UserWarning, match="not finite"):
         assert sizing.reach(1, 9.0) > 1
         assert sizing.choose([[wrong] * len(EDGES)], 1, 9.0).nodes == 1
@@ -294,7 +348,9 @@ def test_frozen_is_off_where_no_tree_could_pay() -> None:
 def test_a_fixed_size_never_changes() -> None:
     sizing = FixedSizing(12)
     assert sizing.reach(3, 9.0) == sizing.choose(None, 1, 9.0).nodes == 12
-    assert math.isnan(sizing.observe(StepRecord(batch=1, context=9.0, nodes=12, kept=12, grown=12, seconds=0.01)))
+    assert math.isnan(
+        sizing.observe(StepRecord(batch=1, context=9.0, nodes=12, kept=12, grown=12, tokens=2, seconds=0.01))
+    )
 
 
 def test_edges_of_small_trees() -> None:

@@ -18,7 +18,7 @@ from ladon.batch import Batch
 from ladon.host import to_host
 from ladon.proposers import Proposer
 from ladon.pruning import Pruning
-from ladon.rows import Row
+from ladon.rows import Row, raise_error_of
 from ladon.sampling import Sampler
 from ladon.sizing import Sizing
 from ladon.stats import DecodeStats, StageClock
@@ -86,14 +86,22 @@ class Engine:
         row.cancel()
 
     def run(self, rows: Sequence[Row]) -> Iterator[Step]:
-        """Submit rows and step until nothing is left to do. Closing the iterator cancels those that have not ended."""
-        for row in rows:
-            self.submit(row)
+        """Submit rows and step until nothing is left to do. Closing the iterator cancels those that have not ended.
+
+        Raises:
+            InputError: a row cannot be submitted.
+            Exception: what a row's stop rule has raised; the other rows are cancelled.
+        """
+        submitted: list[Row] = []
         try:
+            for row in rows:
+                self.submit(row)
+                submitted.append(row)
             while (step := self.step()) is not None:
+                raise_error_of(rows)
                 yield step
         finally:
-            for row in rows:
+            for row in submitted:
                 row.cancel()
             self._settle()
 
@@ -184,9 +192,9 @@ class Engine:
         """Verify the trees of the rows that decode, and keep what the target would have said."""
         cache, clock = self._batch.cache, self._clock
         size = self._sizes.choose(cache.host_lengths[: tree.batch_size])
-        chosen = tree.prefix(size.nodes)
-        tree = self._within_limits(chosen)
-        self._sizes.begin(tree.num_nodes, is_whole=tree is chosen)
+        caps = self._depth_caps(tree.batch_size)
+        tree = tree.prefix(size.nodes).within(caps)
+        self._sizes.begin(tree.num_nodes, depth=min(caps))
         seeds = self._seeds_of(self._batch.decoding)
         with clock.stage("verify"), clock.forward_of(self._target.model, "forward"):
             out = self._target.verify(tree, cache, self._pruning if size.pruned else None)
@@ -207,13 +215,13 @@ class Engine:
         places = self._batch.drafted
         return Outcome(places=places, hidden=hidden, root=root, table=table, verified=out, accepted=accepted)
 
-    def _within_limits(self, tree: TokenTree) -> TokenTree:
-        """Drop nodes that no row may emit any more, or that the target could not verify exactly at this length."""
+    def _depth_caps(self, num_rows: int) -> list[int]:
+        """How deep nodes may be that a row may still emit, and that the target can verify exactly at its length."""
         caps = []
-        for row, length in zip(self._batch.rows[: tree.batch_size], self._batch.cache.host_lengths, strict=False):
+        for row, length in zip(self._batch.rows[:num_rows], self._batch.cache.host_lengths, strict=False):
             target_cap = self._target.depth_cap(length)
             caps.append(row.num_left - 1 if target_cap is None else min(row.num_left - 1, target_cap))
-        return tree.within(caps)
+        return caps
 
     def _deliver(self, table: list[list[int]], decoded: Outcome | None) -> Step:
         """Hand each row its new tokens and count them; rows decide where they end."""
@@ -232,8 +240,6 @@ class Engine:
                     stats.add_step(emitted=len(taken), nodes=tree.num_nodes + pruned, accepted=count - 1, pruned=pruned)
             elif taken:
                 row.stats.first_token = time.perf_counter()
-            if row.finished:
-                row.stats.finished = time.perf_counter()
         return Step(rows=rows, emitted=emitted, tree=tree, accepted=accepted)
 
     def _seeds_of(self, rows: Sequence[Row]) -> Tensor | None:

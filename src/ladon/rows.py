@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -24,6 +25,7 @@ class Row:
         tokens: what has been emitted so far.
         finished: whether it has ended, in whatever way.
         cancelled: whether `cancel` has ended it.
+        error: what its stop rule has raised, upon which it was cancelled.
         stats: its own counts and times.
     """
 
@@ -34,6 +36,7 @@ class Row:
     tokens: list[int] = field(default_factory=list)
     finished: bool = False
     cancelled: bool = False
+    error: Exception | None = None
     stats: RowStats = field(default_factory=RowStats)
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
 
@@ -51,16 +54,29 @@ class Row:
                     break
                 self.tokens.append(token)
             taken.append(token)
-            if self.is_stop(token) or self.num_left == 0:
+            if self._stops_with(token) or self.num_left == 0:
                 with self._lock:
-                    self.finished = True
+                    self._end()
         return taken
+
+    def _stops_with(self, token: int) -> bool:
+        """What the stop rule says; one that raises cancels this row and no other."""
+        try:
+            return self.is_stop(token)
+        except Exception as error:
+            self.error = error
+            self.cancel()
+            return False
+
+    def _end(self) -> None:
+        if not self.finished:
+            self.finished, self.stats.finished = True, time.perf_counter()
 
     def cancel(self) -> None:
         """End the row, from any thread: when this returns, it gets no further token. No effect once it has ended."""
         with self._lock:
-            if not self.finished:
-                self.finished = self.cancelled = True
+            self.cancelled |= not self.finished
+            self._end()
 
     def check(self) -> None:
         """Raise `InputError` unless the row can join an engine."""
@@ -70,3 +86,10 @@ class Row:
             raise InputError(f"the row's prompt has shape {list(self.prompt.shape)}; give [T] token ids, one or more")
         if self.max_new_tokens < 1:
             raise InputError(f"the row's max_new_tokens is {self.max_new_tokens}; ask for 1 or more")
+
+
+def raise_error_of(rows: Sequence[Row]) -> None:
+    """Raise what the stop rule of one of the rows has raised, if one has."""
+    for row in rows:
+        if row.error is not None:
+            raise row.error

@@ -61,8 +61,9 @@ class StepRecord:
         kept: those of them that no pruning took out.
         grown: nodes per row that trees for the next step were grown to; 1 if nothing was drafted.
         seconds: how long it took.
-        expected: path probability of the verified nodes of each depth, summed over rows; empty if there were none or
-            if they were cut after they had been chosen.
+        tokens: what all rows accepted, the roots included, and even where a row ended before.
+        expected: path probability of the verified nodes of each depth, summed over rows; only as deep as no row's tree
+            was cut after the choice.
         accepted: how many rows accepted a node of each depth; as long as `expected`.
     """
 
@@ -72,6 +73,7 @@ class StepRecord:
     kept: int
     grown: int
     seconds: float
+    tokens: int
     expected: Sequence[float] = ()
     accepted: Sequence[int] = ()
 
@@ -86,6 +88,9 @@ class Sizing(Protocol):
 
     edges: Sequence[int]
     probes: int
+
+    def for_run(self) -> Sizing:
+        """One for another run, which may share what it learns, but not its trees."""
 
     def reach(self, batch: int, context: float) -> int:
         """Most nodes worth growing now, for the step after this one; 1: the heads need not run."""
@@ -112,6 +117,10 @@ class FixedSizing:
         self.edges: Sequence[int] = ()
         self.probes = 0
         self._nodes = nodes
+
+    def for_run(self) -> FixedSizing:
+        """Itself: it remembers nothing."""
+        return self
 
     def reach(self, batch: int, context: float) -> int:
         """The size."""
@@ -140,6 +149,10 @@ class FrozenSizing:
         self._cost = cost
         self._depth = depth
 
+    def for_run(self) -> FrozenSizing:
+        """Itself: it remembers nothing."""
+        return self
+
     def reach(self, batch: int, context: float) -> int:
         """The greatest edge that could pay."""
         plain = self._cost.predict(batch, 1, context, drafts=False)
@@ -148,7 +161,7 @@ class FrozenSizing:
 
     def choose(self, sums: Sums | None, batch: int, context: float) -> Size:
         """The best edge for these trees."""
-        if sums is None or not are_finite(sums):
+        if sums is None or not are_usable(sums):
             return PLAIN
         tokens = Expectation(len(self.edges)).tokens(sums, batch)
         rates = [t / self._seconds(batch, n, context) for n, t in zip(self.edges, tokens, strict=True)]
@@ -167,6 +180,6 @@ def edges_up_to(most: int) -> tuple[int, ...]:
     return (*(edge for edge in EDGES if edge < most), most)
 
 
-def are_finite(sums: Sums) -> bool:
-    """Whether the heads' probabilities are numbers: a model in float16 may overflow."""
-    return all(math.isfinite(mass) for masses in sums for mass in masses)
+def are_usable(sums: Sums) -> bool:
+    """Whether the heads' probabilities are numbers, and not all 0: a model in float16 may overflow."""
+    return all(math.isfinite(mass) for masses in sums for mass in masses) and any(masses[-1] > 0.0 for masses in sums)

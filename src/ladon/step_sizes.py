@@ -17,6 +17,7 @@ from ladon.sizing import FixedSizing, Size, Sizing, StepRecord
 from ladon.stats import DecodeStats
 from ladon.tree import TokenTree, ancestor_mask, node_depths
 
+_NO_NUMBER = -(2.0**16)  # stands for NaN: no sum of probabilities makes up for it
 _ONE = 2**32  # probabilities are summed as integers: the order of the sum, which devices choose, does not matter
 
 
@@ -25,7 +26,7 @@ class StepSizes:
 
     def __init__(self, budget: int | Sizing, stats: DecodeStats, device: torch.device) -> None:
         """`budget` is a number of nodes, root included, or what chooses it; `stats` is added to."""
-        self._sizing: Sizing = FixedSizing(budget) if isinstance(budget, int) else budget
+        self._sizing: Sizing = FixedSizing(budget) if isinstance(budget, int) else budget.for_run()
         self._stats, self._timed = stats, _Timed(stats)
         self._edges = list(self._sizing.edges)
         buckets = [place for place, (low, high) in enumerate(pairwise([0, *self._edges])) for _ in range(low, high)]
@@ -77,11 +78,10 @@ class StepSizes:
             self._expected = [masses[place] for masses in sums] if sums is not None and place > 0 else []
             return size
 
-    def begin(self, nodes: int, *, is_whole: bool) -> None:
-        """A step verifies so many slots per row; `is_whole`: no node was taken out after the choice."""
+    def begin(self, nodes: int, *, depth: int) -> None:
+        """A step verifies so many slots per row; no row's tree was cut at this `depth` or above, after the choice."""
         self._nodes = nodes
-        if not is_whole:
-            self._expected = []
+        self._expected = self._expected[:depth]
 
     def observe(self, counts: Sequence[int], *, pruned: int, grown: int, seconds: float) -> None:
         """The step is done.
@@ -101,6 +101,7 @@ class StepSizes:
                 kept=self._nodes - pruned,
                 grown=grown,
                 seconds=seconds,
+                tokens=sum(counts),
                 expected=self._expected,
                 accepted=[sum(count > depth for count in counts) for depth in depths],
             )
@@ -134,9 +135,11 @@ def path_mass(tree: TokenTree, bucket_of_node: Tensor, num_buckets: int) -> Tens
         num_buckets: E, how many buckets there are.
 
     Returns:
-        [(D + 1) x E] int64, depth by depth from the root's 0, in units of 2^-32. No host transfer.
+        [(D + 1) x E] int64, depth by depth from the root's 0, in units of 2^-32; below 0 where a probability is no
+        number. No host transfer.
     """
     depths = node_depths(ancestor_mask(tree.parents, tree.max_depth)) if tree.depths is None else tree.depths
-    mass = (tree.log_probs.exp() * _ONE).long()
+    probabilities = tree.log_probs.exp().nan_to_num(nan=_NO_NUMBER, posinf=_NO_NUMBER)
+    mass = (probabilities * _ONE).long()
     index = depths * num_buckets + bucket_of_node[: tree.num_nodes]
     return mass.new_zeros((tree.max_depth + 1) * num_buckets).scatter_add_(0, index.flatten(), mass.flatten())

@@ -22,8 +22,7 @@ class StepFacts:
         nodes: node slots verified per row, root included.
         seconds: how long it took.
         predicted_seconds: what the sizing had predicted for it.
-        tokens: tokens per row: accepted drafts and the bonus token, even where a row ended before; NaN where the sizing
-            did not ask.
+        tokens: tokens per row: accepted drafts and the bonus token, even where a row ended before.
         expected_tokens: what the heads' probabilities, uncorrected, had let expect.
     """
 
@@ -39,12 +38,16 @@ class StepFacts:
 class NotedSizing:
     """A sizing whose steps are kept; what it decides stays the same."""
 
-    def __init__(self, sizing: Sizing) -> None:
-        """`sizing` decides."""
+    def __init__(self, sizing: Sizing, steps: list[StepFacts] | None = None) -> None:
+        """`sizing` decides; `steps` are added to, if given."""
         self._sizing = sizing
-        self._steps: list[StepFacts] = []
+        self._steps: list[StepFacts] = [] if steps is None else steps
         self.edges: Sequence[int] = sizing.edges
         self.probes = sizing.probes
+
+    def for_run(self) -> NotedSizing:
+        """One for another run, whose steps are kept with the others."""
+        return NotedSizing(self._sizing.for_run(), self._steps)
 
     def reach(self, batch: int, context: float) -> int:
         """As the sizing says."""
@@ -66,7 +69,7 @@ class NotedSizing:
                 nodes=record.nodes,
                 seconds=record.seconds,
                 predicted_seconds=predicted,
-                tokens=1 + sum(record.accepted) / record.batch if known or record.nodes == 1 else math.nan,
+                tokens=record.tokens / record.batch,
                 expected_tokens=1 + sum(record.expected) / record.batch if known else math.nan,
             )
         )
@@ -74,7 +77,8 @@ class NotedSizing:
 
     def taken(self) -> list[StepFacts]:
         """The steps since the last call."""
-        steps, self._steps = self._steps, []
+        steps = list(self._steps)
+        self._steps.clear()
         return steps
 
     def fit(self, steps: Sequence[StepFacts]) -> list[dict[str, Any]]:
