@@ -15,9 +15,11 @@ from ladon.engine import Engine
 from ladon.expectation import Sums
 from ladon.fixed_tree import FixedTree
 from ladon.lattice import Lattice
+from ladon.pickers import Picker
 from ladon.proposers import HeadsProposer, Proposer, RootProposer, tree_builder
 from ladon.pruning import Pruning
 from ladon.rows import Row
+from ladon.sampling import GREEDY
 from ladon.sizing import EDGES, Size, Sizing, StepRecord
 from ladon.stats import DecodeStats, StageClock
 from ladon.target import Target
@@ -122,9 +124,11 @@ def decode(
     eos_token_ids: frozenset[int] = frozenset(),
     budget: int | Sizing = NUM_NODES,
     pruning: Pruning | None = None,
+    picker: Picker = GREEDY,
 ) -> tuple[list[list[int]], DecodeStats]:
     """Run the engine; the emitted tokens of each prompt, and the statistics."""
-    rows = [Row(prompt=p, max_new_tokens=max_new_tokens, is_stop=eos_token_ids.__contains__) for p in prompts]
+    never = eos_token_ids.__contains__
+    rows = [Row(prompt=p, max_new_tokens=max_new_tokens, is_stop=never, picker=picker) for p in prompts]
     stats = DecodeStats()
     clock = StageClock(stats.stage_seconds, enabled=False, device=torch.device("cpu"))
     for _ in Engine(target, proposer, budget=budget, stats=stats, clock=clock, pruning=pruning).run(rows):

@@ -21,10 +21,11 @@ from ladon import engine as engine_module
 from ladon.cache import TreeCache
 from ladon.engine import Engine
 from ladon.errors import InputError
+from ladon.pickers import Picker
 from ladon.proposers import RootProposer
 from ladon.pruning import Pruning
 from ladon.rows import Row
-from ladon.sampling import Sampler
+from ladon.sampling import GREEDY, Sampler
 from ladon.stats import DecodeStats, StageClock
 from ladon.target import Target
 from test_spans import CASES
@@ -57,12 +58,13 @@ class Case:
 
     def _drawn(self, target: Target, index: int) -> list[int]:
         row = Row(prompt=self.prompts[index], max_new_tokens=MOST, is_stop=lambda _: False, seed=index)
-        for _ in new_engine(target, RootProposer(), sampler=SAMPLER).run([row]):
+        row.picker = SAMPLER
+        for _ in new_engine(target, RootProposer()).run([row]):
             pass
         return row.tokens
 
-    def engine(self, kind: str = "root", tree: str = "dynamic", **options) -> Engine:
-        truth = self.sampled if options.get("sampler") else self.greedy
+    def engine(self, kind: str = "root", tree: str = "dynamic", *, sampled: bool = False, **options) -> Engine:
+        truth = self.sampled if sampled else self.greedy
         by_prompt = {tuple(p.tolist()): tokens for p, tokens in zip(self.prompts, truth, strict=True)}
         proposer = make_proposer(kind, TREES[tree], by_prompt, VOCAB_SIZE, self.heads)
         return new_engine(self.target, proposer, **options)
@@ -94,12 +96,13 @@ class Plan:
         tokens = truth[self.prompt][: self.limit]
         return tokens if self.stop not in tokens else tokens[: tokens.index(self.stop) + 1]
 
-    def make(self) -> Row:
+    def make(self, picker: Picker = GREEDY) -> Row:
         self.row = Row(
             prompt=CASE_PROMPTS[self.prompt],
             max_new_tokens=self.limit,
             is_stop=lambda token: token == self.stop,
             seed=self.prompt,
+            picker=picker,
         )
         return self.row
 
@@ -135,10 +138,9 @@ def follow(name: str, schedule: dict) -> None:
     """Run a schedule, and compare every row with the row alone."""
     made = case(name)
     CASE_PROMPTS[:] = made.prompts
-    sampler = SAMPLER if schedule["sampled"] else None
     truth = made.sampled if schedule["sampled"] else made.greedy
     todo: list[Plan] = [replace(plan, events=[]) for plan in schedule["plans"]]
-    options = {"max_rows": schedule["max_rows"], "sampler": sampler}
+    options = {"max_rows": schedule["max_rows"], "sampled": schedule["sampled"]}
     if schedule["sizes"] is not None:
         options["budget"] = RandomSizing(schedule["sizes"])
     if schedule["keep"] is not None:
@@ -149,7 +151,7 @@ def follow(name: str, schedule: dict) -> None:
     while True:
         for plan in todo:
             if plan.at == number:
-                plan_of[plan.make()] = plan
+                plan_of[plan.make(SAMPLER if schedule["sampled"] else GREEDY)] = plan
                 engine.submit(plan.row)
             if plan.cancel == number and plan.row is not None:
                 engine.cancel(plan.row)

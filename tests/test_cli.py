@@ -220,7 +220,7 @@ def test_trace_of_one_token_shows_it(tiny: Tiny, tmp_path: Path, capsys: pytest.
 def test_models_that_ship_a_generation_config(
     tiny: Tiny, command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As Qwen2.5 does: what only sampling reads is no hindrance; a penalty changes greedy text and is refused."""
+    """As Qwen2.5 does: what only sampling reads is no hindrance; a penalty changes greedy text."""
     model = tmp_path / "model"
     shutil.copytree(tiny.folder / "model", model)
     sampling = {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 20}
@@ -236,9 +236,8 @@ def test_models_that_ship_a_generation_config(
 
     assert shipped(sampling | tokens) == 0
     assert answer_of(last_json(capsys.readouterr().out)) == answer
-    assert shipped(sampling | tokens | {"repetition_penalty": 1.3}) == 2
-    error = capsys.readouterr().err
-    assert "RepetitionPenalty" in error and "--ignore-generation-config" in error and len(error.splitlines()) == 1
+    assert shipped(sampling | tokens | {"repetition_penalty": 1.3}) == 0
+    assert answer_of(last_json(capsys.readouterr().out)) != answer
     assert shipped(sampling | tokens | {"repetition_penalty": 1.3}, "--ignore-generation-config") == 0
     assert answer_of(last_json(capsys.readouterr().out)) == answer
     stop = next(token for token in answer if token != answer[0])

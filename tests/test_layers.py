@@ -16,7 +16,8 @@ SOURCE = ROOT / "src" / "ladon"
 BASE_INSTALL = {"torch", "transformers", "safetensors", "numpy", "typer", "rich"}
 
 # A module may import only modules that stand before it here; a package is one entry.
-CORE = ["errors", "config", "tree", "lattice", "fixed_tree", "tree_notations", "growth", "sampling", "accept", "stats"]
+CORE = ["errors", "config", "tree", "lattice", "fixed_tree", "tree_notations", "growth"]
+CORE += ["pickers", "sampling", "picking", "accept", "stats"]
 CORE += ["rows", "route", "host", "survivors"]
 CORE += ["machine", "expectation", "step_cost", "sizing", "curve", "learnt", "auto_sizing", "step_sizes"]
 MODEL_SIDE = [
@@ -45,6 +46,8 @@ MODEL_SIDE = [
     "engine",
     "trace",
     "stopping",
+    "processors",
+    "laws",
     "requests",
     "override",
     "generation",

@@ -51,7 +51,6 @@ def one_line(error: pytest.ExceptionInfo[InputError]) -> bool:
         (PROMPT, {"max_new_tokns": 4}, "max_new_tokns"),
         (PROMPT, {"past_key_values": DynamicCache()}, "past_key_values is not supported"),
         (PROMPT, {"num_beams": 2, "num_return_sequences": 2}, "beam_search"),
-        (PROMPT, {"prefix_allowed_tokens_fn": lambda batch, ids: [3]}, "PrefixConstrainedLogitsProcessor"),
     ],
 )
 def test_bad_requests_are_one_line(decoder, prompt, options, message):

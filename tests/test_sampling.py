@@ -11,7 +11,7 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogit
 
 from ladon import Decoder, InputError, new_heads
 from ladon.rows import Row
-from ladon.sampling import Sampler, check_settings, gumbel_noise, mix, pick
+from ladon.sampling import Sampler, check_settings, first_best, gumbel_noise, mix, pick, row_seeds
 
 
 @pytest.mark.parametrize("shape", [(4096,), (1, 1, 4096), (1, 64, 4096), (2, 32, 4096), (3, 7, 1000)])
@@ -36,8 +36,8 @@ def test_agrees_with_argmax_on_ordinary_logits_and_on_masked_ones(vocab_size):
 
 def draws(sampler: Sampler, seed: int, logits: torch.Tensor, num: int) -> torch.Tensor:
     """`num` picks, each at a position of its own, of the logits [V] of one row with this seed."""
-    depths = torch.arange(num)[None]
-    return sampler.pick(logits.expand(1, num, -1), torch.tensor([seed]), torch.tensor([0]), depths, num - 1)[0]
+    noise = gumbel_noise(torch.tensor([seed]), torch.arange(num)[None], len(logits), torch.float64)[0]
+    return first_best(sampler.law(logits.expand(num, -1)) + noise)
 
 
 def chi_square(counts: torch.Tensor, law: torch.Tensor) -> float:
@@ -140,10 +140,16 @@ def test_other_settings_without_a_law_are_refused():
 def sampled(decoder: Decoder, prompts, seeds, **settings) -> list[list[int]]:
     """New tokens of each prompt, decoded together."""
     rows = [
-        Row(prompt=prompt, max_new_tokens=17, is_stop=frozenset({5}).__contains__, seed=seed)
+        Row(
+            prompt=prompt,
+            max_new_tokens=17,
+            is_stop=frozenset({5}).__contains__,
+            seed=seed,
+            picker=Sampler(**settings),
+        )
         for prompt, seed in zip(prompts, seeds, strict=True)
     ]
-    for _ in decoder.decode(rows, Sampler(**settings)):
+    for _ in decoder.decode(rows):
         pass
     return [row.tokens for row in rows]
 
@@ -170,8 +176,10 @@ def test_follows_the_models_law_at_every_position(tiny_llama):
     tiny_llama.lm_head.weight.data *= 8
     prompt, num = torch.tensor([3, 1, 4]), 10_000
     plain = Decoder(tiny_llama)
-    rows = [Row(prompt=prompt, max_new_tokens=2, is_stop=frozenset().__contains__, seed=seed) for seed in range(num)]
-    for _ in plain.decode(rows, Sampler(temperature=0.8)):
+    law = Sampler(temperature=0.8)
+    never = frozenset().__contains__
+    rows = [Row(prompt=prompt, max_new_tokens=2, is_stop=never, seed=seed, picker=law) for seed in range(num)]
+    for _ in plain.decode(rows):
         pass
     pairs = torch.tensor([row.tokens for row in rows])
     with torch.no_grad():
@@ -184,3 +192,19 @@ def test_follows_the_models_law_at_every_position(tiny_llama):
     joined = torch.cat([counts[common], counts[~common].sum()[None]])
     assert common.sum() > 20
     assert abs(chi_square(joined, torch.cat([law[common], law[~common].sum()[None]]))) < 4
+
+
+def test_seeds_of_a_call():
+    assert row_seeds(5, 3) == [mix(5, index) for index in range(3)]
+    assert row_seeds([7, 7], 2) == [7, 7]
+    torch.manual_seed(11)
+    first = row_seeds(None, 2)
+    assert row_seeds(None, 2) != first
+    torch.manual_seed(11)
+    assert row_seeds(None, 2) == first
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63, 1.5, True, [1], [1, 2, 3], ["1", "2"]])
+def test_seeds_that_are_none(seed):
+    with pytest.raises(InputError, match="seed"):
+        row_seeds(seed, 2)

@@ -109,9 +109,9 @@ def test_a_sampled_row_can_be_replayed_from_itself(double, local, tmp_path):
             max_new_tokens=int(row.sampling["max_new_tokens"]),
             is_stop=double.generation_config.eos_token_id.__contains__,
             seed=row.seed,
+            picker=Sampler(**{name: row.sampling[name] for name in ("temperature", "top_p", "top_k")}),
         )
-        law = {name: row.sampling[name] for name in ("temperature", "top_p", "top_k")}
-        for _ in Decoder(double).decode([again], Sampler(**law)):
+        for _ in Decoder(double).decode([again]):
             pass
         assert again.tokens == row.answer_ids
     assert len({tuple(row.answer_ids) for row in rows}) == len(rows)

@@ -24,7 +24,7 @@ from families import FAMILIES, build
 from ladon.host import to_host
 from ladon.prefill import PromptReader
 from ladon.rows import Row
-from ladon.sampling import Sampler
+from ladon.sampling import GREEDY, Sampler
 from ladon.target import Target
 from test_spans import CASES, SWITCH
 
@@ -232,9 +232,9 @@ def test_rows_that_join_and_leave_add_no_read(name, temperature, reads, monkeypa
     model = make(name, monkeypatch)
     decoder = ladon.Decoder(model, ladon.new_heads(model, num_heads=3), budget=16)
     decoder._target.prefill_chunk = 5
-    engine = decoder.engine(max_rows=3, sampler=Sampler(temperature=temperature) if temperature else None)
+    engine, picker = decoder.engine(max_rows=3), Sampler(temperature=temperature) if temperature else GREEDY
     rows = [
-        Row(prompt=torch.arange(3, 3 + length), max_new_tokens=limit, is_stop=lambda _: False)
+        Row(prompt=torch.arange(3, 3 + length), max_new_tokens=limit, is_stop=lambda _: False, picker=picker)
         for length, limit in ((6, 30), (1, 3), (23, 9), (2, 12), (11, 4))
     ]
     kinds = set()

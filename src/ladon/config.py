@@ -76,22 +76,28 @@ class BenchOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateOptions:
-    """How many prompts are answered on the command line. The field docs are its help."""
+class SamplingOptions:
+    """How tokens are drawn. The field docs are the help of the command line."""
+
+    temperature: float = field(default=0.0, metadata={"help": "0 is greedy; above it, answers are sampled"})
+    top_p: float = field(default=1.0, metadata={"help": "sample from the likeliest tokens with this total probability"})
+    top_k: int = field(default=0, metadata={"help": "sample from this many likeliest tokens; 0 for no bound"})
+    seed: int = field(default=0, metadata={"help": "of the noise; each row gets one of its own, made from it"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions(SamplingOptions):
+    """How prompts are answered on the command line. The field docs are its help."""
 
     batch: int = field(default=8, metadata={"help": "prompts answered together at most; the others wait for a place"})
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillOptions:
+class DistillOptions(SamplingOptions):
     """How answers are written for training. The field docs are the help of the command line."""
 
     batch: int = field(default=16, metadata={"help": "prompts answered together"})
     max_new_tokens: int = field(default=512, metadata={"help": "tokens per answer at most"})
-    temperature: float = field(default=0.0, metadata={"help": "0 is greedy; above it, answers are sampled"})
-    top_p: float = field(default=1.0, metadata={"help": "sample from the likeliest tokens with this total probability"})
-    top_k: int = field(default=0, metadata={"help": "sample from this many likeliest tokens; 0 for no bound"})
-    seed: int = field(default=0, metadata={"help": "of the noise; each row gets one of its own, made from it"})
     concurrency: int = field(default=16, metadata={"help": "requests to the endpoint at a time"})
 
 

@@ -12,20 +12,19 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ladon import sampling
 from ladon.accept import longest_match
 from ladon.batch import Batch
 from ladon.host import to_host
+from ladon.picking import Picking
 from ladon.proposers import Proposer
 from ladon.pruning import Pruning
 from ladon.rows import Row, raise_error_of
-from ladon.sampling import Sampler
 from ladon.sizing import Sizing
 from ladon.stats import DecodeStats, StageClock
 from ladon.step_sizes import StepSizes
 from ladon.steps import Outcome, Step
 from ladon.target import Target
-from ladon.tree import TokenTree, node_depths
+from ladon.tree import TokenTree
 
 
 class Engine:
@@ -43,7 +42,6 @@ class Engine:
         budget: int | Sizing,
         stats: DecodeStats,
         clock: StageClock,
-        sampler: Sampler | None = None,
         max_rows: int | None = None,
         pruning: Pruning | None = None,
     ) -> None:
@@ -55,14 +53,13 @@ class Engine:
             budget: the greatest number of nodes per row, root included; or what chooses it.
             stats: added to.
             clock: times the stages.
-            sampler: how tokens are drawn, with each row's own seed; None is greedy.
             max_rows: rows in flight at most, others wait in the order they came; None for no bound.
             pruning: how trees are pruned while they are verified; None for not at all.
 
         Raises:
             InputError: `max_rows` is below 1.
         """
-        self._target, self._proposer, self._sampler = target, proposer, sampler
+        self._target, self._proposer = target, proposer
         self._stats, self._clock, self._pruning = stats, clock, pruning
         self._sizes = StepSizes(budget, stats, target.device)
         self._batch = Batch(target, max_rows)
@@ -182,11 +179,7 @@ class Engine:
 
     def _first_picks(self, logits: Tensor, rows: list[Row]) -> Tensor:
         """The first token of each row, [b], from the logits after its prompt [b, V]."""
-        seeds = self._seeds_of(rows)
-        if self._sampler is None or seeds is None:
-            return sampling.pick(logits)
-        lengths = torch.tensor([len(row.prompt) for row in rows], device=logits.device)
-        return self._sampler.pick(logits[:, None], seeds, lengths, torch.zeros_like(lengths)[:, None], 0)[:, 0]
+        return self._picking(rows).after_prompts(logits)
 
     def _decode(self, tree: TokenTree) -> Outcome:
         """Verify the trees of the rows that decode, and keep what the target would have said."""
@@ -195,15 +188,11 @@ class Engine:
         caps = self._depth_caps(tree.batch_size)
         tree = tree.prefix(size.nodes).within(caps)
         self._sizes.begin(tree.num_nodes, depth=min(caps))
-        seeds = self._seeds_of(self._batch.decoding)
+        picking = self._picking(self._batch.decoding)
         with clock.stage("verify"), clock.forward_of(self._target.model, "forward"):
             out = self._target.verify(tree, cache, self._pruning if size.pruned else None)
         with clock.stage("pick"):
-            if self._sampler is None or seeds is None:
-                picks = sampling.pick(out.logits)
-            else:
-                first, depths = cache.lengths[: tree.batch_size] + 1, node_depths(out.ancestors)
-                picks = self._sampler.pick(out.logits, seeds, first, depths, out.tree.max_depth)
+            picks = picking.after(out.logits, out.tree, out.ancestors)
         with clock.stage("accept"):
             accepted = longest_match(out.tree, picks, out.ancestors)
         with clock.stage("commit"):
@@ -219,7 +208,7 @@ class Engine:
         """How deep nodes may be that a row may still emit, and that the target can verify exactly at its length."""
         caps = []
         for row, length in zip(self._batch.rows[:num_rows], self._batch.cache.host_lengths, strict=False):
-            target_cap = self._target.depth_cap(length)
+            target_cap = 0 if row.picker.is_plain else self._target.depth_cap(length)
             caps.append(row.num_left - 1 if target_cap is None else min(row.num_left - 1, target_cap))
         return caps
 
@@ -242,9 +231,8 @@ class Engine:
                 row.stats.first_token = time.perf_counter()
         return Step(rows=rows, emitted=emitted, tree=tree, accepted=accepted)
 
-    def _seeds_of(self, rows: Sequence[Row]) -> Tensor | None:
-        """The seeds [b], on the device; None where nothing is drawn."""
-        return None if self._sampler is None else torch.tensor([row.seed for row in rows], device=self._target.device)
+    def _picking(self, rows: Sequence[Row]) -> Picking:
+        return Picking(rows, self._target.device)
 
 
 def _cat(parts: list[Tensor]) -> Tensor:

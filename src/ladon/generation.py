@@ -8,6 +8,7 @@ assistant model.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,25 +20,23 @@ from ladon.engine import Engine
 from ladon.errors import InputError, LadonError
 from ladon.fixed_tree import FixedTree
 from ladon.heads import Heads
+from ladon.laws import Law
 from ladon.override import own_generate
 from ladon.proposers import Proposer, RootProposer, as_chain, check_tree, drafting
 from ladon.prune_option import Prune, chosen_pruning
 from ladon.requests import (
     Request,
+    call_options,
     check_prompt,
-    expand_copies,
     left_padded,
     make_rows,
     merged_option,
     pack_output,
-    refuse_cache,
     refuse_unsupported,
 )
 from ladon.rows import Row
-from ladon.sampling import Sampler
 from ladon.stats import DecodeStats, StageClock
 from ladon.steps import Step
-from ladon.stopping import stop_string_rule
 from ladon.target import Target
 from ladon.trace import Trace
 from ladon.tree_notations import TreeSize
@@ -60,6 +59,7 @@ class Decoder:
         sizing: chooses the sizes of trees; what it has learnt serves the next calls.
         pruning: how trees are pruned; None if they are not.
         stats: counts and times of the last call.
+        seeds: of the rows of the last call of `generate`; a row can be drawn again alone with its own.
     """
 
     def __init__(
@@ -110,6 +110,7 @@ class Decoder:
         self.pruning = pruning = chosen_pruning(prune, heads, self._target)
         self.sizing = make_sizing(budget, self._tree, model, self.heads, self._num_candidates, deterministic, pruning)
         self.stats = DecodeStats()
+        self.seeds: list[int] = []
 
     def generate(
         self,
@@ -121,6 +122,7 @@ class Decoder:
         synced_gpus: Any = None,
         assistant_model: PreTrainedModel | None = None,
         streamer: Any = None,
+        seed: int | Sequence[int] | None = None,
         **kwargs: Any,
     ) -> Tensor | GenerateDecoderOnlyOutput:
         """What `model.generate` returns, with fewer forwards.
@@ -128,13 +130,16 @@ class Decoder:
         Args:
             input_ids: prompts, [B, T] int64, padded on the left or right as `attention_mask` says; or `inputs`.
             generation_config: options, which the model's own fill up and `**kwargs` override.
-            logits_processor: refused, as are all options that ask for one.
+            logits_processor: called with each node's own prefix, as are those that options ask for. One that is not of
+                transformers and does not declare `stateless = True` makes decoding plain.
             stopping_criteria: called as if tokens came one at a time, each row alone; as in `generate`, they replace
                 the default of the same class.
-            prefix_allowed_tokens_fn: refused.
+            prefix_allowed_tokens_fn: asked at every node of the trees.
             synced_gpus: of no effect.
             assistant_model: refused; the heads do its work.
             streamer: gets the prompt, then new tokens, 1-D, as they come; for one prompt.
+            seed: of what is drawn with `do_sample=True`: a number, from which each row gets one of its own, or one for
+                each row, such as `seeds` shows; None draws a number from torch's global generator.
             **kwargs: `generate`'s options: `attention_mask`, `max_new_tokens`, `max_length`, `eos_token_id`,
                 `stop_strings` with `tokenizer`, `return_dict_in_generate`, `num_return_sequences`. Model inputs other
                 than the mask (and position ids that follow from it) are refused, a cache too.
@@ -148,18 +153,9 @@ class Decoder:
         """
         options = {**kwargs, "generation_config": generation_config, "logits_processor": logits_processor}
         options |= {"prefix_allowed_tokens_fn": prefix_allowed_tokens_fn, "synced_gpus": synced_gpus}
-        input_ids = options.pop("inputs", None) if input_ids is None else input_ids
-        check_prompt(input_ids, kwargs.get("attention_mask"), merged_option(self.model, options, "max_new_tokens"))
-        refuse_cache(kwargs.get("past_key_values"))
-        if assistant_model is not None:
-            raise InputError("assistant_model is not supported: Ladon's heads do its work; leave it out")
-        criteria, tokenizer = list(stopping_criteria or []), options.pop("tokenizer", None)
-        stop_strings = merged_option(self.model, options, "stop_strings")
-        if stop_strings is not None:
-            criteria.append(stop_string_rule(stop_strings, tokenizer))
-            options["stop_strings"] = None  # the criterion stands for them
-        input_ids = expand_copies(self.model, input_ids, options)
-        return self._run(self._prepare(input_ids, stopping_criteria=criteria, **options), streamer)
+        options["assistant_model"] = assistant_model
+        input_ids, options = call_options(self.model, input_ids, options, stopping_criteria or [])
+        return self._run(self._prepare(input_ids, seed=seed, **options), streamer)
 
     def __call__(
         self, model: PreTrainedModel, input_ids: Tensor, **prepared: Any
@@ -201,49 +197,50 @@ class Decoder:
 
         Args:
             prompts: token ids of each, [T] int64, without padding.
-            **options: `generate`'s: `max_new_tokens`, `eos_token_id`, `stopping_criteria` and so on.
+            **options: `generate`'s: `max_new_tokens`, `eos_token_id`, `stopping_criteria`, `do_sample` (False if it is
+                not given), `seed` and so on.
 
         Raises:
             InputError: what `generate` refuses.
         """
         input_ids, mask = left_padded(prompts)
         check_prompt(input_ids, mask, merged_option(self.model, options, "max_new_tokens"))
-        return self._prepare(input_ids, attention_mask=mask, do_sample=False, **options).rows
+        return self._prepare(input_ids, attention_mask=mask, **{"do_sample": False, **options}).rows
 
-    def decode(
-        self, rows: Sequence[Row], sampler: Sampler | None = None, *, max_rows: int | None = None
-    ) -> Iterator[Step]:
+    def decode(self, rows: Sequence[Row], *, max_rows: int | None = None) -> Iterator[Step]:
         """Decode rows whose limits, stops and token ids the caller has checked, in an `engine` of their own."""
-        return self.engine(sampler=sampler, max_rows=max_rows).run(rows)
+        return self.engine(max_rows=max_rows).run(rows)
 
-    def engine(self, *, sampler: Sampler | None = None, max_rows: int | None = None) -> Engine:
+    def engine(self, *, max_rows: int | None = None) -> Engine:
         """An engine for rows that come and go, with statistics of its own, which are `stats` from now on.
 
         Args:
-            sampler: how tokens are drawn, with each row's own seed; None is greedy.
             max_rows: rows in flight at most, the others wait; None for no bound.
 
         Raises:
             InputError: `max_rows` is below 1.
         """
+        return self._engine(max_rows=max_rows)
+
+    def _engine(self, *, max_rows: int | None = None, is_plain: bool = False) -> Engine:
         self._target.check()  # first of all: the model may have changed since the last call
         self.stats = DecodeStats()
         clock = StageClock(self.stats.stage_seconds, enabled=self._profile, device=self._target.device)
         return Engine(
             self._target,
-            self._proposer(clock),
-            budget=self.sizing,
+            RootProposer() if is_plain else self._proposer(clock),
+            budget=1 if is_plain else self.sizing,
             stats=self.stats,
             clock=clock,
-            sampler=sampler,
             max_rows=max_rows,
             pruning=self.pruning,
         )
 
-    def _prepare(self, input_ids: Tensor, **options: Any) -> Request:
+    def _prepare(self, input_ids: Tensor, seed: int | Sequence[int] | None = None, **options: Any) -> Request:
         """What transformers makes of a call's options; its complaints about them become an `InputError`."""
+        prepare = partial(self._request, seed=seed)
         try:
-            request: Request = own_generate(self.model)(input_ids, custom_generate=self._request, **options)
+            request: Request = own_generate(self.model)(input_ids, custom_generate=prepare, **options)
         except LadonError:
             raise
         except ValueError as error:
@@ -257,12 +254,13 @@ class Decoder:
         logits_processor: Any = None,
         stopping_criteria: Any = None,
         generation_config: Any = None,
+        seed: int | Sequence[int] | None = None,
         **model_kwargs: Any,
     ) -> Request:
         """A call that transformers has prepared, as rows; what is not supported is refused."""
         if model is not self.model:
             raise InputError("this decoder was made for another model; make one with ladon.Decoder(model, heads)")
-        refuse_unsupported(input_ids, generation_config, logits_processor, model_kwargs)
+        refuse_unsupported(input_ids, generation_config, model_kwargs)
         rows = make_rows(
             input_ids,
             model_kwargs.get("attention_mask"),
@@ -270,6 +268,7 @@ class Decoder:
             generation_config,
             self._target.context_limit,
             getattr(model.get_input_embeddings(), "num_embeddings", None),
+            Law.of(generation_config, logits_processor, seed, len(input_ids)),
         )
         return Request(input_ids=input_ids, rows=rows, config=generation_config)
 
@@ -279,7 +278,9 @@ class Decoder:
             raise InputError(f"a streamer shows one sequence, but there are {len(request.rows)}; give one prompt")
         if streamer is not None:
             streamer.put(request.input_ids.cpu())
-        for step in self.engine().run(request.rows):
+        self.seeds = [row.seed for row in request.rows]
+        is_plain = any(row.picker.is_plain for row in request.rows)
+        for step in self._engine(is_plain=is_plain).run(request.rows):
             if streamer is not None and step.emitted:  # none while a long prompt is read
                 streamer.put(torch.tensor(step.emitted[0]))
         if streamer is not None:

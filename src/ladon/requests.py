@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from ladon.errors import InputError
+from ladon.laws import Law
 from ladon.rows import Row
-from ladon.stopping import StopRules
+from ladon.stopping import StopRules, stop_string_rule
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+    from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList
     from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 _UNSET = (
@@ -77,6 +78,31 @@ def expand_copies(model: PreTrainedModel, input_ids: Tensor, options: dict[str, 
     return input_ids.repeat_interleave(copies, 0)
 
 
+def call_options(
+    model: PreTrainedModel, input_ids: Any, options: dict[str, Any], criteria: Sequence[Any]
+) -> tuple[Tensor, dict[str, Any]]:
+    """Prompts and options of a call, checked, as transformers can prepare them.
+
+    What it would drop before it calls a `custom_generate`, or refuse there, is put in other terms: stop strings become
+    one of the stopping criteria, copies become prompts.
+
+    Raises:
+        InputError: the prompt or an option cannot be used.
+    """
+    input_ids = options.pop("inputs", None) if input_ids is None else input_ids
+    check_prompt(input_ids, options.get("attention_mask"), merged_option(model, options, "max_new_tokens"))
+    refuse_cache(options.get("past_key_values"))
+    if options.pop("assistant_model", None) is not None:
+        raise InputError("assistant_model is not supported: Ladon's heads do its work; leave it out")
+    rules, tokenizer = list(criteria), options.pop("tokenizer", None)
+    stop_strings = merged_option(model, options, "stop_strings")
+    if stop_strings is not None:
+        rules.append(stop_string_rule(stop_strings, tokenizer))
+        options["stop_strings"] = None  # the criterion stands for them
+    input_ids = expand_copies(model, input_ids, options)
+    return input_ids, {**options, "stopping_criteria": rules}
+
+
 def left_padded(prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Prompts [T] as `generate` takes them: ids and attention mask, [B, T], padded on the left."""
     ids, mask = (
@@ -112,27 +138,20 @@ def check_prompt(input_ids: Any, attention_mask: Tensor | None, max_new_tokens: 
         raise InputError(f"max_new_tokens is {max_new_tokens!r}; ask for 1 or more")
 
 
-def refuse_unsupported(
-    input_ids: Tensor, config: GenerationConfig, processors: LogitsProcessorList | None, model_kwargs: dict[str, Any]
-) -> None:
+def refuse_unsupported(input_ids: Tensor, config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:
     """Raise `InputError` for anything that would change the output and is not supported.
 
     Args:
         input_ids: the prompts, [B, T].
         config: the merged generation config.
-        processors: the logits processors that it and the user ask for.
         model_kwargs: model inputs, the user's and those that `generate` has prepared.
     """
-    if config.do_sample:
-        raise InputError("do_sample=True: sampling is not supported yet; pass do_sample=False for greedy decoding")
     mode = str(config.get_generation_mode().value)
-    if mode != "greedy_search":
+    if mode not in ("greedy_search", "sample"):
         raise InputError(
-            f"generation mode {mode} is not supported; Ladon decodes greedily (num_beams=1, no assistant): {_UNSET}"
+            f"generation mode {mode} is not supported; Ladon decodes greedily or samples (num_beams=1, no assistant): "
+            f"{_UNSET}"
         )
-    if processors:
-        names = ", ".join(type(processor).__name__ for processor in processors)
-        raise InputError(f"logits processors are not supported yet, got {names}; {_UNSET}")
     for name in _UNSUPPORTED_OUTPUTS:
         if getattr(config, name, False):
             raise InputError(f"{name}=True is not supported yet; leave it off")
@@ -178,6 +197,7 @@ def make_rows(
     config: GenerationConfig,
     context_limit: int | None,
     vocab_size: int | None,
+    law: Law,
 ) -> list[Row]:
     """One row per prompt, its padding stripped.
 
@@ -188,6 +208,7 @@ def make_rows(
         config: the prepared generation config, whose `max_length` holds where no criterion limits the length.
         context_limit: the greatest length of a sequence that the model was made for, if any.
         vocab_size: how many tokens the model can read; None if that is not known.
+        law: how tokens are picked.
 
     Raises:
         InputError: a prompt is empty, leaves no room for a token, or has a token that is not in the vocabulary.
@@ -208,7 +229,17 @@ def make_rows(
                     f"prompt {index} has {len(prompt)} tokens, the model's context limit is {context_limit}; shorten "
                     f"the prompt to {context_limit - 1} tokens or fewer"
                 )
-        rows.append(Row(prompt=prompt, max_new_tokens=limit, is_stop=rules.for_row(ids)))
+        rows.append(
+            Row(
+                prompt=prompt,
+                max_new_tokens=limit,
+                is_stop=rules.for_row(ids),
+                seed=law.seeds[index],
+                picker=law.picker,
+                padded=ids,
+                number=index,
+            )
+        )
     _check_ids(rows, vocab_size)
     return rows
 

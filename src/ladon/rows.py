@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from ladon.errors import InputError
+from ladon.pickers import Picker
+from ladon.sampling import GREEDY
 from ladon.stats import RowStats
 
 
@@ -22,6 +24,9 @@ class Row:
         max_new_tokens: how many tokens it may get, at least 1.
         is_stop: called with each new token, in order; True ends the row with that token.
         seed: of its noise, where tokens are sampled.
+        picker: its law; greedy if not given.
+        padded: its prompt as the processors of `generate` see it, [T] with the padding of its batch; None: `prompt`.
+        number: its place in that batch.
         tokens: what has been emitted so far.
         finished: whether it has ended, in whatever way.
         cancelled: whether `cancel` has ended it.
@@ -33,6 +38,9 @@ class Row:
     max_new_tokens: int
     is_stop: Callable[[int], bool]
     seed: int = 0
+    picker: Picker = GREEDY
+    padded: Tensor | None = None
+    number: int = 0
     tokens: list[int] = field(default_factory=list)
     finished: bool = False
     cancelled: bool = False

@@ -8,12 +8,15 @@ tokens, a row alone or in a batch.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ladon.errors import InputError
+from ladon.pickers import Context, Nodes
 
 _BLOCK = 64  # entries per block; V is a multiple of it in nearly every model
 _MANY = 1 << 17  # logits from which two small searches cost less than one large one
@@ -25,9 +28,13 @@ def pick(logits: Tensor) -> Tensor:
     The float32 copy changes no order and is what `generate` compares; in bfloat16 itself argmax is five times slower
     on a CPU.
     """
-    logits = logits.float()
-    in_blocks = logits.device.type == "cpu" and logits.numel() >= _MANY and logits.shape[-1] % _BLOCK == 0
-    return _argmax_in_blocks(logits) if in_blocks else logits.argmax(-1)
+    return first_best(logits.float())
+
+
+def first_best(scores: Tensor) -> Tensor:
+    """Place of the first of the greatest scores, [...] int64, of scores [..., V] as they are."""
+    in_blocks = scores.device.type == "cpu" and scores.numel() >= _MANY and scores.shape[-1] % _BLOCK == 0
+    return _argmax_in_blocks(scores) if in_blocks else scores.argmax(-1)
 
 
 def _argmax_in_blocks(logits: Tensor) -> Tensor:
@@ -41,6 +48,19 @@ def _argmax_in_blocks(logits: Tensor) -> Tensor:
     return best.squeeze(-1) * _BLOCK + inside
 
 
+class Greedy:
+    """The law of greedy decoding: the likeliest token."""
+
+    draws = reads = is_plain = False
+
+    def scores(self, logits: Tensor, context: Context, nodes: Nodes) -> Tensor:
+        """The logits, in float32 as `generate` compares them; see `ladon.pickers.Picker`."""
+        return logits.float()
+
+
+GREEDY = Greedy()
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sampler:
     """Picks drawn from the target's distribution, as `generate` makes it: temperature, then top_k, then top_p.
@@ -50,6 +70,10 @@ class Sampler:
         top_k: only the likeliest so many tokens, and those that tie with the last of them; 0 for no bound.
         top_p: only the likeliest tokens whose predecessors together have a probability below it; 1 for no bound.
     """
+
+    draws: ClassVar[bool] = True
+    reads: ClassVar[bool] = False
+    is_plain: ClassVar[bool] = False
 
     temperature: float
     top_k: int = 0
@@ -61,22 +85,26 @@ class Sampler:
         if self.temperature == 0:
             raise InputError("temperature is 0, which is greedy decoding; give no sampler for it")
 
-    def pick(self, logits: Tensor, seeds: Tensor, first: Tensor, depths: Tensor, max_depth: int) -> Tensor:
-        """Sampled picks, [B, N] int64. Its cost is that of the noise, [B, depths, V], and of the sort if top_p asks.
+    def scores(self, logits: Tensor, context: Context, nodes: Nodes) -> Tensor:
+        """What is left of the logits, with noise; see `ladon.pickers.Picker`."""
+        return noisy(self.law(logits), context, nodes)
 
-        Args:
-            logits: after each node, [B, N, V].
-            seeds: one for each row, [B] int64.
-            first: the position, among the row's real tokens, of the token after a node of depth 0, [B].
-            depths: of the nodes, [B, N], at most `max_depth`.
-            max_depth: known to the host, so that nothing is read from the device.
-        """
+    def law(self, logits: Tensor) -> Tensor:
+        """What tokens are drawn from by softmax, of logits [..., V]."""
         work = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        scores = _cut(logits.to(work) / self.temperature, self.top_k, self.top_p)
-        positions = first[:, None] + torch.arange(max_depth + 1, device=first.device)
-        noise = gumbel_noise(seeds, positions, logits.shape[-1], work)
-        rows = torch.arange(len(first), device=first.device)[:, None]
-        return (scores + noise[rows, depths]).argmax(-1)
+        return _cut(logits.to(work) / self.temperature, self.top_k, self.top_p)
+
+
+def noisy(scores: Tensor, context: Context, nodes: Nodes) -> Tensor:
+    """Scores [b, N, V] with the noise of each node's place and row: the greatest is a draw from their softmax.
+
+    Costs the noise, [b, depths, V]: nodes of one depth share it.
+    """
+    assert context.seeds is not None and context.first is not None  # whoever draws says so
+    positions = context.first[:, None] + torch.arange(nodes.tree.max_depth + 1, device=scores.device)
+    noise = gumbel_noise(context.seeds, positions, scores.shape[-1], scores.dtype)
+    rows = torch.arange(len(scores), device=scores.device)[:, None]
+    return scores + noise[rows, nodes.depths]
 
 
 def check_settings(temperature: float, top_k: int, top_p: float) -> None:
@@ -93,6 +121,29 @@ def mix(seed: int, index: int) -> int:
     """The seed of row `index` under `seed`, from 0 to 2^53 - 1: such numbers survive JSON readers with doubles."""
     mixed = (_finish((seed + _GOLDEN) & _MASK64) + index * _GOLDEN) & _MASK64
     return _finish(mixed) >> 11
+
+
+def row_seeds(seed: int | Sequence[int] | None, num_rows: int) -> list[int]:
+    """The seeds of a call's rows.
+
+    Args:
+        seed: an int s, of which row i gets mix(s, i); or one for each row, taken as they are; or None: s is drawn from
+            torch's global generator, which `torch.manual_seed` sets.
+        num_rows: how many there are.
+
+    Raises:
+        InputError: not integers of 0 to 2^63 - 1, or not one for each row.
+    """
+    if seed is None:
+        seed = int(torch.randint(2**53, ()))
+    seeds = list(seed) if isinstance(seed, Sequence) else [seed]
+    if not all(isinstance(one, int) and not isinstance(one, bool) and 0 <= one < 2**63 for one in seeds):
+        raise InputError(f"seed is {seed!r}; give a number from 0 to 2^63 - 1, or one for each row")
+    if isinstance(seed, int):
+        return [mix(seed, index) for index in range(num_rows)]
+    if len(seeds) != num_rows:
+        raise InputError(f"there are {len(seeds)} seeds for {num_rows} rows; give one number, or one for each row")
+    return seeds
 
 
 def gumbel_noise(seeds: Tensor, positions: Tensor, vocab_size: int, dtype: torch.dtype) -> Tensor:

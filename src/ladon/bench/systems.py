@@ -235,7 +235,7 @@ def _wait(device: torch.device) -> None:
         torch.accelerator.synchronize()
 
 
-def _inputs(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+def _inputs(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> dict[str, Any]:
     """Prompts padded on the left, as `generate` wants them."""
     longest = max(len(prompt) for prompt in prompts)
     ids = torch.zeros(len(prompts), longest, dtype=torch.long)

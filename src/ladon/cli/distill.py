@@ -44,10 +44,6 @@ _PromptsArgument = Annotated[
 _OutOption = Annotated[Path, Option("--out", metavar="FILE", help="JSONL file that the answers are appended to.")]
 _BatchOption = Annotated[int, Option("--batch", metavar="N", min=1, help=_help("batch"))]
 _NewTokensOption = Annotated[int, Option("--max-new-tokens", metavar="N", min=1, help=_help("max_new_tokens"))]
-_TemperatureOption = Annotated[float, Option("--temperature", metavar="T", help=_help("temperature"))]
-_TopPOption = Annotated[float, Option("--top-p", metavar="P", help=_help("top_p"))]
-_TopKOption = Annotated[int, Option("--top-k", metavar="K", help=_help("top_k"))]
-_SeedOption = Annotated[int, Option("--seed", metavar="S", help=_help("seed"))]
 _SystemOption = Annotated[str | None, Option("--system", metavar="TEXT", help="System message of every chat.")]
 _FieldOption = Annotated[
     str | None, Option("--field", metavar="NAME", help="Field of the prompts, if it is not one of the usual ones.")
@@ -79,10 +75,10 @@ def distill(
     heads: options.HeadsOption = None,
     batch: _BatchOption = _DEFAULTS.batch,
     max_new_tokens: _NewTokensOption = _DEFAULTS.max_new_tokens,
-    temperature: _TemperatureOption = _DEFAULTS.temperature,
-    top_p: _TopPOption = _DEFAULTS.top_p,
-    top_k: _TopKOption = _DEFAULTS.top_k,
-    seed: _SeedOption = _DEFAULTS.seed,
+    temperature: options.TemperatureOption = _DEFAULTS.temperature,
+    top_p: options.TopPOption = _DEFAULTS.top_p,
+    top_k: options.TopKOption = _DEFAULTS.top_k,
+    seed: options.SeedOption = _DEFAULTS.seed,
     system: _SystemOption = None,
     field: _FieldOption = None,
     limit: _LimitOption = None,

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _DEFAULTS = DecoderOptions()
 _NEW_TOKENS = BenchOptions().max_new_tokens
-_BATCH = GenerateOptions().batch
+_SAMPLING = GenerateOptions()
 
 _StatsOption = Annotated[bool, Option("--stats", help="Show counts and times on standard error at the end.")]
 _PromptOption = Annotated[
@@ -49,10 +49,14 @@ def generate(
     prompt: _PromptOption = None,
     prompt_file: options.PromptFileOption = None,
     prompts: _PromptsOption = None,
-    batch: _BatchOption = _BATCH,
+    batch: _BatchOption = _SAMPLING.batch,
     max_new_tokens: options.NewTokensOption = _NEW_TOKENS,
     tree: options.TreeOption = _DEFAULTS.tree,
     budget: options.BudgetOption = str(_DEFAULTS.budget),
+    temperature: options.TemperatureOption = _SAMPLING.temperature,
+    top_p: options.TopPOption = _SAMPLING.top_p,
+    top_k: options.TopKOption = _SAMPLING.top_k,
+    seed: options.SeedOption = _SAMPLING.seed,
     stats: _StatsOption = False,
     dtype: options.DtypeOption = "auto",
     device: options.DeviceOption = "auto",
@@ -66,11 +70,13 @@ def generate(
     The text of one prompt comes as it is decoded. Many are answered together, --batch at a time, and whenever one is
     done the next takes its place; the answers come in the order of the prompts, each below a line with its number.
     In float32 and float64 an answer is what greedy decoding with transformers gives, whatever else is answered;
-    in half precision, where two tokens are all but equally likely, the other one may come.
+    in half precision, where two tokens are all but equally likely, the other one may come. With --temperature it is
+    sampled: the same --seed gives the same answers, whatever the trees.
 
     For example:
 
         ladon generate --prompt "def read_config(path):" --max-new-tokens 64 --stats
+        ladon generate --prompt "def read_config(path):" --temperature 0.8 --top-p 0.95 --seed 7
         ladon generate --prompts prompts.jsonl --batch 4 --max-new-tokens 32
         ladon generate --model path/to/model --heads path/to/heads --prompt-file prompt.txt --budget 32
     """
@@ -80,6 +86,7 @@ def generate(
     is_many = prompts is not None or len(texts) > 1
     questions = read_questions(texts, prompts) if is_many else []
     text = "" if is_many else read_prompt(texts[0] if texts else None, prompt_file)
+    law = _law(temperature, top_k, top_p, seed)
     from ladon.cli.loading import load, require_heads
     from ladon.generation import Decoder
 
@@ -95,9 +102,10 @@ def generate(
     require_heads(loaded, shape)
     decoder = Decoder(loaded.model, loaded.heads, tree=shape, budget=nodes, profile=stats)
     if is_many:
-        document = _answer_many(decoder, loaded, questions, max_new_tokens, batch, is_silent=as_json)
+        rows = _rows(decoder, loaded, questions, max_new_tokens, law)
+        document = _answer_many(decoder, loaded, questions, rows, batch, is_silent=as_json)
     else:
-        document = _answer_one(decoder, loaded, text, max_new_tokens, is_silent=as_json)
+        document = _answer_one(decoder, loaded, text, max_new_tokens, law, is_silent=as_json)
     if stats:
         for line in stats_lines(decoder.stats):
             say(line)
@@ -107,7 +115,20 @@ def generate(
         print_json(document | {"dtype": dtype_name(loaded.model), "stats": stats_json(decoder.stats)})
 
 
-def _answer_one(decoder: Decoder, loaded: Loaded, text: str, max_new_tokens: int, *, is_silent: bool) -> dict[str, Any]:
+def _law(temperature: float, top_k: int, top_p: float, seed: int) -> dict[str, Any]:
+    """The same for `Decoder.generate`; `InputError` for what is no law."""
+    from ladon.sampling import check_settings, row_seeds
+
+    check_settings(temperature, top_k, top_p)
+    row_seeds(seed, 1)
+    if temperature == 0:
+        return {"do_sample": False}
+    return {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+
+
+def _answer_one(
+    decoder: Decoder, loaded: Loaded, text: str, max_new_tokens: int, law: dict[str, Any], *, is_silent: bool
+) -> dict[str, Any]:
     """Write one answer as it comes; what is known of it."""
     from transformers import TextStreamer
 
@@ -117,20 +138,19 @@ def _answer_one(decoder: Decoder, loaded: Loaded, text: str, max_new_tokens: int
         ids[None],
         attention_mask=ids.new_ones(1, len(ids)),
         max_new_tokens=max_new_tokens,
-        do_sample=False,
         streamer=streamer,
+        **law,
     )
     new = output[0, len(ids) :].tolist()
     return {"text": _text(loaded, new), "token_ids": new, "prompt_tokens": len(ids)}
 
 
 def _answer_many(
-    decoder: Decoder, loaded: Loaded, questions: Sequence[Question], max_new_tokens: int, batch: int, *, is_silent: bool
+    decoder: Decoder, loaded: Loaded, questions: Sequence[Question], rows: list[Row], batch: int, *, is_silent: bool
 ) -> dict[str, Any]:
     """Answer prompts together, and write each answer once it and all before it are done; what is known of them."""
     from ladon.bench.report import finite
 
-    rows = _rows(decoder, loaded, questions, max_new_tokens)
     shown = 0
     for _ in decoder.decode(rows, max_rows=batch):
         while shown < len(rows) and rows[shown].finished:
@@ -148,6 +168,7 @@ def _answer_many(
             "text": _text(loaded, row.tokens),
             "token_ids": row.tokens,
             "prompt_tokens": len(row.prompt),
+            "seed": row.seed if row.picker.draws else None,
             "acceptance_length": finite(row.stats.acceptance_length),
         }
         for question, row in zip(questions, rows, strict=True)
@@ -155,7 +176,9 @@ def _answer_many(
     return {"answers": answers, "batch": batch}
 
 
-def _rows(decoder: Decoder, loaded: Loaded, questions: Sequence[Question], max_new_tokens: int) -> list[Row]:
+def _rows(
+    decoder: Decoder, loaded: Loaded, questions: Sequence[Question], max_new_tokens: int, law: dict[str, Any]
+) -> list[Row]:
     """The prompts for the engine; `InputError` for one that has no tokens, or leaves no room for an answer."""
     import torch
 
@@ -169,7 +192,7 @@ def _rows(decoder: Decoder, loaded: Loaded, questions: Sequence[Question], max_n
             allowed = "1 or more" if limit is None else f"1 to {limit - 1}"
             raise InputError(f"prompt {number} has {len(ids)} tokens; give {allowed} for this model")
     ids_on_device = [torch.tensor(ids, device=loaded.model.device) for ids in prompts]
-    return decoder.rows(ids_on_device, max_new_tokens=max_new_tokens)
+    return decoder.rows(ids_on_device, max_new_tokens=max_new_tokens, **law)
 
 
 def _text(loaded: Loaded, token_ids: Sequence[int]) -> str:

@@ -24,6 +24,7 @@ from ladon.cli.imports import import_heads
 from ladon.cli.inspect import inspect
 from ladon.cli.trace import trace
 from ladon.cli.train import train
+from ladon.cli.verify import verify
 from ladon.errors import LadonError
 
 _USAGE = 2
@@ -37,7 +38,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (demo, generate, bench, distill, train, calibrate, export, inspect, trace):
+for command in (demo, generate, verify, bench, distill, train, calibrate, export, inspect, trace):
     app.command()(command)
 app.command("import")(import_heads)  # the word is taken in Python
 

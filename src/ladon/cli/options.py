@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Option
 
-from ladon.config import AUTO_BUDGET, BENCH_MODES, TREES, DecoderOptions, help_of
+from ladon.config import AUTO_BUDGET, BENCH_MODES, TREES, DecoderOptions, SamplingOptions, help_of
 from ladon.errors import InputError
 
 if TYPE_CHECKING:
@@ -58,6 +58,16 @@ BudgetOption = Annotated[
     str, Option("--budget", metavar="N", help=f"{help_of(DecoderOptions, 'budget').capitalize()}.")
 ]
 NewTokensOption = Annotated[int, Option("--max-new-tokens", metavar="N", min=1, help="Tokens to write at most.")]
+
+
+def _sampling_help(name: str) -> str:
+    return f"{help_of(SamplingOptions, name).capitalize()}."
+
+
+TemperatureOption = Annotated[float, Option("--temperature", metavar="T", help=_sampling_help("temperature"))]
+TopPOption = Annotated[float, Option("--top-p", metavar="P", help=_sampling_help("top_p"))]
+TopKOption = Annotated[int, Option("--top-k", metavar="K", help=_sampling_help("top_k"))]
+SeedOption = Annotated[int, Option("--seed", metavar="S", help=_sampling_help("seed"))]
 JsonOption = Annotated[bool, Option("--json", help="Print one JSON document as the last line of standard output.")]
 
 

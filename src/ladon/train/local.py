@@ -12,9 +12,10 @@ from ladon.capability import context_limit
 from ladon.errors import InputError
 from ladon.generation import Decoder
 from ladon.heads.fingerprint import fingerprint
+from ladon.pickers import Picker
 from ladon.requests import end_ids
 from ladon.rows import Row
-from ladon.sampling import Sampler
+from ladon.sampling import GREEDY, Sampler
 from ladon.train.distill import Answer, Failure, Settings
 from ladon.train.prompts import Prompt
 
@@ -73,9 +74,7 @@ class LocalModel:
                     f"{self._vocab_size}; encode the prompts with this model's tokenizer"
                 )
         rows = [self._row(prompt, settings) for prompt in prompts]
-        steps = self._decoder.decode(
-            [row for row in rows if row is not None], self._sampler(settings), max_rows=self._batch
-        )
+        steps = self._decoder.decode([row for row in rows if row is not None], max_rows=self._batch)
         told = 0
         try:
             for _ in steps:
@@ -91,10 +90,10 @@ class LocalModel:
         if told < len(rows):  # no row at all, or none after the last
             yield [self._outcome(prompts[place], rows[place]) for place in range(told, len(rows))]
 
-    def _sampler(self, settings: Settings) -> Sampler | None:
-        """How tokens are drawn; None for greedy decoding."""
+    def _picker(self, settings: Settings) -> Picker:
+        """The law of a row."""
         if settings.temperature == 0:
-            return None
+            return GREEDY
         return Sampler(temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p)
 
     def _row(self, prompt: Prompt, settings: Settings) -> Row | None:
@@ -109,6 +108,7 @@ class LocalModel:
             max_new_tokens=room,
             is_stop=self._ends.__contains__,
             seed=settings.seed_of(prompt) or 0,
+            picker=self._picker(settings),
         )
 
     def _outcome(self, prompt: Prompt, row: Row | None) -> Answer | Failure:

@@ -1,0 +1,151 @@
+"""A user's own proof: with trees the same is said as without, on this model, by this law, on these prompts.
+
+Plain decoding says everything once, each prompt alone; trees say it again, together. Where they part, the scores from
+which both picked there, noise and processors included, tell rounding from a mistake (`ladon.bench.identity`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ladon.bench.identity import Difference, first_difference, near_tie_bound
+from ladon.generation import Decoder
+from ladon.picking import scores_of
+from ladon.rows import Row
+from ladon.target import Target
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ladon.heads import Heads
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verdict:
+    """What one law came to.
+
+    Attributes:
+        law: its name.
+        prompts: how many were answered.
+        tokens: that plain decoding wrote.
+        acceptance_length: of the trees.
+        differences: the first one of each prompt whose answers differ.
+    """
+
+    law: str
+    prompts: int
+    tokens: int
+    acceptance_length: float
+    differences: Sequence[Difference] = field(default_factory=list)
+
+    @property
+    def near_ties(self) -> int:
+        """Differences that rounding explains."""
+        return sum(difference.is_near_tie for difference in self.differences)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether nothing but rounding makes a difference."""
+        return self.near_ties == len(self.differences)
+
+
+def verify_law(
+    model: PreTrainedModel,
+    heads: Heads | None,
+    prompts: Sequence[Tensor],
+    law: Mapping[str, Any],
+    *,
+    name: str,
+    batch: int,
+    max_new_tokens: int,
+    tree: Mapping[str, Any],
+    progress: Progress = lambda what, done, total: None,
+) -> Verdict:
+    """Compare the answers to all prompts.
+
+    Args:
+        model: the target.
+        heads: its heads.
+        prompts: token ids of each, [T].
+        law: `generate`'s options that say how tokens are picked; `seed` is an int, if there is one.
+        name: of the law.
+        batch: prompts that trees answer together.
+        max_new_tokens: of each answer.
+        tree: options of the decoder that uses trees.
+        progress: told after each answer.
+    """
+    plain, trees = Decoder(model), Decoder(model, heads, **tree)
+    options = {"max_new_tokens": max_new_tokens, **law}
+    expected, found = plain.rows(prompts, **options), trees.rows(prompts, **options)
+    for done, row in enumerate(expected, start=1):
+        for _ in plain.decode([row]):
+            pass
+        progress(f"{name}: plain", done, len(expected))
+    for _ in trees.decode(found, max_rows=batch):
+        progress(f"{name}: trees", sum(row.finished for row in found), len(found))
+    target, differences = Target(model), []
+    for number, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
+        place = first_difference(ours.tokens, theirs.tokens)
+        if place is not None:
+            differences.append(_difference(target, number, ours, theirs, place))
+    return Verdict(
+        law=name,
+        prompts=len(prompts),
+        tokens=sum(len(row.tokens) for row in expected),
+        acceptance_length=trees.stats.acceptance_length,
+        differences=differences,
+    )
+
+
+def is_repeatable(
+    model: PreTrainedModel,
+    heads: Heads | None,
+    prompts: Sequence[Tensor],
+    *,
+    batch: int,
+    max_new_tokens: int,
+    tree: Mapping[str, Any],
+) -> bool:
+    """Whether two runs with `deterministic=True` take the same steps to the same answers."""
+    runs = []
+    for _ in range(2):
+        decoder = Decoder(model, heads, **{**tree, "deterministic": True})
+        rows = decoder.rows(prompts, max_new_tokens=max_new_tokens)
+        steps = [step.emitted for step in decoder.decode(rows, max_rows=batch)]
+        runs.append((steps, [row.tokens for row in rows]))
+    return runs[0] == runs[1]
+
+
+def _difference(target: Target, number: int, ours: Row, theirs: Row, place: int) -> Difference:
+    if place >= min(len(ours.tokens), len(theirs.tokens)):
+        return Difference(prompt=number, position=place, margin=math.inf, bound=0.0)
+    scores, logits = said_from(target, theirs, place)
+    margin = float(scores.max() - min(scores[ours.tokens[place]], scores[theirs.tokens[place]]))
+    bound = near_tie_bound(target.dtype, logits)
+    return Difference(prompt=number, position=place, margin=margin, bound=bound)
+
+
+@torch.no_grad()
+def said_from(target: Target, row: Row, place: int) -> tuple[Tensor, Tensor]:
+    """Scores [V] whose greatest is the new token `place` of a row, and the logits [V] before its law."""
+    before = Row(
+        prompt=row.prompt,
+        max_new_tokens=row.max_new_tokens,
+        is_stop=row.is_stop,
+        seed=row.seed,
+        picker=row.picker,
+        padded=row.padded,
+        number=row.number,
+        tokens=row.tokens[:place],
+    )
+    written = torch.tensor(before.tokens, dtype=row.prompt.dtype, device=row.prompt.device)
+    _, logits = target.prefill([torch.cat([row.prompt, written])], target.new_cache(1))
+    return scores_of(before, logits[0]), logits[0].float()

@@ -1,0 +1,52 @@
+"""The law of a call of `generate`: what its options say about how tokens are picked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ladon.errors import InputError
+from ladon.pickers import Picker
+from ladon.processors import ProcessedPicker, Processors
+from ladon.sampling import GREEDY, row_seeds
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, LogitsProcessorList
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Law:
+    """How the tokens of a call's rows are picked.
+
+    Attributes:
+        picker: the same for all rows.
+        seeds: of their noise, one each; zeros where nothing is drawn.
+    """
+
+    picker: Picker
+    seeds: Sequence[int]
+
+    @classmethod
+    def of(
+        cls,
+        config: GenerationConfig,
+        processors: LogitsProcessorList | None,
+        seed: int | Sequence[int] | None,
+        num_rows: int,
+    ) -> Law:
+        """What the merged config and the prepared processors ask for.
+
+        Warns where a processor makes decoding plain.
+
+        Raises:
+            InputError: seeds that are none, or not one for each row; several rows that cannot be decoded together.
+        """
+        if seed is not None and not config.do_sample:
+            raise InputError("a seed is given, but nothing is drawn; pass do_sample=True, or leave the seed out")
+        if not config.do_sample and not processors:
+            return cls(picker=GREEDY, seeds=[0] * num_rows)
+        known = Processors(processors or [])
+        known.refuse_several(num_rows)
+        picker = ProcessedPicker(known, draws=bool(config.do_sample))
+        return cls(picker=picker, seeds=row_seeds(seed, num_rows) if picker.draws else [0] * num_rows)
