@@ -181,7 +181,7 @@ def test_trace_tells_the_whole_story(model, decoder):
         ({"do_sample": True, "temperature": -1.0}, "temperature"),
         ({"num_beams": 2}, "beam_search"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
-        ({"output_scores": True, "return_dict_in_generate": True}, "output_scores"),
+        ({"output_attentions": True, "return_dict_in_generate": True}, "output_attentions"),
     ],
 )
 def test_options_that_are_not_supported_say_so(decoder, kwargs, message):

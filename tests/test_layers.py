@@ -49,6 +49,7 @@ MODEL_SIDE = [
     "processors",
     "laws",
     "requests",
+    "outputs",
     "override",
     "generation",
     "attaching",

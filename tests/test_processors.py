@@ -18,7 +18,7 @@ from ladon.errors import InputError
 from ladon.pickers import Context, Nodes
 from ladon.processors import _BY_PREFIX, _BY_SCORES, ProcessedPicker, Processors
 from ladon.rows import Row
-from ladon.sampling import GREEDY, first_best
+from ladon.sampling import GREEDY, first_best, noisy
 from ladon.target import Target
 from ladon.tree import ancestor_mask
 from random_trees import draw
@@ -311,13 +311,36 @@ def test_acceptance_is_the_mass_on_the_children(tiny_llama: PreTrainedModel) -> 
     drawn = draw(random.Random(0), [None], 1, 12).tree
     nodes = Nodes(tree=drawn.rows([0] * num), ancestors=torch.ones(num, 1, 1, dtype=torch.bool))
     where = Context(rows=[], seeds=torch.arange(num), first=torch.zeros(num, dtype=torch.int64))
-    picks = first_best(picker.scores(logits.expand(num, -1, -1), where, nodes))[:, 0]
+    picks = first_best(noisy(picker.law(logits.expand(num, -1, -1), where, nodes), where, nodes))[:, 0]
     share = float(torch.isin(picks, torch.tensor(children)).float().mean())
     mass = float(law[children].sum())
     assert share == pytest.approx(mass, abs=4 * (mass * (1 - mass) / num) ** 0.5)
 
 
-@pytest.mark.parametrize("change", [{"num_beams": 2}, {"output_scores": True, "return_dict_in_generate": True}])
+@pytest.mark.parametrize("options", [{}, {"repetition_penalty": 1.4}, {"do_sample": True, "top_k": 9, "seed": 2}])
+def test_logits_and_scores_are_those_of_plain_decoding(
+    tiny_llama: PreTrainedModel, heads: ladon.Heads, options: dict[str, Any]
+) -> None:
+    """For each emitted token, of rows that end at different places; greedy ones are `generate`'s."""
+    prompts = torch.randint(3, VOCAB, (3, 7), generator=torch.Generator().manual_seed(4))
+    given = {"max_new_tokens": 15, "pad_token_id": 0, "return_dict_in_generate": True, **options}
+    given |= {"output_scores": True, "output_logits": True, "eos_token_id": [2, 5, 8, 11, 14, 17, 20]}
+    plain = ladon.Decoder(tiny_llama).generate(prompts, **given)
+    found = ladon.Decoder(tiny_llama, heads, budget=12).generate(prompts, **given)
+    assert found.sequences.tolist() == plain.sequences.tolist()
+    new = plain.sequences[:, 7:]
+    assert len(found.scores) == len(found.logits) == len(plain.scores) == new.shape[1]
+    theirs = plain if "seed" in options else tiny_llama.generate(prompts, **given)
+    for place in range(new.shape[1]):
+        alive = new[:, place] != 0
+        for name in ("scores", "logits"):
+            one, other = found[name][place], theirs[name][place]
+            assert one.shape == other.shape == (3, VOCAB)
+            assert torch.allclose(one[alive].float(), other[alive].float(), atol=1e-5)
+            assert torch.equal(one[alive] == -torch.inf, other[alive] == -torch.inf)
+
+
+@pytest.mark.parametrize("change", [{"num_beams": 2}, {"output_attentions": True, "return_dict_in_generate": True}])
 def test_what_is_still_refused(tiny_llama: PreTrainedModel, change: dict[str, Any]) -> None:
     with pytest.raises(InputError):
         ladon.Decoder(tiny_llama).generate(torch.arange(3, 9)[None], max_new_tokens=4, do_sample=True, **change)

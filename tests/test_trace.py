@@ -122,7 +122,7 @@ def test_a_trace_refuses_what_generate_refuses(tiny: Tiny, monkeypatch: pytest.M
             with pytest.raises(InputError, match=message):
                 ask(prompt, max_new_tokens=tokens)
     options = {"num_beams": (2, "beam_search")}
-    options["output_scores"] = (True, "output_scores")
+    options["output_attentions"] = (True, "output_attentions")
     for name, (value, message) in options.items():
         with monkeypatch.context() as patch:
             patch.setattr(tiny.model.generation_config, name, value)

@@ -155,7 +155,7 @@ class Engine:
             counts = [count for count, *_ in table[: len(decoded.places)]]
             seconds, grown = time.perf_counter() - prefilled, self._tree.num_nodes
             self._sizes.observe(counts, pruned=decoded.num_pruned, grown=grown, seconds=seconds)
-        step = self._deliver(table, decoded)
+        step = self._deliver(table, decoded, outcomes)
         ended = time.perf_counter()
         self._stats.prefill_seconds += (ended if decoded is None else prefilled) - started
         self._stats.decode_seconds += 0.0 if decoded is None else ended - prefilled
@@ -173,13 +173,11 @@ class Engine:
             self._stats.prefill_tokens += new - old
         if hidden is None or logits is None:
             return None
-        root = self._first_picks(logits, [batch.joining[index] for index in done])
+        said = self._picking([batch.joining[index] for index in done]).after_prompts(logits)
+        root = said.picks[:, 0]
         table = torch.stack([torch.ones_like(root), root], dim=1)
-        return Outcome(places=[first + index for index in done], hidden=hidden, root=root, table=table)
-
-    def _first_picks(self, logits: Tensor, rows: list[Row]) -> Tensor:
-        """The first token of each row, [b], from the logits after its prompt [b, V]."""
-        return self._picking(rows).after_prompts(logits)
+        places, kept = [first + index for index in done], said.along(torch.zeros_like(said.picks))
+        return Outcome(places=places, hidden=hidden, root=root, table=table, kept=kept)
 
     def _decode(self, tree: TokenTree) -> Outcome:
         """Verify the trees of the rows that decode, and keep what the target would have said."""
@@ -192,17 +190,24 @@ class Engine:
         with clock.stage("verify"), clock.forward_of(self._target.model, "forward"):
             out = self._target.verify(tree, cache, self._pruning if size.pruned else None)
         with clock.stage("pick"):
-            picks = picking.after(out.logits, out.tree, out.ancestors)
+            said = picking.after(out.logits, out.tree, out.ancestors)
         with clock.stage("accept"):
-            accepted = longest_match(out.tree, picks, out.ancestors)
+            accepted = longest_match(out.tree, said.picks, out.ancestors)
         with clock.stage("commit"):
             cache.commit(out.given(accepted.path), accepted.count)
             self._proposer.observe(accepted, out.hidden)
-            batch_index = torch.arange(out.tree.batch_size, device=picks.device)
+            batch_index = torch.arange(out.tree.batch_size, device=said.picks.device)
             hidden, root = out.hidden[batch_index, accepted.last], accepted.bonus
         table = torch.cat([accepted.count[:, None], accepted.tokens], dim=1)
-        places = self._batch.drafted
-        return Outcome(places=places, hidden=hidden, root=root, table=table, verified=out, accepted=accepted)
+        return Outcome(
+            places=self._batch.drafted,
+            hidden=hidden,
+            root=root,
+            table=table,
+            verified=out,
+            accepted=accepted,
+            kept=said.along(accepted.path),
+        )
 
     def _depth_caps(self, num_rows: int) -> list[int]:
         """How deep nodes may be that a row may still emit, and that the target can verify exactly at its length."""
@@ -212,9 +217,10 @@ class Engine:
             caps.append(row.num_left - 1 if target_cap is None else min(row.num_left - 1, target_cap))
         return caps
 
-    def _deliver(self, table: list[list[int]], decoded: Outcome | None) -> Step:
+    def _deliver(self, table: list[list[int]], decoded: Outcome | None, outcomes: list[Outcome]) -> Step:
         """Hand each row its new tokens and count them; rows decide where they end."""
         rows, emitted = self._batch.decoding, []
+        kept = [(outcome.kept, place) for outcome in outcomes for place in range(len(outcome.places))]
         tree, accepted, num_decoded, pruned = None, None, 0, 0
         if decoded is not None and decoded.verified is not None:
             tree, pruned = decoded.verified.tree, decoded.num_pruned
@@ -224,6 +230,9 @@ class Engine:
         for index, (row, (count, *tokens)) in enumerate(zip(rows, table, strict=True)):
             taken = row.take(tokens[:count])
             emitted.append(taken)
+            if row.keeps:
+                found, place = kept[index]
+                row.keep({name: values[place] for name, values in found.items()}, len(taken))
             if tree is not None and index < num_decoded:
                 for stats in (row.stats, self._stats):
                     stats.add_step(emitted=len(taken), nodes=tree.num_nodes + pruned, accepted=count - 1, pruned=pruned)

@@ -31,7 +31,6 @@ from ladon.requests import (
     left_padded,
     make_rows,
     merged_option,
-    pack_output,
     refuse_unsupported,
 )
 from ladon.rows import Row
@@ -285,7 +284,9 @@ class Decoder:
                 streamer.put(torch.tensor(step.emitted[0]))
         if streamer is not None:
             streamer.end()
-        return pack_output(request.input_ids, request.rows, request.config)
+        from ladon.outputs import pack_output
+
+        return pack_output(request, self.stats)
 
     def _proposer(self, clock: StageClock) -> Proposer:
         if self.heads is None or self._tree == "off":

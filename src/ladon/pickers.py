@@ -64,8 +64,11 @@ class Picker(Protocol):
     def is_plain(self) -> bool:
         """Whether it must be asked once per emitted token, in order: then nothing is drafted."""
 
-    def scores(self, logits: Tensor, context: Context, nodes: Nodes) -> Tensor:
-        """Scores after each node, [b, N, V], noise included, from the logits there: the greatest is what is said."""
+    def law(self, logits: Tensor, context: Context, nodes: Nodes) -> Tensor:
+        """Scores after each node, [b, N, V], from the logits there.
+
+        The greatest is said, or a token drawn from their softmax.
+        """
 
 
 class Sequenced(Protocol):
@@ -77,3 +80,4 @@ class Sequenced(Protocol):
     seed: int
     tokens: list[int]
     picker: Picker
+    keeps: frozenset[str]

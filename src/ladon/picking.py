@@ -8,12 +8,13 @@ Shapes: B rows, N nodes, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ladon.pickers import Context, Nodes, Picker, Sequenced
-from ladon.sampling import first_best
+from ladon.sampling import first_best, noisy
 from ladon.tree import TokenTree, ancestor_mask, root_tree
 
 
@@ -25,28 +26,61 @@ class Picking:
 
     def __init__(self, rows: Sequence[Sequenced], device: torch.device) -> None:
         """For the rows of the step, as far as they are written now."""
-        self._groups: list[tuple[Picker, Context, Tensor | None]] = []
+        self._groups: list[tuple[Picker, Context, Tensor]] = []
+        self._keeps = any(row.keeps for row in rows)
         places: dict[Picker, list[int]] = {}
         for place, row in enumerate(rows):
             places.setdefault(row.picker, []).append(place)
         for picker, group in places.items():
-            index = None if len(places) == 1 else torch.tensor(group, device=device)
+            index = torch.tensor(group if len(places) > 1 else [], device=device)
             self._groups.append((picker, _context(picker, [rows[place] for place in group], device), index))
 
-    def after_prompts(self, logits: Tensor) -> Tensor:
-        """What is said after the rows as they are written now, [B] int64, from the logits there, [B, V]."""
+    def after_prompts(self, logits: Tensor) -> Said:
+        """What is said after the rows as they are written now: one node each, from the logits there, [B, V]."""
         ends = _ends(logits)
-        return self.after(logits[:, None], ends.tree, ends.ancestors)[:, 0]
+        return self.after(logits[:, None], ends.tree, ends.ancestors)
 
-    def after(self, logits: Tensor, tree: TokenTree, ancestors: Tensor) -> Tensor:
-        """What the rows' laws say after each node of their trees, [B, N] int64, from the logits there, [B, N, V]."""
+    def after(self, logits: Tensor, tree: TokenTree, ancestors: Tensor) -> Said:
+        """What the rows' laws say after each node of their trees, from the logits there, [B, N, V]."""
         nodes = Nodes(tree=tree, ancestors=ancestors)
-        picks = torch.empty_like(tree.tokens)
+        if len(self._groups) == 1:
+            ((picker, context, _),) = self._groups
+            scores = picker.law(logits, context, nodes)
+            return Said(_picked(picker, scores, context, nodes), logits, scores if self._keeps else None)
+        picks, kept = torch.empty_like(tree.tokens), None
         for picker, context, index in self._groups:
-            if index is None:
-                return first_best(picker.scores(logits, context, nodes))
-            picks[index] = first_best(picker.scores(logits[index], context, _of_rows(nodes, index)))
-        return picks
+            own = _of_rows(nodes, index)
+            scores = picker.law(logits[index], context, own)
+            picks[index] = _picked(picker, scores, context, own)
+            if self._keeps:
+                kept = torch.empty_like(logits, dtype=scores.dtype) if kept is None else kept
+                kept[index] = scores.to(kept.dtype)
+        return Said(picks, logits, kept)
+
+
+def _picked(picker: Picker, scores: Tensor, context: Context, nodes: Nodes) -> Tensor:
+    return first_best(noisy(scores, context, nodes) if picker.draws else scores)
+
+
+class Said(NamedTuple):
+    """What is said after each node.
+
+    Attributes:
+        picks: the tokens, [B, N] int64.
+        logits: after each node, [B, N, V].
+        scores: what the laws made of them, [B, N, V], without noise; None if no row keeps anything.
+    """
+
+    picks: Tensor
+    logits: Tensor
+    scores: Tensor | None
+
+    def along(self, path: Tensor) -> dict[str, Tensor]:
+        """Logits and scores of the nodes [B, A], each [B, A, V]; empty if no row keeps anything."""
+        if self.scores is None:
+            return {}
+        rows = torch.arange(len(path), device=path.device)[:, None]
+        return {"logits": self.logits[rows, path].float(), "scores": self.scores[rows, path]}
 
 
 def _of_rows(nodes: Nodes, index: Tensor) -> Nodes:
@@ -78,7 +112,9 @@ def _prefix(row: Sequenced, device: torch.device) -> Tensor:
 def scores_of(row: Sequenced, logits: Tensor) -> Tensor:
     """The scores [V] whose greatest a row says next, as it is written now, noise included; `logits` are [V]."""
     logits = logits[None]
-    return row.picker.scores(logits[:, None], _context(row.picker, [row], logits.device), _ends(logits))[0, 0]
+    context, ends = _context(row.picker, [row], logits.device), _ends(logits)
+    scores = row.picker.law(logits[:, None], context, ends)
+    return (noisy(scores, context, ends) if row.picker.draws else scores)[0, 0]
 
 
 def _ends(logits: Tensor) -> Nodes:

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ladon import sampling
 from ladon.errors import InputError
 from ladon.host import to_host
 from ladon.pickers import Context, Nodes
@@ -170,9 +169,7 @@ class ProcessedPicker:
         self._processors, self.draws = processors, draws
         self.reads, self.is_plain = processors.reads, processors.is_plain
 
-    def scores(self, logits: Tensor, context: Context, nodes: Nodes) -> Tensor:
-        """The processed scores, in float32 as in `generate`, or in float64 where a draw needs more; with its noise."""
+    def law(self, logits: Tensor, context: Context, nodes: Nodes) -> Tensor:
+        """The processed scores, in float32 as in `generate`, or in float64 where a draw needs more."""
         exact = self.draws and logits.dtype == torch.float64
-        scores = logits.to(torch.float64 if exact else torch.float32, copy=True)
-        processed = self._processors(scores, context, nodes)
-        return sampling.noisy(processed, context, nodes) if self.draws else processed
+        return self._processors(logits.to(torch.float64 if exact else torch.float32, copy=True), context, nodes)

@@ -18,13 +18,12 @@ from ladon.stopping import StopRules, stop_string_rule
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList
-    from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 _UNSET = (
     "unset the options that ask for it, in the call or in model.generation_config (on the command line: "
     "--ignore-generation-config)"
 )
-_UNSUPPORTED_OUTPUTS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
+_UNSUPPORTED_OUTPUTS = ("output_attentions", "output_hidden_states")
 # Model inputs that say how `generate` computes, not what; the mask and the position ids are read.
 _NEUTRAL_INPUTS = {
     "attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position",
@@ -216,6 +215,8 @@ def make_rows(
     rules = StopRules.of(criteria)
     max_length = config.max_length if rules.max_length is None else rules.max_length
     max_new_tokens = max(max_length - input_ids.shape[1], 1)  # criteria are asked after a token: there is always one
+    keeps = frozenset(name for name in ("logits", "scores") if getattr(config, f"output_{name}", False))
+    keeps = keeps if config.return_dict_in_generate else frozenset()
     rows = []
     for index, ids in enumerate(input_ids):
         prompt = ids if attention_mask is None else ids[attention_mask[index].bool()]
@@ -238,6 +239,7 @@ def make_rows(
                 picker=law.picker,
                 padded=ids,
                 number=index,
+                keeps=keeps,
             )
         )
     _check_ids(rows, vocab_size)
@@ -257,17 +259,3 @@ def _check_ids(rows: list[Row], vocab_size: int | None) -> None:
 def end_ids(token_ids: int | Sequence[int] | None) -> frozenset[int]:
     """End-of-sequence ids, in any of the forms that generation configs hold them."""
     return frozenset([token_ids] if isinstance(token_ids, int) else token_ids or ())
-
-
-def pack_output(input_ids: Tensor, rows: list[Row], config: GenerationConfig) -> Tensor | GenerateDecoderOnlyOutput:
-    """Prompts and new tokens as one tensor [B, T + new], rows that ended earlier padded on the right."""
-    pad = getattr(config, "_pad_token_tensor", None)
-    pad_id = 0 if pad is None else int(pad)
-    longest = max(len(row.tokens) for row in rows)
-    new = torch.tensor([row.tokens + [pad_id] * (longest - len(row.tokens)) for row in rows], device=input_ids.device)
-    sequences = torch.cat([input_ids, new.to(input_ids.dtype)], dim=1)
-    if not config.return_dict_in_generate:
-        return sequences
-    from transformers.generation.utils import GenerateDecoderOnlyOutput
-
-    return GenerateDecoderOnlyOutput(sequences=sequences)

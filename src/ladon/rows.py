@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
+
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -27,6 +29,8 @@ class Row:
         picker: its law; greedy if not given.
         padded: its prompt as the processors of `generate` see it, [T] with the padding of its batch; None: `prompt`.
         number: its place in that batch.
+        keeps: what is kept of its new tokens: "logits", "scores" (after its law), both or nothing.
+        kept: that, by name, for each new token [V] float32, on the device.
         tokens: what has been emitted so far.
         finished: whether it has ended, in whatever way.
         cancelled: whether `cancel` has ended it.
@@ -41,6 +45,8 @@ class Row:
     picker: Picker = GREEDY
     padded: Tensor | None = None
     number: int = 0
+    keeps: frozenset[str] = frozenset()
+    kept: dict[str, list[Tensor]] = field(default_factory=dict)
     tokens: list[int] = field(default_factory=list)
     finished: bool = False
     cancelled: bool = False
@@ -79,6 +85,11 @@ class Row:
     def _end(self) -> None:
         if not self.finished:
             self.finished, self.stats.finished = True, time.perf_counter()
+
+    def keep(self, found: Mapping[str, Tensor], count: int) -> None:
+        """Keep what was asked for of its newest tokens, from what there is of the step's, by name [A, V]."""
+        for name in self.keeps:
+            self.kept.setdefault(name, []).extend(found[name][:count].unbind())
 
     def cancel(self) -> None:
         """End the row, from any thread: when this returns, it gets no further token. No effect once it has ended."""

@@ -53,7 +53,7 @@ class Greedy:
 
     draws = reads = is_plain = False
 
-    def scores(self, logits: Tensor, context: Context, nodes: Nodes) -> Tensor:
+    def law(self, logits: Tensor, context: Context, nodes: Nodes) -> Tensor:
         """The logits, in float32 as `generate` compares them; see `ladon.pickers.Picker`."""
         return logits.float()
 
@@ -85,12 +85,8 @@ class Sampler:
         if self.temperature == 0:
             raise InputError("temperature is 0, which is greedy decoding; give no sampler for it")
 
-    def scores(self, logits: Tensor, context: Context, nodes: Nodes) -> Tensor:
-        """What is left of the logits, with noise; see `ladon.pickers.Picker`."""
-        return noisy(self.law(logits), context, nodes)
-
-    def law(self, logits: Tensor) -> Tensor:
-        """What tokens are drawn from by softmax, of logits [..., V]."""
+    def law(self, logits: Tensor, context: Context | None = None, nodes: Nodes | None = None) -> Tensor:
+        """What is left of logits [..., V]; see `ladon.pickers.Picker`."""
         work = torch.float64 if logits.dtype == torch.float64 else torch.float32
         return _cut(logits.to(work) / self.temperature, self.top_k, self.top_p)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -47,6 +48,7 @@ class Outcome:
         table: of each row, the number of its new tokens, then these, [b, 1 + A]; the rest is meaningless.
         verified: what the target said of the trees; None for prompts.
         accepted: the accepted paths likewise.
+        kept: logits and scores from which the new tokens were picked, [b, A, V] each, if a row keeps such.
     """
 
     places: list[int]
@@ -55,6 +57,7 @@ class Outcome:
     table: Tensor
     verified: VerifyOutput | None = None
     accepted: Accepted | None = None
+    kept: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def num_pruned(self) -> int:

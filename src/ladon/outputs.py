@@ -1,0 +1,55 @@
+"""From decoded rows to what `generate` returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+from ladon.requests import Request
+from ladon.rows import Row
+from ladon.stats import DecodeStats
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+@dataclass
+class DecodeOutput(GenerateDecoderOnlyOutput):
+    """transformers' output of `return_dict_in_generate`, and what a decoder knows besides.
+
+    Attributes:
+        stats: counts and times.
+        seeds: of the rows' noise; a row can be drawn again alone with its own.
+    """
+
+    stats: DecodeStats | None = None
+    seeds: Sequence[int] | None = None
+
+
+def pack_output(request: Request, stats: DecodeStats) -> Tensor | DecodeOutput:
+    """Prompts and new tokens as one tensor [B, T + new], rows that ended earlier padded on the right."""
+    input_ids, rows, config = request.input_ids, request.rows, request.config
+    pad = getattr(config, "_pad_token_tensor", None)
+    pad_id = 0 if pad is None else int(pad)
+    longest = max(len(row.tokens) for row in rows)
+    new = torch.tensor([row.tokens + [pad_id] * (longest - len(row.tokens)) for row in rows], device=input_ids.device)
+    sequences = torch.cat([input_ids, new.to(input_ids.dtype)], dim=1)
+    if not config.return_dict_in_generate:
+        return sequences
+    scores, logits = (_kept(rows, name) for name in ("scores", "logits"))
+    seeds = tuple(row.seed for row in rows)
+    return DecodeOutput(sequences=sequences, scores=scores, logits=logits, stats=stats, seeds=seeds)
+
+
+def _kept(rows: list[Row], name: str) -> tuple[Tensor, ...] | None:
+    """What rows have kept, for each new token [B, V]; 0 where a row had ended before. None if they keep no such."""
+    if name not in rows[0].keeps:
+        return None
+    longest = max((row.kept[name] for row in rows), key=len)
+    nothing = torch.zeros_like(longest[0])
+    padded = [[*row.kept[name], *[nothing] * (len(longest) - len(row.tokens))] for row in rows]
+    return tuple(torch.stack(values) for values in zip(*padded, strict=True))
