@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
