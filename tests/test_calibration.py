@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -194,3 +195,22 @@ def test_calibration_beside_heads_of_other_formats_is_used(tiny_llama: PreTraine
     with pytest.warns(UserWarning, match="cannot verify"):
         found = load_heads(tmp_path / "tgi", tiny_llama).calibration
     assert found is not None and list(found.temperatures) == [1.5, 1.5]
+def test_two_processes_write_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another one writes the file between this one's two steps: each writes whole, the last one stays."""
+    rename, saved = Path.replace, []
+
+    def late(self: Path, target: Path) -> Path:
+        if not saved:
+            saved.append(self)
+            with monkeypatch.context() as patch:
+                patch.setattr(os, "getpid", lambda: 1)
+                calibration("other").save(tmp_path)
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "replace", late)
+    calibration("own").save(tmp_path)
+    found = read_calibration(tmp_path)
+    assert found is not None and found.heads == "own"
+    assert [path.name for path in tmp_path.iterdir()] == [CALIBRATION_FILE]
+
+

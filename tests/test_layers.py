@@ -18,7 +18,7 @@ BASE_INSTALL = {"torch", "transformers", "safetensors", "numpy", "typer", "rich"
 # A module may import only modules that stand before it here; a package is one entry.
 CORE = ["errors", "config", "tree", "lattice", "fixed_tree", "tree_notations", "growth", "sampling", "accept", "stats"]
 CORE += ["rows", "route", "host", "survivors"]
-CORE += ["machine", "expectation", "step_cost", "sizing", "curve", "auto_sizing", "step_sizes"]
+CORE += ["files", "machine", "expectation", "step_cost", "sizing", "curve", "auto_sizing", "step_sizes"]
 MODEL_SIDE = [
     "calibration",
     "heads",

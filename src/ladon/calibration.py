@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ladon.errors import HeadsError
+from ladon.files import write_whole
 
 CALIBRATION_FILE = "calibration.json"
 FORMAT = "ladon-calibration"
@@ -55,13 +56,9 @@ class Calibration:
             HeadsError: the folder cannot be written to.
         """
         path = Path(folder) / CALIBRATION_FILE
-        partial = path.with_name(f"{path.name}.partial")
-        text = json.dumps(self.document(), indent=1, allow_nan=False) + "\n"
         try:
-            partial.write_text(text, encoding="utf-8")
-            partial.replace(path)
+            write_whole(path, json.dumps(self.document(), indent=1, allow_nan=False) + "\n")
         except OSError as error:
-            partial.unlink(missing_ok=True)
             raise HeadsError(f"cannot write {path}: {error.strerror}; give another place") from error
 
     def document(self) -> dict[str, Any]:

@@ -11,16 +11,15 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
+from ladon.files import write_whole
 
 from ladon.errors import InputError
 from ladon.heads.fingerprint import fingerprint
@@ -67,14 +66,10 @@ def write_profile(place: Mapping[str, Any], times: Sequence[StepTime]) -> Path:
     """
     path = profile_path(place)
     document = {"format": FORMAT, "version": VERSION, "place": dict(place), "times": [asdict(time) for time in times]}
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        partial.replace(path)
+        write_whole(path, json.dumps(document, indent=1, allow_nan=False) + "\n")
     except OSError as error:
-        with suppress(OSError):
-            partial.unlink()
         raise InputError(f"cannot write {path}: {error.strerror}; set {CACHE_VARIABLE} to another folder") from error
     return path
 
