@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +18,8 @@ from ladon.calibration import CALIBRATION_FILE, FORMAT, Calibration, read_calibr
 from ladon.errors import HeadsError
 from ladon.heads import Heads, load_heads, new_heads
 from ladon.heads.formats.exporting import export_heads
+
+BEST = {"layer": 1, "keep": 4, "criterion": "siblings", "weight": 0.5, "top_k": 8, "trained": False}
 
 
 def calibration(heads: str, num_heads: int = 2) -> Calibration:
@@ -29,6 +33,13 @@ def test_round_trip(tiny_llama: PreTrainedModel, tmp_path: Path) -> None:
     saved.save(tmp_path)
     assert json.loads((tmp_path / CALIBRATION_FILE).read_text(encoding="utf-8"))["temperatures"] == [1.5, 1.5]
     assert load_heads(tmp_path, tiny_llama).calibration == read_calibration(tmp_path)
+
+
+@pytest.mark.parametrize("pruning", [{}, {"best": None}, {"best": BEST}, {"place": {"cpu": "x"}, "best": BEST}])
+def test_pruning_is_read(tmp_path: Path, pruning: dict[str, Any]) -> None:
+    replace(calibration("0"), pruning=pruning).save(tmp_path)
+    found = read_calibration(tmp_path)
+    assert found is not None and found.pruning == pruning
 
 
 def test_none_without_the_file(tmp_path: Path) -> None:
@@ -67,6 +78,14 @@ def test_other_heads_calibration_is_left_aside(tiny_llama: PreTrainedModel, tmp_
                 {"step_times": 3},
                 {"simulated": {}},
                 {"heads": 0},
+                {"pruning": []},
+                {"pruning": {"place": "here"}},
+                {"pruning": {"best": []}},
+                {"pruning": {"best": {}}},
+                *({"pruning": {"best": {**BEST, name: None}}} for name in BEST),
+                {"pruning": {"best": {**BEST, "layer": 0}}},
+                {"pruning": {"best": {**BEST, "keep": True}}},
+                {"pruning": {"best": {**BEST, "weight": math.nan}}},
             )
         ),
     ],
@@ -187,14 +206,6 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
     assert (tmp_path / CALIBRATION_FILE).read_bytes() == old
 
 
-def test_calibration_beside_heads_of_other_formats_is_used(tiny_llama: PreTrainedModel, tmp_path: Path) -> None:
-    heads = new_heads(tiny_llama, 2, "medusa", projection="own")
-    heads.base_name = "someone/tiny"
-    export_heads(heads, "tgi", tmp_path / "tgi")
-    calibration(load_heads(tmp_path / "tgi").weights_hash).save(tmp_path / "tgi")
-    with pytest.warns(UserWarning, match="cannot verify"):
-        found = load_heads(tmp_path / "tgi", tiny_llama).calibration
-    assert found is not None and list(found.temperatures) == [1.5, 1.5]
 def test_two_processes_write_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another one writes the file between this one's two steps: each writes whole, the last one stays."""
     rename, saved = Path.replace, []
@@ -214,3 +225,11 @@ def test_two_processes_write_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert [path.name for path in tmp_path.iterdir()] == [CALIBRATION_FILE]
 
 
+def test_calibration_beside_heads_of_other_formats_is_used(tiny_llama: PreTrainedModel, tmp_path: Path) -> None:
+    heads = new_heads(tiny_llama, 2, "medusa", projection="own")
+    heads.base_name = "someone/tiny"
+    export_heads(heads, "tgi", tmp_path / "tgi")
+    calibration(load_heads(tmp_path / "tgi").weights_hash).save(tmp_path / "tgi")
+    with pytest.warns(UserWarning, match="cannot verify"):
+        found = load_heads(tmp_path / "tgi", tiny_llama).calibration
+    assert found is not None and list(found.temperatures) == [1.5, 1.5]
