@@ -21,7 +21,7 @@ from ladon.fixed_tree import FixedTree
 from ladon.heads import Heads
 from ladon.override import own_generate
 from ladon.proposers import Proposer, RootProposer, as_chain, check_tree, drafting
-from ladon.prune_option import Prune, chosen_pruning
+from ladon.prune_option import Prune, chosen_pruning, still_chosen
 from ladon.requests import (
     Request,
     check_prompt,
@@ -107,6 +107,7 @@ class Decoder:
         self._target = Target(model)
         if heads is not None and not self._target.supports_trees:
             self._tree = as_chain(self._tree)
+        self._prune = prune
         self.pruning = pruning = chosen_pruning(prune, heads, self._target)
         self.sizing = make_sizing(budget, self._tree, model, self.heads, self._num_candidates, deterministic, pruning)
         self.stats = DecodeStats()
@@ -227,6 +228,7 @@ class Decoder:
             InputError: `max_rows` is below 1.
         """
         self._target.check()  # first of all: the model may have changed since the last call
+        self.pruning = still_chosen(self.pruning, self._prune, self._target)
         self.stats = DecodeStats()
         clock = StageClock(self.stats.stage_seconds, enabled=self._profile, device=self._target.device)
         return Engine(

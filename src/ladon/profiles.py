@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from ladon.files import write_whole
 
 from ladon.errors import InputError
+from ladon.files import write_whole
 from ladon.heads.fingerprint import fingerprint
 from ladon.machine import CACHE_VARIABLE, cache_folder, cpu_name
 from ladon.step_cost import StepTime
@@ -36,18 +36,25 @@ _MOST = 10_000_000
 _BOUNDS = {"batch": (1, _MOST), "nodes": (1, _MOST), "context": (0, _MOST), "seconds": (1e-7, 1e4)}  # of real steps
 
 
-def place_of(model: PreTrainedModel, heads: Heads) -> dict[str, Any]:
-    """All that step times depend on, JSON values: the target, the size of the heads, the machine and the libraries."""
-    config = model.config.get_text_config(decoder=True)
+def machine_of(model: PreTrainedModel) -> dict[str, Any]:
+    """Where a model runs and in which dtype, JSON values named as in `ladon.environment`."""
     device = model.device
     return {
-        "model": asdict(fingerprint(model)),
-        "heads": {"family": heads.family, "num_heads": heads.num_heads, **heads.options},
         "dtype": str(model.dtype).removeprefix("torch."),
-        "attention": config._attn_implementation,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
+    }
+
+
+def place_of(model: PreTrainedModel, heads: Heads) -> dict[str, Any]:
+    """All that step times depend on, JSON values: the target, the size of the heads, the machine and the libraries."""
+    config = model.config.get_text_config(decoder=True)
+    return {
+        "model": asdict(fingerprint(model)),
+        "heads": {"family": heads.family, "num_heads": heads.num_heads, **heads.options},
+        "attention": config._attn_implementation,
+        **machine_of(model),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
