@@ -20,6 +20,7 @@ from ladon.heads import Heads, load_heads, new_heads
 from ladon.heads.formats.exporting import export_heads
 
 BEST = {"layer": 1, "keep": 4, "criterion": "siblings", "weight": 0.5, "top_k": 8, "trained": False}
+READABLE = {"format": FORMAT, "version": 1, "heads": "0", "temperatures": [1.0], "hit_rates": [[1]], "simulated": []}
 
 
 def calibration(heads: str, num_heads: int = 2) -> Calibration:
@@ -42,6 +43,11 @@ def test_pruning_is_read(tmp_path: Path, pruning: dict[str, Any]) -> None:
     assert found is not None and found.pruning == pruning
 
 
+def test_what_damaged_files_are_made_from_can_be_read(tmp_path: Path) -> None:
+    (tmp_path / CALIBRATION_FILE).write_text(json.dumps(READABLE), encoding="utf-8")
+    assert read_calibration(tmp_path) is not None
+
+
 def test_none_without_the_file(tmp_path: Path) -> None:
     assert read_calibration(tmp_path) is None
 
@@ -62,13 +68,11 @@ def test_other_heads_calibration_is_left_aside(tiny_llama: PreTrainedModel, tmp_
         '{"format": "ladon-calibration", "version": 2}',
         '{"format": "ladon-calibration", "version": 1}',
         *(
-            json.dumps({"format": FORMAT, "version": 1, "heads": "0", "temperatures": temperatures, "hit_rates": [[1]]})
+            json.dumps({**READABLE, "temperatures": temperatures})
             for temperatures in ([math.nan], [math.inf], [0], [-1.0], ["1"], [True], 1.0, [1.0, 1.0])
         ),
         *(
-            json.dumps(
-                {"format": FORMAT, "version": 1, "heads": "0", "temperatures": [1.0], "hit_rates": [[1]], **wrong}
-            )
+            json.dumps({**READABLE, **wrong})
             for wrong in (
                 {"hit_rates": [1]},
                 {"hit_rates": [["x"]]},
