@@ -108,7 +108,7 @@ def measure(cell: Cell, materials: Materials, settings: Settings) -> dict[str, A
         "duel": {name: _system(several) for name, several in duel.items()},
         "ratios": ratios(speeds(runs), speeds(duel)),
         **_learning(runs),
-        **_differences(materials.model(cell), groups, runs),
+        **_differences(materials.model(cell), groups, runs, duel, plain, settings.sweep_tokens),
     }
 
 
@@ -135,16 +135,39 @@ def _learning(runs: Mapping[str, Sequence[Run]]) -> dict[str, Any]:
     return {"prediction_error": finite(prediction_error(later)), "sizing_share": finite(share)}
 
 
-def _differences(model: Any, groups: Sequence[Prompts], runs: Mapping[str, Sequence[Run]]) -> dict[str, int]:
-    """Outputs that are not plain decoding's, once per prompt and system."""
+def _differences(
+    model: Any,
+    groups: Sequence[Prompts],
+    runs: Mapping[str, Sequence[Run]],
+    duel: Mapping[str, Sequence[Run]],
+    plain: LadonSystem,
+    duel_tokens: int,
+) -> dict[str, int]:
+    """Outputs that are not plain decoding's; the duel's are held against its first `duel_tokens` tokens."""
+    expected = [run.outputs for run in runs["plain"][: len(groups)]]
+    found = near_ties(model, groups, runs, expected)
+    if duel:  # it has repeats with groups that there was no time for before
+        expected += [plain.run(prompts, duel_tokens).outputs for prompts in groups[len(expected) :]]
+        found += near_ties(model, groups, duel, [[output[:duel_tokens] for output in outputs] for outputs in expected])
+    return {"near_ties": sum(found), "different": len(found) - sum(found)}
+
+
+def near_ties(
+    model: Any,
+    groups: Sequence[Prompts],
+    runs: Mapping[str, Sequence[Run]],
+    expected: Sequence[Sequence[Sequence[int]]],
+) -> list[bool]:
+    """Of every output of every repeat that is not the one expected of its group, whether it left it at a near-tie."""
     found = [
-        compare(model, number, prompt, output, expected)
+        compare(model, number, prompt, output, reference)
         for several in runs.values()
-        for prompts, run, plain in zip(groups, several, runs["plain"], strict=False)
-        for number, (prompt, output, expected) in enumerate(zip(prompts, run.outputs, plain.outputs, strict=True))
+        for repeat, run in enumerate(several)
+        for number, (prompt, output, reference) in enumerate(
+            zip(groups[repeat % len(groups)], run.outputs, expected[repeat % len(groups)], strict=True)
+        )
     ]
-    near = [difference.is_near_tie for difference in found if difference is not None]
-    return {"near_ties": sum(near), "different": len(near) - sum(near)}
+    return [difference.is_near_tie for difference in found if difference is not None]
 
 
 def document(cells: Sequence[Mapping[str, Any]], settings: Settings) -> dict[str, Any]:

@@ -13,16 +13,19 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import ladon
+from families import build
 from ladon import Pruning
 from ladon.calibrate.layer_times import LayerTimes, Trials, measure_layer_times
-from ladon.calibrate.pruning import best_everywhere, find_pruning, judge, ways_to_prune
+from ladon.calibrate.pruning import best_everywhere, find_pruning, judge, usable_ways, ways_to_prune
 from ladon.calibrate.survival import Survival, Survivals, record_survival
 from ladon.calibration import CALIBRATION_FILE
 from ladon.cli.main import run
+from ladon.errors import UnsupportedModelError
 from ladon.heads.early_exit import EarlyExit
 from ladon.pruning import Pruner
+from ladon.target import Target
 from ladon.tree import TokenTree, check_tree
-from test_pruning import deep_llama
+from test_pruning import Packed, deep_llama
 from user_side import Tiny, write_jsonl
 
 PROMPTS = [torch.arange(3, 9), torch.arange(40, 60), torch.tensor([7])]
@@ -120,6 +123,7 @@ def test_it_must_pay_on_every_batch_size() -> None:
         return found
 
     assert best_everywhere([verdicts(1.5, 0.9), verdicts(0.8, 1.2)]) is None
+    assert best_everywhere([verdicts(1.5, 1.02), verdicts(1.02, 1.2)]) is None, "that may be luck"
     best = best_everywhere([verdicts(1.5, 1.1), verdicts(1.05, 1.2)])
     assert best is not None and (best["keep"], best["nodes"], best["gain"]) == (4, 16, 1.1)
 
@@ -160,6 +164,62 @@ def test_what_is_found(tmp_path: Path) -> None:
         assert measured["check"].keys() == {"whole_ms", "pruned_ms", "predicted_ms"}
     names = {"nodes", "layer", "keep", "criterion", "weight", "top_k", "trained", "gain"}
     assert found["best"] is None or found["best"].keys() == names
+
+
+def test_nothing_is_measured_on_a_model_that_cannot_be_pruned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ladon.calibrate.pruning.record_survival", lambda *args, **options: pytest.fail("too late"))
+    for model, reason in (
+        (build("gemma3n_text"), r"cannot be pruned after layer 1: .*several per token"),
+        (deep_llama(1), "has a single decoder layer"),
+    ):
+        with pytest.raises(UnsupportedModelError, match=rf"{reason}.*prune='off'"):
+            find_pruning(model, ladon.new_heads(model, num_heads=3), PROMPTS)
+
+
+def test_ways_that_do_not_fit_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Criteria that a packed projection has no rows for, and layers after which the model fails the test."""
+    model = deep_llama()
+    heads = ladon.new_heads(model, num_heads=3)
+    assert usable_ways(model, heads) == ways_to_prune(5, None)
+    monkeypatch.setattr("ladon.target.check_pruning", only_after_layer_1)
+    assert {way.layer for way in usable_ways(model, heads)} == {1}
+    monkeypatch.undo()
+    model = build("llama")
+    heads = ladon.new_heads(model, num_heads=3)
+    model.lm_head = Packed(model.lm_head)
+    ways = usable_ways(model, heads)
+    assert ways and {way.criterion for way in ways} == {"top-k"}
+
+
+def only_after_layer_1(target: Target, layer: int) -> None:
+    if layer > 1:
+        raise UnsupportedModelError("not there")
+
+
+def test_the_command_keeps_what_it_has_measured(
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model that cannot be pruned is refused at once; what goes wrong later costs the pruning alone."""
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    shutil.copytree(tiny.folder / "heads", tmp_path / "heads")
+    prompts = write_jsonl(tmp_path / "p.jsonl", [{"prompt": text} for text in ("def read", "for line in")])
+    command = ["calibrate", str(prompts), "--model", str(tiny.folder / "model"), "--heads", str(tmp_path / "heads")]
+    command += ["--max-new-tokens", "12", "--no-step-times", "--simulate", "4", "--pruning"]
+
+    def refuse(*args: object, **options: object) -> None:
+        raise UnsupportedModelError("it cannot be done")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ladon.target.check_pruning", refuse)
+        patch.setattr("ladon.calibrate.recording.record", lambda *args, **options: pytest.fail("too late"))
+        assert run(command) == 2
+        assert "it cannot be done" in capsys.readouterr().err
+    monkeypatch.setattr("ladon.calibrate.pruning.record_survival", refuse)
+    assert run(command) == 2
+    assert "it cannot be done" in capsys.readouterr().err
+    assert (tmp_path / "heads" / CALIBRATION_FILE).exists()
+    heads = ladon.load_heads(tmp_path / "heads", tiny.model)
+    assert heads.calibration is not None and heads.calibration.pruning == {}
 
 
 def test_the_command(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +18,9 @@ from ladon.calibration import CALIBRATION_FILE, FORMAT, Calibration, read_calibr
 from ladon.errors import HeadsError
 from ladon.heads import Heads, load_heads, new_heads
 from ladon.heads.formats.exporting import export_heads
+
+BEST = {"layer": 1, "keep": 4, "criterion": "siblings", "weight": 0.5, "top_k": 8, "trained": False}
+READABLE = {"format": FORMAT, "version": 1, "heads": "0", "temperatures": [1.0], "hit_rates": [[1]], "simulated": []}
 
 
 def calibration(heads: str, num_heads: int = 2) -> Calibration:
@@ -28,6 +34,18 @@ def test_round_trip(tiny_llama: PreTrainedModel, tmp_path: Path) -> None:
     saved.save(tmp_path)
     assert json.loads((tmp_path / CALIBRATION_FILE).read_text(encoding="utf-8"))["temperatures"] == [1.5, 1.5]
     assert load_heads(tmp_path, tiny_llama).calibration == read_calibration(tmp_path)
+
+
+@pytest.mark.parametrize("pruning", [{}, {"best": None}, {"best": BEST}, {"place": {"cpu": "x"}, "best": BEST}])
+def test_pruning_is_read(tmp_path: Path, pruning: dict[str, Any]) -> None:
+    replace(calibration("0"), pruning=pruning).save(tmp_path)
+    found = read_calibration(tmp_path)
+    assert found is not None and found.pruning == pruning
+
+
+def test_what_damaged_files_are_made_from_can_be_read(tmp_path: Path) -> None:
+    (tmp_path / CALIBRATION_FILE).write_text(json.dumps(READABLE), encoding="utf-8")
+    assert read_calibration(tmp_path) is not None
 
 
 def test_none_without_the_file(tmp_path: Path) -> None:
@@ -50,13 +68,11 @@ def test_other_heads_calibration_is_left_aside(tiny_llama: PreTrainedModel, tmp_
         '{"format": "ladon-calibration", "version": 2}',
         '{"format": "ladon-calibration", "version": 1}',
         *(
-            json.dumps({"format": FORMAT, "version": 1, "heads": "0", "temperatures": temperatures, "hit_rates": [[1]]})
+            json.dumps({**READABLE, "temperatures": temperatures})
             for temperatures in ([math.nan], [math.inf], [0], [-1.0], ["1"], [True], 1.0, [1.0, 1.0])
         ),
         *(
-            json.dumps(
-                {"format": FORMAT, "version": 1, "heads": "0", "temperatures": [1.0], "hit_rates": [[1]], **wrong}
-            )
+            json.dumps({**READABLE, **wrong})
             for wrong in (
                 {"hit_rates": [1]},
                 {"hit_rates": [["x"]]},
@@ -66,6 +82,14 @@ def test_other_heads_calibration_is_left_aside(tiny_llama: PreTrainedModel, tmp_
                 {"step_times": 3},
                 {"simulated": {}},
                 {"heads": 0},
+                {"pruning": []},
+                {"pruning": {"place": "here"}},
+                {"pruning": {"best": []}},
+                {"pruning": {"best": {}}},
+                *({"pruning": {"best": {**BEST, name: None}}} for name in BEST),
+                {"pruning": {"best": {**BEST, "layer": 0}}},
+                {"pruning": {"best": {**BEST, "keep": True}}},
+                {"pruning": {"best": {**BEST, "weight": math.nan}}},
             )
         ),
     ],
@@ -184,6 +208,25 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
         calibration("1").save(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [CALIBRATION_FILE]
     assert (tmp_path / CALIBRATION_FILE).read_bytes() == old
+
+
+def test_two_processes_write_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another one writes the file between this one's two steps: each writes whole, the last one stays."""
+    rename, saved = Path.replace, []
+
+    def late(self: Path, target: Path) -> Path:
+        if not saved:
+            saved.append(self)
+            with monkeypatch.context() as patch:
+                patch.setattr(os, "getpid", lambda: 1)
+                calibration("other").save(tmp_path)
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "replace", late)
+    calibration("own").save(tmp_path)
+    found = read_calibration(tmp_path)
+    assert found is not None and found.heads == "own"
+    assert [path.name for path in tmp_path.iterdir()] == [CALIBRATION_FILE]
 
 
 def test_calibration_beside_heads_of_other_formats_is_used(tiny_llama: PreTrainedModel, tmp_path: Path) -> None:

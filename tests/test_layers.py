@@ -19,7 +19,7 @@ BASE_INSTALL = {"torch", "transformers", "safetensors", "numpy", "typer", "rich"
 CORE = ["errors", "config", "tree", "lattice", "fixed_tree", "tree_notations", "growth"]
 CORE += ["pickers", "sampling", "picking", "accept", "stats"]
 CORE += ["rows", "route", "host", "survivors"]
-CORE += ["machine", "expectation", "step_cost", "sizing", "curve", "learnt", "auto_sizing", "step_sizes"]
+CORE += ["files", "machine", "expectation", "step_cost", "sizing", "curve", "learnt", "auto_sizing", "step_sizes"]
 MODEL_SIDE = [
     "calibration",
     "heads",

@@ -3,7 +3,7 @@ from __future__ import annotations
 import importlib
 import json
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -204,6 +204,49 @@ def test_sizes_that_come_close_go_on(script: ModuleType) -> None:
     assert script.finalists(screened) == {"dynamic-4": 4, "dynamic-8": 8}
     assert script.finalists(screened | {"plain": 13.9}) == {"dynamic-4": 4}
     assert script.finalists(screened | {"plain": 20.0}) == {}
+
+
+class Plain:
+    """Says 1, 2, 3 and so on after the last token of each prompt; keeps what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[list[list[int]], int]] = []
+
+    def run(self, prompts: list[list[int]], tokens: int) -> Run:
+        self.asked.append((prompts, tokens))
+        return said_run([list(range(prompt[-1] + 1, prompt[-1] + 1 + tokens)) for prompt in prompts])
+
+
+def said_run(outputs: list[list[int]]) -> Run:
+    return Run(outputs=outputs, stats=DecodeStats(), seconds=1.0, first_token_seconds=0.0)
+
+
+def test_every_output_is_compared(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all repeats, which take the groups in turn, and of the duel, which has fewer tokens and further groups."""
+
+    def compare(model: Any, number: int, prompt: list[int], output: list[int], reference: list[int]) -> Any:
+        assert reference == list(range(prompt[-1] + 1, prompt[-1] + 1 + len(reference)))
+        return None if output == reference else SimpleNamespace(is_near_tie=output[0] == reference[0])
+
+    monkeypatch.setattr(script, "compare", compare)
+    groups, plain = [[[10], [20]], [[30], [40]], [[50], [60]]], Plain()
+    right = [plain.run(groups[repeat % 2], 4) for repeat in range(2)]
+    runs = {"plain": right, "warm": [right[0], said_run([[31, 32, 0, 0], [41, 42, 43, 44]])]}
+    plain.asked.clear()
+
+    def differences(duel: dict[str, list[Run]]) -> tuple[int, int]:
+        found = script._differences(None, groups, runs, duel, plain, 2)
+        return found["near_ties"], found["different"]
+
+    assert differences({}) == (1, 0) and plain.asked == []
+    short = [Plain().run(prompts, 2) for prompts in groups]
+    assert differences({"warm": short, "medusa": short}) == (1, 0)
+    assert plain.asked == [(groups[2], 2)]  # plain decoding had no repeat with this group
+    assert differences({"medusa": [*short[:2], said_run([[51, 52], [0, 0]])]}) == (1, 1)
+    assert differences({"medusa": [*short[:2], said_run([[51], [61, 62]])]}) == (2, 0), "it is cut short"
+    full = [Plain().run(prompts, 4) for prompts in groups]
+    runs = {"plain": [*full, *full], "warm": [*full, *full[:2], said_run([[0, 0, 0, 0], [61, 62, 63, 64]])]}
+    assert differences({}) == (0, 1), "a repeat after each group has had one"
 
 
 def test_done_cells_are_taken_from_the_work_file(script: ModuleType, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from ladon import Decoder, InputError, new_heads
 from ladon.auto_sizing import AutoSizing
 from ladon.machine import cache_folder
 from ladon.profiles import place_of, profile_path, read_profile, write_profile
-from ladon.step_cost import StepTime
+from ladon.step_cost import StepCost, StepTime
 
 TIMES = [
     StepTime(batch=1, nodes=1, context=64.0, drafts=False, seconds=0.004),
@@ -87,16 +88,27 @@ def damaged(place: dict[str, Any], kind: str) -> bytes:
 
 KINDS = ("truncated", "no text", "a list", "another version", "another machine", "a field too many", "no times")
 VALUES = ("seconds=0", "seconds=-1", "seconds=NaN", "seconds=Infinity", 'seconds="1"', "nodes=0", "batch=true",
-          "batch=1.5", "drafts=1", "context=-1", "context=null")  # fmt: skip
+          "batch=1.5", "drafts=1", "context=-1", "context=null", "seconds=1e-310", "seconds=1e5", "nodes=1e300",
+          f"batch={10**400}", f"nodes={10**400}", f"context={10**400}", f"seconds={10**400}")  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", KINDS + VALUES)
+@pytest.mark.parametrize("kind", KINDS + VALUES, ids=lambda kind: kind[:24])
 def test_one_that_cannot_be_used_is_left_aside(cache: Path, place: dict[str, Any], kind: str) -> None:
     path = write_profile(place, TIMES)
     path.write_bytes(damaged(place, kind))
     with pytest.warns(UserWarning, match="left aside") as caught:
         assert read_profile(place) == []
     assert len(caught) == 1 and "\n" not in str(caught[0].message)
+
+
+@pytest.mark.parametrize("seconds", [1e-7, 1e4])
+def test_what_is_read_can_be_reckoned_with(cache: Path, place: dict[str, Any], seconds: float) -> None:
+    most = 10_000_000
+    extreme = StepTime(batch=most, nodes=most, context=most, drafts=True, seconds=seconds)
+    write_profile(place, [*TIMES, extreme])
+    cost = StepCost(read_profile(place))
+    assert len(cost) == 3 and 0 < cost.predict(most, most, most, drafts=True) < math.inf
+    assert 0 < cost.predict(1, 1, 64.0, drafts=False) < math.inf
 
 
 def test_output_does_not_depend_on_it(cache: Path, tiny_llama: PreTrainedModel, place: dict[str, Any]) -> None:

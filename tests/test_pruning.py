@@ -19,8 +19,11 @@ from families import FAMILIES, FAST, VOCAB_SIZE, WORKABLE, build
 from ladon import Pruning
 from ladon.auto_sizing import AutoSizing
 from ladon.calibration import Calibration
+from ladon.environment import environment
 from ladon.errors import HeadsError, InputError, UnsupportedModelError
 from ladon.heads.early_exit import EarlyExit, new_early_exit
+from ladon.profiles import machine_of
+from ladon.prune_option import chosen_pruning
 from ladon.pruning import Pruner
 from ladon.pruning_test import check_pruning
 from ladon.sizing import PrunedSteps
@@ -349,6 +352,18 @@ def test_a_packed_projection_takes_top_k_only() -> None:
         target.pruner(Pruning(layer=1, keep=4))
 
 
+def test_a_packed_projection_passes_the_test_for_top_k() -> None:
+    model = build("llama")
+    heads = ladon.new_heads(model, num_heads=3)
+    model.lm_head = Packed(model.lm_head)
+    target = Target(model)
+    assert run_pruned(target, [5, 9], Pruning(layer=1, keep=4, criterion="top-k")) < 1e-5
+    heads.calibration = calibration({"best": BEST})
+    assert chosen_pruning("auto", heads, target) is None, "by evidence"
+    heads.calibration = calibration({"best": {**BEST, "criterion": "top-k"}})
+    assert chosen_pruning("auto", heads, target) == Pruning(layer=1, keep=4, criterion="top-k", weight=0.5)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -409,6 +424,51 @@ def test_auto_does_what_the_calibration_found(model: PreTrainedModel, tmp_path: 
     loaded.calibration = trained
     found = ladon.Decoder(model, loaded, prune="auto").pruning
     assert found is not None and found.early_exit is not None and found.early_exit.layer == 1
+
+
+def test_auto_is_for_the_machine_that_was_measured(model: PreTrainedModel) -> None:
+    heads, here = ladon.new_heads(model, num_heads=3), machine_of(model)
+    assert here.keys() == {"dtype", "device", "cpu", "threads"} and here["dtype"] == "float64"
+    assert here.items() <= (environment(model.device) | {"dtype": "float64"}).items(), "what a calibration records"
+    for place in ({}, here, {**here, "python": "3.0"}):
+        heads.calibration = calibration({"place": place, "best": BEST})
+        assert ladon.Decoder(model, heads, prune="auto").pruning is not None
+    heads.calibration = calibration({"place": {**here, "dtype": "bfloat16", "threads": 999}, "best": BEST})
+    with pytest.warns(
+        UserWarning, match=r"with dtype bfloat16, not float64; threads 999, not .* --pruning` again"
+    ) as w:
+        assert ladon.Decoder(model, heads, prune="auto").pruning is None
+    assert len(w) == 1 and "\n" not in str(w[0].message) and w[0].filename == __file__
+    assert ladon.Decoder(model, heads).pruning is None
+    heads.calibration = calibration({"place": {**here, "cpu": "another"}, "best": None})
+    assert ladon.Decoder(model, heads, prune="auto").pruning is None, "nothing to leave off, so nothing to say"
+
+
+def test_a_calibration_of_another_criterion_is_named(model: PreTrainedModel) -> None:
+    heads = ladon.new_heads(model, num_heads=3)
+    heads.calibration = calibration({"best": {**BEST, "criterion": "other"}})
+    with pytest.raises(HeadsError, match=r"criterion is 'other'.*run `ladon calibrate --pruning` again"):
+        ladon.Decoder(model, heads, prune="auto")
+
+
+def test_auto_leaves_off_what_a_changed_model_cannot(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tested again before the next run, not in the middle of it; one that was asked for by name is still refused."""
+    heads, prompt = ladon.new_heads(model, num_heads=3), torch.arange(3, 40)[None]
+    heads.calibration = calibration({"best": BEST})
+    auto = ladon.Decoder(model, heads, budget=8, prune="auto")
+    named = ladon.Decoder(model, heads, budget=8, prune=Pruning(layer=1, keep=4))
+
+    def refuse(target: Target, layer: int) -> None:
+        raise UnsupportedModelError("it cannot any more")
+
+    auto.generate(prompt, max_new_tokens=9)
+    assert auto.stats.nodes_pruned > 0
+    monkeypatch.setattr("ladon.target.check_pruning", refuse)
+    model.set_attn_implementation("eager")
+    assert auto.generate(prompt, max_new_tokens=9).tolist() == model.generate(prompt, max_new_tokens=9).tolist()
+    assert auto.pruning is None and auto.stats.nodes_pruned == 0
+    with pytest.raises(UnsupportedModelError, match="it cannot any more"):
+        named.generate(prompt, max_new_tokens=9)
 
 
 def test_auto_leaves_a_model_alone_that_cannot_be_pruned() -> None:

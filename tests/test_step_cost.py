@@ -107,6 +107,34 @@ def test_a_machine_that_slows_down_much_is_followed() -> None:
     assert cost.predict(1, 8, 100.0, drafts=True) == pytest.approx(0.05 * 8**0.5, rel=0.1)
 
 
+def test_a_profile_is_kept_whole() -> None:
+    """However many times it has; as a step of another kind comes, one of them goes, not all above a bound."""
+    batches, contexts, sizes = (1, 2, 4, 8, 16), (64.0, 256.0, 1024.0), range(1, 13)
+    times = [
+        StepTime(batch=batch, nodes=nodes, context=context, drafts=nodes > 1, seconds=1e-3 * batch**0.5 * nodes)
+        for context in contexts
+        for batch in batches
+        for nodes in sizes
+    ]
+    cost = StepCost(times)
+    assert len(cost) == len(times) == 180
+    assert cost.predict(1, 1, 64.0, drafts=False) == pytest.approx(1e-3, rel=0.3)
+    cost.observe(StepTime(batch=3, nodes=1, context=64.0, drafts=False, seconds=2e-3))
+    assert len(cost) == 180
+
+
+def test_contexts_of_one_octave_count_alike() -> None:
+    """Two times of a profile that share a cell are their mean, whichever comes first."""
+
+    def at(context: float, seconds: float) -> StepTime:
+        return StepTime(batch=1, nodes=1, context=context, drafts=False, seconds=seconds)
+
+    times = [at(1100.0, 0.01), at(1500.0, 0.02), at(1900.0, 0.04)]
+    found = [StepCost(given).predict(1, 1, 1500.0, drafts=False) for given in (times, times[::-1])]
+    assert found == pytest.approx([0.02, 0.02], rel=0.05)
+    assert len(StepCost(times)) == 1 and StepCost(times).evidence(1) == {(1, False, False): 24.0}
+
+
 def test_memory_is_bounded() -> None:
     cost = StepCost()
     for batch in range(1, 400):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ladon.errors import HeadsError
+from ladon.files import write_whole
 
 CALIBRATION_FILE = "calibration.json"
 FORMAT = "ladon-calibration"
@@ -55,13 +56,9 @@ class Calibration:
             HeadsError: the folder cannot be written to.
         """
         path = Path(folder) / CALIBRATION_FILE
-        partial = path.with_name(f"{path.name}.partial")
-        text = json.dumps(self.document(), indent=1, allow_nan=False) + "\n"
         try:
-            partial.write_text(text, encoding="utf-8")
-            partial.replace(path)
+            write_whole(path, json.dumps(self.document(), indent=1, allow_nan=False) + "\n")
         except OSError as error:
-            partial.unlink(missing_ok=True)
             raise HeadsError(f"cannot write {path}: {error.strerror}; give another place") from error
 
     def document(self) -> dict[str, Any]:
@@ -99,6 +96,8 @@ def read_calibration(folder: Path) -> Calibration | None:
         if not all(isinstance(row, list) and all(map(_is_share, row)) for row in getattr(found, name)):
             raise HeadsError(f"{path}: {name} must hold shares from 0 to 1 for each head. {again}")
     wrong = [name for name, kind in _KINDS.items() if not isinstance(getattr(found, name), kind)]
+    if not wrong and not _is_pruning(found.pruning):
+        wrong = ["pruning"]
     if wrong:
         raise HeadsError(f"{path}: {', '.join(wrong)} cannot be read. {again}")
     return found
@@ -106,9 +105,24 @@ def read_calibration(folder: Path) -> Calibration | None:
 
 _KINDS = {
     "heads": str,
-    **dict.fromkeys(("error", "fixed_trees", "step_times", "measured_on"), dict),
+    **dict.fromkeys(("error", "fixed_trees", "step_times", "pruning", "measured_on"), dict),
     "simulated": list,
 }
+
+
+def _is_pruning(pruning: Mapping[str, Any]) -> bool:
+    """Whether it is nothing, or says where it was measured and what is best, if anything."""
+    best, place = pruning.get("best"), pruning.get("place", {})
+    if not isinstance(place, dict) or not (best is None or isinstance(best, dict)):
+        return False
+    if best is None:
+        return True
+    counts, kinds = [best.get(name) for name in ("layer", "keep", "top_k")], {"criterion": str, "trained": bool}
+    return (
+        all(type(count) is int and count >= 1 for count in counts)
+        and all(isinstance(best.get(name), kind) for name, kind in kinds.items())
+        and _is_temperature(best.get("weight"))
+    )
 
 
 def _is_share(value: object) -> bool:

@@ -23,7 +23,7 @@ from ladon.heads import Heads
 from ladon.laws import Law
 from ladon.override import own_generate
 from ladon.proposers import Proposer, RootProposer, as_chain, check_tree, drafting
-from ladon.prune_option import Prune, chosen_pruning
+from ladon.prune_option import Prune, chosen_pruning, still_chosen
 from ladon.requests import (
     Request,
     call_options,
@@ -106,6 +106,7 @@ class Decoder:
         self._target = Target(model)
         if heads is not None and not self._target.supports_trees:
             self._tree = as_chain(self._tree)
+        self._prune = prune
         self.pruning = pruning = chosen_pruning(prune, heads, self._target)
         self.sizing = make_sizing(budget, self._tree, model, self.heads, self._num_candidates, deterministic, pruning)
         self.stats = DecodeStats()
@@ -223,6 +224,7 @@ class Decoder:
 
     def _engine(self, *, max_rows: int | None = None, is_plain: bool = False) -> Engine:
         self._target.check()  # first of all: the model may have changed since the last call
+        self.pruning = still_chosen(self.pruning, self._prune, self._target)
         self.stats = DecodeStats()
         clock = StageClock(self.stats.stage_seconds, enabled=self._profile, device=self._target.device)
         return Engine(

@@ -10,11 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-import os
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +20,7 @@ import torch
 import transformers
 
 from ladon.errors import InputError
+from ladon.files import write_whole
 from ladon.heads.fingerprint import fingerprint
 from ladon.machine import CACHE_VARIABLE, cache_folder, cpu_name
 from ladon.step_cost import StepTime
@@ -34,20 +32,29 @@ if TYPE_CHECKING:
 
 FORMAT = "ladon-step-times"
 VERSION = 1
+_MOST = 10_000_000
+_BOUNDS = {"batch": (1, _MOST), "nodes": (1, _MOST), "context": (0, _MOST), "seconds": (1e-7, 1e4)}  # of real steps
+
+
+def machine_of(model: PreTrainedModel) -> dict[str, Any]:
+    """Where a model runs and in which dtype, JSON values named as in `ladon.environment`."""
+    device = model.device
+    return {
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "cpu": cpu_name(),
+        "threads": torch.get_num_threads(),
+    }
 
 
 def place_of(model: PreTrainedModel, heads: Heads) -> dict[str, Any]:
     """All that step times depend on, JSON values: the target, the size of the heads, the machine and the libraries."""
     config = model.config.get_text_config(decoder=True)
-    device = model.device
     return {
         "model": asdict(fingerprint(model)),
         "heads": {"family": heads.family, "num_heads": heads.num_heads, **heads.options},
-        "dtype": str(model.dtype).removeprefix("torch."),
         "attention": config._attn_implementation,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
-        "cpu": cpu_name(),
-        "threads": torch.get_num_threads(),
+        **machine_of(model),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
@@ -67,14 +74,10 @@ def write_profile(place: Mapping[str, Any], times: Sequence[StepTime]) -> Path:
     """
     path = profile_path(place)
     document = {"format": FORMAT, "version": VERSION, "place": dict(place), "times": [asdict(time) for time in times]}
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        partial.replace(path)
+        write_whole(path, json.dumps(document, indent=1, allow_nan=False) + "\n")
     except OSError as error:
-        with suppress(OSError):
-            partial.unlink()
         raise InputError(f"cannot write {path}: {error.strerror}; set {CACHE_VARIABLE} to another folder") from error
     return path
 
@@ -104,10 +107,10 @@ def _times_of(document: Any, place: Mapping[str, Any]) -> list[StepTime]:
         raise ValueError("its times are damaged")
     for entry in entries:
         flags, numbers = [entry["drafts"], entry["pruned"]], [entry["context"], entry["seconds"], entry["nodes"]]
-        if type(entry["batch"]) is not int or entry["batch"] < 1 or not all(type(flag) is bool for flag in flags):
+        if type(entry["batch"]) is not int or not all(type(flag) is bool for flag in flags):
             raise ValueError("its times are damaged")
-        if not all(type(n) in (int, float) and 0 <= n < math.inf for n in numbers):
+        if not all(type(number) in (int, float) for number in numbers):
             raise ValueError("its times are damaged")
-        if entry["seconds"] == 0 or entry["nodes"] < 1:
+        if not all(least <= entry[name] <= most for name, (least, most) in _BOUNDS.items()):
             raise ValueError("it has a time that cannot be")
     return [StepTime(**entry) for entry in entries]

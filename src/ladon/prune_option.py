@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Mapping
 from typing import Any
 
-from ladon.errors import InputError, UnsupportedModelError
+from ladon.errors import HeadsError, InputError, UnsupportedModelError
 from ladon.heads import Heads
 from ladon.heads.early_exit import load_early_exit
+from ladon.profiles import machine_of
 from ladon.pruning import Pruning
 from ladon.target import Target
 
 Prune = str | Pruning
+AUTO = "auto"
+_AGAIN = "run `ladon calibrate --pruning` again"
 
 
 def chosen_pruning(prune: Prune, heads: Heads | None, target: Target) -> Pruning | None:
@@ -22,34 +27,56 @@ def chosen_pruning(prune: Prune, heads: Heads | None, target: Target) -> Pruning
         target: its model.
 
     Raises:
-        InputError: an unknown option, or an early exit of another model.
-        HeadsError: the model has no such layer, or the early exit beside the heads is damaged.
+        InputError: an unknown option, or a `Pruning` that does not fit the model.
+        HeadsError: the model has no such layer, or the calibration or the early exit beside the heads is damaged.
         UnsupportedModelError: a `Pruning` was given, and the model cannot be pruned so. With "auto" it is not pruned.
     """
     if isinstance(prune, Pruning):
         target.pruner(prune)
         return prune
-    if prune not in ("off", "auto"):
+    if prune not in ("off", AUTO):
         raise InputError(f'prune is {prune!r}; give "off", "auto" or a ladon.Pruning')
     if prune == "off" or heads is None or heads.calibration is None:
         return None
-    found = calibrated(heads.calibration.pruning.get("best"), heads, target)
+    found = heads.calibration.pruning
+    best = found.get("best")
+    if best is None or not _was_measured_here(found.get("place", {}), target):
+        return None
+    return still_chosen(calibrated(best, heads, target), prune, target)
+
+
+def still_chosen(pruning: Pruning | None, prune: Prune, target: Target) -> Pruning | None:
+    """The same again, tested if the model has changed since; None if option "auto" meets one that cannot be pruned."""
+    if pruning is None or prune != AUTO:
+        return pruning
     try:
-        if found is not None:
-            target.pruner(found)
-    except UnsupportedModelError:
+        target.pruner(pruning)
+    except (InputError, UnsupportedModelError):  # the former for an output projection that is packed or elsewhere
         return None
-    return found
+    return pruning
 
 
-def calibrated(best: dict[str, Any] | None, heads: Heads, target: Target) -> Pruning | None:
-    """The pruning that a calibration names, with the early exit beside the heads; None if it names none."""
-    if best is None:
-        return None
+def calibrated(best: Mapping[str, Any], heads: Heads, target: Target) -> Pruning | None:
+    """The pruning that a calibration names, with the early exit beside the heads; None if that is another one now."""
     early_exit = None
     if best["trained"]:
         early_exit = None if heads.folder is None else load_early_exit(heads.folder, target.model)
         if early_exit is None or early_exit.layer != best["layer"]:
             return None  # it was measured with an early exit that is not there any more
     names = ("layer", "keep", "criterion", "weight", "top_k")
-    return Pruning(**{name: best[name] for name in names}, early_exit=early_exit)
+    try:
+        return Pruning(**{name: best[name] for name in names}, early_exit=early_exit)
+    except InputError as error:
+        raise HeadsError(f"the pruning in the heads' calibration cannot be used ({error}); {_AGAIN}") from error
+
+
+def _was_measured_here(place: Mapping[str, Any], target: Target) -> bool:
+    """Whether timings of a place hold for this model on this machine, as far as is recorded; warns if they do not."""
+    here = machine_of(target.model)
+    others = [f"{name} {place[name]}, not {here[name]}" for name in here if place.get(name, here[name]) != here[name]]
+    if others:
+        warnings.warn(
+            f"pruning is left off: it was found to pay with {'; '.join(others)}. To find out here, {_AGAIN}",
+            stacklevel=4,
+        )
+    return not others

@@ -28,7 +28,7 @@ _NOISE, _NOISE_RATE = 0.05, 0.05  # relative error of a time at first; share of 
 _MOST_NOISE = 0.12  # greater surprises are no measure of what is usual
 _CLIP = 0.2  # a surprise counts up to this much (natural logarithm), twice as much for each one that follows another
 _STALE = 2000.0  # steps without a visit after which a cell counts by a factor of e less
-_MOST_CELLS = 128
+_MOST_CELLS = 128  # or as many as a profile has
 _REFIT_EVERY = 32  # steps
 _FAR = 4.0  # cells as unlike as this say nothing of each other
 _FRESH = 6.0  # steps during which a cell changes so much that nothing computed from it is kept
@@ -104,8 +104,17 @@ class StepCost:
         self.version = 0
         for time in times:
             if _is_time(time.seconds):
-                self._cells[_key(time)] = _Cell(math.log(time.seconds), time.context, 0.0, _PROFILE_WEIGHT, 0)
+                self._start_from(time)
+        self._most_cells = max(_MOST_CELLS, len(self._cells))
         self._refit()
+
+    def _start_from(self, time: StepTime) -> None:
+        """Take a time of a profile; times of one cell, at contexts of one octave, count as their mean."""
+        key, level = _key(time), math.log(time.seconds)
+        cell = self._cells.setdefault(key, _Cell(level, time.context, 0.0, 0.0, 0))
+        cell.count += _PROFILE_WEIGHT
+        cell.level += (level - cell.level) * _PROFILE_WEIGHT / cell.count
+        cell.context += (time.context - cell.context) * _PROFILE_WEIGHT / cell.count
 
     def __len__(self) -> int:
         """How many kinds of steps were seen, of those that are remembered."""
@@ -204,7 +213,7 @@ class StepCost:
 
     def _refit(self) -> None:
         """Fit the regression to the cells, relative errors alike, by coordinate descent with no weight below 0."""
-        while len(self._cells) > _MOST_CELLS:
+        while len(self._cells) > self._most_cells:
             del self._cells[min(self._cells, key=lambda key: self._cells[key].seen)]
         gram = [[0.0] * _NUM_FEATURES for _ in range(_NUM_FEATURES)]
         goal = [0.0] * _NUM_FEATURES

@@ -15,9 +15,11 @@ from torch import Tensor
 
 from ladon.calibrate.layer_times import LayerTimes, Trials, measure_layer_times
 from ladon.calibrate.survival import Survival, Survivals, record_survival
+from ladon.errors import InputError, UnsupportedModelError
 from ladon.heads import Heads
 from ladon.heads.early_exit import EarlyExit, decoder_layers, load_early_exit
 from ladon.pruning import Pruning
+from ladon.target import Target
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -27,6 +29,7 @@ KEEPS = (1, 2, 4, 8, 12, 16, 24, 32, 48)
 BATCHES = (1, 8)
 WEIGHTS = (0.2, 0.35, 0.5, 0.8)
 _TOP_K = (4, 16)
+PAYS = 1.03  # the least gain that is no luck: the best of hundreds of noisy ones is above 1 where none is
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,6 +61,42 @@ def ways_to_prune(num_layers: int, early_exit: EarlyExit | None) -> list[Pruning
         found += [replace(start, weight=weight) for weight in WEIGHTS]
         found.append(replace(start, criterion="siblings"))
         found += [replace(start, criterion="top-k", top_k=k) for k in _TOP_K]
+    return found
+
+
+def usable_ways(model: PreTrainedModel, heads: Heads) -> list[Pruning]:
+    """Those of all ways to prune that the model can do, each layer tested. Takes a moment: ask before measuring.
+
+    Args:
+        model: the target.
+        heads: its heads; a trained early exit is looked for beside them.
+
+    Raises:
+        UnsupportedModelError: there is none; the message has the reason.
+        HeadsError: the early exit is damaged, or another model's.
+    """
+    num_layers = len(decoder_layers(model))
+    if num_layers < 2:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has a single decoder layer, and trees are pruned between two. Use prune='off'"
+        )
+    early_exit = None if heads.folder is None else load_early_exit(heads.folder, model)
+    target = Target(model)
+    found: list[Pruning] = []
+    reasons: dict[int, UnsupportedModelError] = {}
+    for way in ways_to_prune(num_layers, early_exit):
+        if way.layer in reasons:
+            continue
+        try:
+            target.pruner(way)
+        except UnsupportedModelError as error:  # the layer's fault, whatever the criterion
+            reasons[way.layer] = error
+        except InputError:  # the output projection is packed or elsewhere, and "top-k" may be left
+            continue
+        else:
+            found.append(way)
+    if not found:
+        raise next(iter(reasons.values()))
     return found
 
 
@@ -111,8 +150,7 @@ def find_pruning(
         InputError: a prompt is empty or too long, or too little was answered.
         UnsupportedModelError: the model's trees cannot be pruned; the message has the reason.
     """
-    early_exit = None if heads.folder is None else load_early_exit(heads.folder, model)
-    ways = ways_to_prune(len(decoder_layers(model)), early_exit)
+    ways = usable_ways(model, heads)
     keeps, most = [keep for keep in KEEPS if keep < max(sizes)], max(sizes)
     survivals = record_survival(
         model, heads, prompts, ways, sizes=sizes, keeps=keeps, max_new_tokens=max_new_tokens, progress=progress
@@ -141,14 +179,14 @@ def find_pruning(
 
 
 def best_everywhere(verdicts: Sequence[Sequence[Verdict]]) -> dict[str, Any] | None:
-    """The pruning whose least gain over all batch sizes is the greatest; None if it does not pay on each of them."""
+    """The pruning whose least gain over all batch sizes is the greatest; None if that is less than `PAYS`."""
     least: dict[tuple[int, Pruning], float] = {}
     for of_batch in verdicts:
         for verdict in of_batch:
             what = verdict.survival.nodes, verdict.survival.pruning
             least[what] = min(verdict.gain, least.get(what, verdict.gain))
     best = max(least, key=lambda what: least[what])
-    return {"nodes": best[0], **_names(best[1]), "gain": round(least[best], 4)} if least[best] > 1.0 else None
+    return {"nodes": best[0], **_names(best[1]), "gain": round(least[best], 4)} if least[best] >= PAYS else None
 
 
 def _names(pruning: Pruning) -> dict[str, Any]:

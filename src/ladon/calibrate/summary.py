@@ -118,7 +118,7 @@ def _pruning(pruning: Mapping[str, Any]) -> Iterable[RenderableType]:
     yield table
     best = pruning["best"]
     if best is None:
-        yield Text('early pruning does not pay on every batch size here: prune="auto" leaves it off', "dim")
+        yield Text('early pruning does not pay enough on every batch size here: prune="auto" leaves it off', "dim")
     else:
         where = f"after layer {best['layer']}, {best['keep']} of {best['nodes']} nodes"
         yield Text(f'prune="auto": {where}, {_criterion(best)}; {best["gain"]:.2f}x at least', "dim")

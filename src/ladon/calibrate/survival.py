@@ -93,7 +93,7 @@ def record_survival(
 
     Raises:
         InputError: a prompt is empty or fills the model's context, or nothing was drafted.
-        UnsupportedModelError: the model's trees cannot be pruned.
+        UnsupportedModelError: the model's trees cannot be pruned in one of these ways.
     """
     target = _WatchedTarget(model, ways, sizes, keeps)
     clock = StageClock({}, enabled=False, device=target.device)

@@ -108,6 +108,8 @@ def calibrate(
 
     loaded = load(model, heads, dtype=dtype, device=device, threads=threads, trust_remote_code=trust_remote_code)
     require_heads(loaded, "dynamic")
+    if pruning:
+        _check_prunable(loaded)
     with progress_bar() as progress:
         if from_trace is not None:
             recorded = _read(from_trace, loaded, heads)
@@ -118,11 +120,11 @@ def calibrate(
             recorded.save(trace)
         measured = [] if timed is None else timed.measure(loaded, recorded, progress)
         found = _findings(loaded, recorded, budgets, measured)
+        profile = None if folder is None else _write(loaded, found, measured, folder)
         if pruning:
             found = replace(found, pruning=_pruning(loaded, asked, progress))
-    if folder is not None:
-        found.save(folder)
-    profile = None if folder is None else _write_profile(loaded, measured)
+            if folder is not None:
+                found.save(folder)
     _show(found, loaded.name)
     if folder is not None:
         say(f"ladon: written to {folder}" + (f"; step times to {profile}" if profile else ""))
@@ -242,13 +244,22 @@ def _findings(loaded: Loaded, trace: LatticeTrace, budgets: tuple[int, ...], mea
     return find(trace, budgets=budgets, step_times=measured, place=place)
 
 
-def _write_profile(loaded: Loaded, measured: list[StepTimes]) -> Path | None:
-    """Keep the step times for this machine; where, or None if there are none."""
+def _write(loaded: Loaded, found: Calibration, measured: list[StepTimes], folder: Path) -> Path | None:
+    """Write the calibration, and keep the step times for this machine; where, or None if there are none."""
     from ladon.calibrate.step_times import profile_of
     from ladon.profiles import place_of, write_profile
 
     assert loaded.heads is not None  # checked when loaded
+    found.save(folder)
     return write_profile(place_of(loaded.model, loaded.heads), profile_of(measured)) if measured else None
+
+
+def _check_prunable(loaded: Loaded) -> None:
+    """Raise `UnsupportedModelError` now, and not after all else was measured, if the model cannot be pruned."""
+    from ladon.calibrate.pruning import usable_ways
+
+    assert loaded.heads is not None  # checked when loaded
+    usable_ways(loaded.model, loaded.heads)
 
 
 def _pruning(loaded: Loaded, asked: Asked, progress: Any) -> dict[str, Any]:
