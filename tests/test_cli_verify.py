@@ -82,6 +82,7 @@ def test_verdicts_of_a_law(tiny_llama: Any) -> None:
         (["--seed", "-4"], "seed"),
         (["--prompts", "no/such/file.jsonl"], "no/such/file.jsonl"),
         (["--tree", "bush"], "bush"),
+        (["--prune", "perhaps"], "perhaps"),
     ],
 )
 def test_mistakes_are_one_line(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -53,6 +53,7 @@ def generate(
     max_new_tokens: options.NewTokensOption = _NEW_TOKENS,
     tree: options.TreeOption = _DEFAULTS.tree,
     budget: options.BudgetOption = str(_DEFAULTS.budget),
+    prune: options.PruneOption = _DEFAULTS.prune,
     temperature: options.TemperatureOption = _SAMPLING.temperature,
     top_p: options.TopPOption = _SAMPLING.top_p,
     top_k: options.TopKOption = _SAMPLING.top_k,
@@ -100,7 +101,7 @@ def generate(
         ignore_generation_config=ignore_generation_config,
     )
     require_heads(loaded, shape)
-    decoder = Decoder(loaded.model, loaded.heads, tree=shape, budget=nodes, profile=stats)
+    decoder = Decoder(loaded.model, loaded.heads, tree=shape, budget=nodes, prune=prune, profile=stats)
     if is_many:
         rows = _rows(decoder, loaded, questions, max_new_tokens, law)
         document = _answer_many(decoder, loaded, questions, rows, batch, is_silent=as_json)

@@ -57,6 +57,9 @@ TreeOption = Annotated[str, Option("--tree", metavar="TREE", help=f"{help_of(Dec
 BudgetOption = Annotated[
     str, Option("--budget", metavar="N", help=f"{help_of(DecoderOptions, 'budget').capitalize()}.")
 ]
+PruneOption = Annotated[
+    str, Option("--prune", metavar="NAME", help=f"{help_of(DecoderOptions, 'prune').capitalize()}.")
+]
 NewTokensOption = Annotated[int, Option("--max-new-tokens", metavar="N", min=1, help="Tokens to write at most.")]
 
 

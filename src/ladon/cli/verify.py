@@ -43,6 +43,7 @@ def verify(
     max_new_tokens: _NewTokensOption = 64,
     tree: options.TreeOption = _DEFAULTS.tree,
     budget: options.BudgetOption = str(_DEFAULTS.budget),
+    prune: options.PruneOption = _DEFAULTS.prune,
     temperature: _TemperatureOption = 1.0,
     top_p: options.TopPOption = _SAMPLING.top_p,
     top_k: options.TopKOption = _SAMPLING.top_k,
@@ -90,7 +91,7 @@ def verify(
     drawn = {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     laws: dict[str, dict[str, Any]] = {"greedy": {"do_sample": False}, "sampled": drawn}
     common: dict[str, Any] = {"batch": batch, "max_new_tokens": max_new_tokens}
-    common["tree"] = {"tree": shape, "budget": nodes}
+    common["tree"] = {"tree": shape, "budget": nodes, "prune": prune}
     with progress_bar() as progress:
         verdicts = [
             verify_law(loaded.model, loaded.heads, asked, law, name=named, progress=progress, **common)
