@@ -32,9 +32,8 @@ from ladon.step_cost import StepCost, StepTime
 
 _PROVED_ROWS = 16  # verified rows without which drafting is not known to pay, whatever it promises
 _STAY = 1.01  # another size is taken when it promises this much more than the last one
-_STANDS = (
-    3  # further steps for which it stands that drafting pays, or does not: nothing is asked or summed up meanwhile
-)
+# Further steps for which it stands that drafting pays, or does not. What pays is learnt from after the last of them.
+_STANDS = 3
 _WIDER = 2  # trees are grown this many edges further than was chosen of late
 # What drafting promises, as a multiple of plain decoding's speed. Where the first is likely, it is done. Where the
 # second is possible, it is done while its losses are within bounds, as who does not draft learns nothing. Below, it is
@@ -110,8 +109,7 @@ class AutoSizing:
     def choose(self, sums: Sums | None, batch: int, context: float) -> Size:
         """Size of the next step; see `Sizing.choose`."""
         with self._learnt.lock:
-            drafted = sums is not None and self._grown > 0
-            self._last = self._best_place(sums, batch, context) if sums is not None and drafted else 0
+            self._last = 0 if sums is None or self._grown == 0 else self._best_place(sums, batch, context)
             if self._last > 0:
                 edge = self._learnt.options[self._last].edge
                 self._widest = self._learnt.widest = min(max(edge + _WIDER, self._widest - 1), len(self.edges) - 1)
@@ -123,15 +121,19 @@ class AutoSizing:
             self._unread.append(record)
             if self._stands > 0 and self._pays and not self._is_trial:
                 return math.nan  # nothing is asked before the next step: several are cheaper to learn from together
-            unread, self._unread = self._unread, []
-            return [self._learn(record) for record in unread][-1]
+            *unread, newest = self._unread
+            self._unread = []
+            for known in unread:
+                self._learn(known, is_trial=False)
+            return self._learn(newest, is_trial=self._is_trial or not self._pays)
 
-    def _learn(self, record: StepRecord) -> float:
-        nodes, drafts, cut = record.nodes, record.grown > 1, record.kept < record.nodes
+    def _learn(self, record: StepRecord, *, is_trial: bool) -> float:
+        nodes, drafts = record.nodes, record.grown > 1
+        is_cut = record.kept < nodes and self._learnt.pruned is not None  # else what pruning does is not told apart
         self._learnt.make_good(record.seconds)
         if self._stands > 0 and nodes == 1 and not drafts:
             return math.nan
-        if (nodes > 1 or drafts) and (self._is_trial or not self._pays):
+        if (nodes > 1 or drafts) and is_trial:
             self.probes += 1
             plain = self._curve(record.batch, record.context).plain
             self._learnt.book(record.seconds, record.tokens / record.batch, plain)
@@ -143,11 +145,10 @@ class AutoSizing:
                 context=record.context,
                 drafts=drafts,
                 seconds=record.seconds,
-                pruned=cut and self._learnt.pruned is not None,
+                pruned=is_cut,
             )
         )
         if record.expected:
-            is_cut = cut and self._learnt.pruned is not None  # else what pruning keeps is not told apart
             self.expectation.learn_outcome(record.expected, record.accepted, record.batch, pruned=is_cut)
         return predicted
 
@@ -168,9 +169,7 @@ class AutoSizing:
         self._pays = likely >= _SURE and self.expectation.rows_verified >= _PROVED_ROWS
         if self._pays:
             self._learnt.try_heads.reset()
-        elif not self._learnt.may_lose(curve.plain) or (
-            gain < _UNSURE and not self._learnt.try_heads.is_over(_STANDS + 1)
-        ):
+        elif not self._may_try(gain, curve.plain):
             self._stands = _STANDS
             return False
         if self._is_time_for_plain(gain):

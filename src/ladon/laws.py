@@ -47,6 +47,6 @@ class Law:
         if not config.do_sample and not processors:
             return cls(picker=GREEDY, seeds=[0] * num_rows)
         known = Processors(processors or [])
-        known.refuse_several(num_rows)
+        known.check_rows(num_rows)
         picker = ProcessedPicker(known, draws=bool(config.do_sample))
         return cls(picker=picker, seeds=row_seeds(seed, num_rows) if picker.draws else [0] * num_rows)

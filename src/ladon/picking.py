@@ -26,14 +26,15 @@ class Picking:
 
     def __init__(self, rows: Sequence[Sequenced], device: torch.device) -> None:
         """For the rows of the step, as far as they are written now."""
-        self._groups: list[tuple[Picker, Context, Tensor]] = []
+        self._groups: list[tuple[Picker, Context]] = []
         self._keeps = any(row.keeps for row in rows)
         places: dict[Picker, list[int]] = {}
         for place, row in enumerate(rows):
             places.setdefault(row.picker, []).append(place)
         for picker, group in places.items():
-            index = torch.tensor(group if len(places) > 1 else [], device=device)
-            self._groups.append((picker, _context(picker, [rows[place] for place in group], device), index))
+            self._groups.append((picker, _context(picker, [rows[place] for place in group], device)))
+        one_law = len(places) == 1
+        self._places = [] if one_law else [torch.tensor(group, device=device) for group in places.values()]
 
     def after_prompts(self, logits: Tensor) -> Said:
         """What is said after the rows as they are written now: one node each, from the logits there, [B, V]."""
@@ -44,22 +45,23 @@ class Picking:
         """What the rows' laws say after each node of their trees, from the logits there, [B, N, V]."""
         nodes = Nodes(tree=tree, ancestors=ancestors)
         if len(self._groups) == 1:
-            ((picker, context, _),) = self._groups
+            ((picker, context),) = self._groups
             scores = picker.law(logits, context, nodes)
-            return Said(_picked(picker, scores, context, nodes), logits, scores if self._keeps else None)
+            return Said(first_best(_drawn(picker, scores, context, nodes)), logits, scores if self._keeps else None)
         picks, kept = torch.empty_like(tree.tokens), None
-        for picker, context, index in self._groups:
+        for (picker, context), index in zip(self._groups, self._places, strict=True):
             own = _of_rows(nodes, index)
             scores = picker.law(logits[index], context, own)
-            picks[index] = _picked(picker, scores, context, own)
+            picks[index] = first_best(_drawn(picker, scores, context, own))
             if self._keeps:
                 kept = torch.empty_like(logits, dtype=scores.dtype) if kept is None else kept
                 kept[index] = scores.to(kept.dtype)
         return Said(picks, logits, kept)
 
 
-def _picked(picker: Picker, scores: Tensor, context: Context, nodes: Nodes) -> Tensor:
-    return first_best(noisy(scores, context, nodes) if picker.draws else scores)
+def _drawn(picker: Picker, scores: Tensor, context: Context, nodes: Nodes) -> Tensor:
+    """A law's scores [b, N, V], with noise where it draws."""
+    return noisy(scores, context, nodes) if picker.draws else scores
 
 
 class Said(NamedTuple):
@@ -113,8 +115,7 @@ def scores_of(row: Sequenced, logits: Tensor) -> Tensor:
     """The scores [V] whose greatest a row says next, as it is written now, noise included; `logits` are [V]."""
     logits = logits[None]
     context, ends = _context(row.picker, [row], logits.device), _ends(logits)
-    scores = row.picker.law(logits[:, None], context, ends)
-    return (noisy(scores, context, ends) if row.picker.draws else scores)[0, 0]
+    return _drawn(row.picker, row.picker.law(logits[:, None], context, ends), context, ends)[0, 0]
 
 
 def _ends(logits: Tensor) -> Nodes:

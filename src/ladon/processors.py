@@ -59,7 +59,7 @@ class Processors:
         self.is_plain, self.reads = bool(unknown), not all(self._by_scores)
         self.unknown = ", ".join(unknown)
 
-    def refuse_several(self, num_rows: int) -> None:
+    def check_rows(self, num_rows: int) -> None:
         """Warn that rows are decoded plainly, if they are; raise `InputError` if there are several of them."""
         if not self.is_plain:
             return

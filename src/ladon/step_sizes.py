@@ -35,7 +35,7 @@ class StepSizes:
         self._sums: list[list[float]] | None = None
         self._rows = 0  # over how many rows they were summed
         self._expected: list[float] = []
-        self._batch, self._context, self._nodes, self._probes = 0, 0.0, 1, self._sizing.probes
+        self._batch, self._context, self._nodes = 0, 0.0, 1
 
     def reach(self, lengths: Sequence[int]) -> int:
         """Most nodes worth growing now, for rows of so many cached tokens each."""
@@ -107,8 +107,7 @@ class StepSizes:
             )
             predicted = self._sizing.observe(record)
         self._stats.add_size(self._nodes, predicted=predicted, seconds=seconds)
-        self._stats.probes += self._sizing.probes - self._probes
-        self._probes = self._sizing.probes
+        self._stats.probes = self._sizing.probes
 
 
 class _Timed:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -136,16 +136,7 @@ def _difference(target: Target, number: int, ours: Row, theirs: Row, place: int)
 @torch.no_grad()
 def said_from(target: Target, row: Row, place: int) -> tuple[Tensor, Tensor]:
     """Scores [V] whose greatest is the new token `place` of a row, and the logits [V] before its law."""
-    before = Row(
-        prompt=row.prompt,
-        max_new_tokens=row.max_new_tokens,
-        is_stop=row.is_stop,
-        seed=row.seed,
-        picker=row.picker,
-        padded=row.padded,
-        number=row.number,
-        tokens=row.tokens[:place],
-    )
+    before = replace(row, tokens=row.tokens[:place])
     written = torch.tensor(before.tokens, dtype=row.prompt.dtype, device=row.prompt.device)
     _, logits = target.prefill([torch.cat([row.prompt, written])], target.new_cache(1))
     return scores_of(before, logits[0]), logits[0].float()

@@ -87,7 +87,7 @@ def generate(
     is_many = prompts is not None or len(texts) > 1
     questions = read_questions(texts, prompts) if is_many else []
     text = "" if is_many else read_prompt(texts[0] if texts else None, prompt_file)
-    law = _law(temperature, top_k, top_p, seed)
+    law = options.sampling(temperature, top_k, top_p, seed)
     from ladon.cli.loading import load, require_heads
     from ladon.generation import Decoder
 
@@ -114,17 +114,6 @@ def generate(
         from ladon.cli.loading import dtype_name
 
         print_json(document | {"dtype": dtype_name(loaded.model), "stats": stats_json(decoder.stats)})
-
-
-def _law(temperature: float, top_k: int, top_p: float, seed: int) -> dict[str, Any]:
-    """The same for `Decoder.generate`; `InputError` for what is no law."""
-    from ladon.sampling import check_settings, row_seeds
-
-    check_settings(temperature, top_k, top_p)
-    row_seeds(seed, 1)
-    if temperature == 0:
-        return {"do_sample": False}
-    return {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
 
 
 def _answer_one(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Option
 
@@ -72,6 +72,17 @@ TopPOption = Annotated[float, Option("--top-p", metavar="P", help=_sampling_help
 TopKOption = Annotated[int, Option("--top-k", metavar="K", help=_sampling_help("top_k"))]
 SeedOption = Annotated[int, Option("--seed", metavar="S", help=_sampling_help("seed"))]
 JsonOption = Annotated[bool, Option("--json", help="Print one JSON document as the last line of standard output.")]
+
+
+def sampling(temperature: float, top_k: int, top_p: float, seed: int) -> dict[str, Any]:
+    """Options of `Decoder.generate` that say how tokens are picked; `InputError` for what is no law."""
+    from ladon.sampling import check_settings, row_seeds
+
+    check_settings(temperature, top_k, top_p)
+    row_seeds(seed, 1)
+    if temperature == 0:
+        return {"do_sample": False}
+    return {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
 
 
 def parse_budget(text: str) -> int | str:

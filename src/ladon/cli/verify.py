@@ -10,6 +10,7 @@ from ladon.cli import options
 from ladon.cli.output import OutConsole, print_json, progress_bar
 from ladon.cli.prompts import asked_of
 from ladon.config import DecoderOptions, SamplingOptions
+from ladon.errors import InputError
 
 if TYPE_CHECKING:
     from ladon.bench.verification import Verdict
@@ -72,10 +73,10 @@ def verify(
 
     from ladon.bench.verification import is_repeatable, verify_law
     from ladon.cli.loading import dtype_name, load, require_heads
-    from ladon.sampling import Sampler, row_seeds
 
-    Sampler(temperature=temperature, top_k=top_k, top_p=top_p)
-    row_seeds(seed, 1)
+    drawn = options.sampling(temperature, top_k, top_p, seed)
+    if temperature == 0:
+        raise InputError("--temperature is 0, which is greedy decoding, and that is compared anyway; give one above it")
     loaded = load(
         model,
         heads,
@@ -88,7 +89,6 @@ def verify(
     require_heads(loaded, shape)
     name, ids = asked_of(loaded, prompts, limit)
     asked = [torch.tensor(one, device=loaded.model.device) for one in ids]
-    drawn = {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     laws: dict[str, dict[str, Any]] = {"greedy": {"do_sample": False}, "sampled": drawn}
     common: dict[str, Any] = {"batch": batch, "max_new_tokens": max_new_tokens}
     common["tree"] = {"tree": shape, "budget": nodes, "prune": prune}
