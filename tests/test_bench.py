@@ -27,7 +27,7 @@ from ladon.cli.bench_inputs import tree_source
 from ladon.cli.loading import Loaded
 from ladon.cli.main import run as run_command
 from ladon.config import BenchOptions
-from ladon.errors import InputError, TreeError, UnsupportedModelError
+from ladon.errors import HeadsError, InputError, TreeError, UnsupportedModelError
 from ladon.fixed_tree import FixedTree, best_fixed_tree
 from ladon.stats import DecodeStats
 from user_side import CONTEXT, ROOT, Tiny, write_jsonl
@@ -557,6 +557,16 @@ def test_pruned_mode_prunes_as_calibrated(tiny: Tiny, monkeypatch: pytest.Monkey
     assert found["auto"].pruned_share == 0.0 and found["pruned"].pruned_share == pytest.approx(0.75, abs=0.15)
     with pytest.raises(InputError, match="mode pruned: no pruning is known to pay"):
         run_bench(subject(tiny), workload(), options, silent)
+
+
+def test_pruned_mode_prunes_as_it_is_told(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """These heads have no calibration."""
+    monkeypatch.setenv("LADON_DETERMINISTIC", "1")
+    options = BenchOptions(modes=("pruned",), budgets=(4,), max_new_tokens=12, repeats=1, prune="1:8")
+    found = {result.mode: result for result in report.results(run_bench(subject(tiny), workload(), options, silent))}
+    assert found["pruned"].identical and found["pruned"].pruned_share == pytest.approx(0.5, abs=0.1)
+    with pytest.raises(HeadsError, match="layer"):
+        run_bench(subject(tiny), workload(), replace(options, prune="9:8"), silent)
 
 
 def test_calibration_gives_a_tree(tiny: Tiny) -> None:

@@ -393,8 +393,17 @@ def test_what_does_not_fit_the_model_is_refused(model: PreTrainedModel) -> None:
     other = EarlyExit(layer=1, num_layers=4, hidden_size=8, width=1)
     with pytest.raises(InputError, match=r"for a model of 4 layers of width 8, this one has 2 of\s+width 32"):
         ladon.Decoder(model, heads, prune=Pruning(layer=1, keep=4, early_exit=other))
-    with pytest.raises(InputError, match=r'prune is True; give "off", "auto" or a ladon.Pruning'):
+    with pytest.raises(
+        InputError, match=r'prune is True; give "off", "auto", a layer and the nodes to keep \("4:16"\)'
+    ):
         ladon.Decoder(model, heads, prune=True)
+    for text, message in (("1:", "prune is '1:'"), ("1:0", "keep is 0"), ("1:-4", "prune is"), ("0:4", "layer is 0")):
+        with pytest.raises(InputError, match=message):
+            ladon.Decoder(model, heads, prune=text)
+
+
+def test_named_by_layer_and_size(model: PreTrainedModel) -> None:
+    assert ladon.Decoder(model, ladon.new_heads(model), prune="1:4").pruning == Pruning(layer=1, keep=4)
 
 
 BEST = {"layer": 1, "keep": 4, "criterion": "evidence", "weight": 0.5, "top_k": 8, "trained": False}

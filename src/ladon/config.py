@@ -44,8 +44,9 @@ class DecoderOptions:
     prune: str = field(
         default="off",
         metadata={
-            "help": "drop unlikely nodes in the middle of the model's layers: off, or auto (as `ladon calibrate "
-            "--pruning` found to pay for these heads; off where it found nothing)"
+            "help": "drop unlikely nodes in the middle of the model's layers: off, auto (as `ladon calibrate "
+            "--pruning` found to pay for these heads; off where it found nothing), or the layer after which it is done "
+            "and the nodes that go on, such as 4:16"
         },
     )
 
@@ -73,6 +74,12 @@ class BenchOptions:
     batches: tuple[int, ...] = field(default=(1,), metadata={"help": "prompts decoded together; several: 1,4"})
     max_new_tokens: int = field(default=128, metadata={"help": "tokens per answer at most"})
     repeats: int = field(default=3, metadata={"help": "timed runs of each prompt and mode; medians are reported"})
+    prune: str = field(
+        default="auto",
+        metadata={
+            "help": "how mode pruned prunes: auto, or a layer and the nodes that are kept after it, such as 4:16"
+        },
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -87,7 +87,8 @@ class Decoder:
             num_candidates: candidates kept per head.
             deterministic: let no clock choose, as with LADON_DETERMINISTIC=1 in the environment: automatic sizes depend
                 on the trees and a profile (`ladon calibrate`) alone, and are 16 without one.
-            prune: "off"; "auto", what `ladon calibrate --pruning` found to pay, if anything; or a `Pruning`.
+            prune: "off"; "auto", what `ladon calibrate --pruning` found to pay, if anything; a `Pruning`; or
+                its layer and the nodes to keep, such as "4:16".
             profile: measure time by stage (waits for the device at each stage).
 
         Raises:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -14,7 +15,8 @@ from ladon.pruning import Pruning
 from ladon.target import Target
 
 Prune = str | Pruning
-AUTO = "auto"
+OFF, AUTO = "off", "auto"
+_LAYER_AND_KEEP = re.compile(r"(\d+):(\d+)")
 _AGAIN = "run `ladon calibrate --pruning` again"
 
 
@@ -22,7 +24,8 @@ def chosen_pruning(prune: Prune, heads: Heads | None, target: Target) -> Pruning
     """How to prune, tested on the model; None for not at all.
 
     Args:
-        prune: "off"; "auto": what the calibration of the heads found to pay, if anything; or a `Pruning`.
+        prune: "off"; "auto": what the calibration of the heads found to pay, if anything; a `Pruning`; or its layer
+            and the nodes to keep, such as "4:16".
         heads: of the decoder.
         target: its model.
 
@@ -31,18 +34,26 @@ def chosen_pruning(prune: Prune, heads: Heads | None, target: Target) -> Pruning
         HeadsError: the model has no such layer, or the calibration or the early exit beside the heads is damaged.
         UnsupportedModelError: a `Pruning` was given, and the model cannot be pruned so. With "auto" it is not pruned.
     """
+    prune = prune if prune in (OFF, AUTO) else _given(prune)
     if isinstance(prune, Pruning):
         target.pruner(prune)
         return prune
-    if prune not in ("off", AUTO):
-        raise InputError(f'prune is {prune!r}; give "off", "auto" or a ladon.Pruning')
-    if prune == "off" or heads is None or heads.calibration is None:
+    if prune == OFF or heads is None or heads.calibration is None:
         return None
     found = heads.calibration.pruning
     best = found.get("best")
     if best is None or not _was_measured_here(found.get("place", {}), target):
         return None
     return still_chosen(calibrated(best, heads, target), prune, target)
+
+
+def _given(prune: Prune) -> Pruning:
+    if isinstance(prune, Pruning):
+        return prune
+    found = _LAYER_AND_KEEP.fullmatch(str(prune))
+    if found is None:
+        raise InputError(f'prune is {prune!r}; give "off", "auto", a layer and the nodes to keep ("4:16") or a Pruning')
+    return Pruning(layer=int(found[1]), keep=int(found[2]))
 
 
 def still_chosen(pruning: Pruning | None, prune: Prune, target: Target) -> Pruning | None:

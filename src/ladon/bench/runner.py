@@ -19,6 +19,7 @@ from ladon.bench.systems import Budget, LadonSystem, Run, System, TransformersSy
 from ladon.bench.workloads import Question, Workload, prompt_ids
 from ladon.errors import InputError
 from ladon.fixed_tree import FixedTree
+from ladon.prune_option import OFF
 from ladon.target import Target
 
 if TYPE_CHECKING:
@@ -75,11 +76,18 @@ class _Entry:
     mode: str
     budget: Budget
     fixed_tree: FixedTree | None = None
+    prune: str = OFF
 
     def system(self, model: PreTrainedModel, heads: Heads | None, profile: bool) -> LadonSystem:
         """The mode for a model."""
         return LadonSystem(
-            model, heads, mode=self.mode, budget=self.budget, fixed_tree=self.fixed_tree, profile=profile
+            model,
+            heads,
+            mode=self.mode,
+            budget=self.budget,
+            fixed_tree=self.fixed_tree,
+            prune=self.prune,
+            profile=profile,
         )
 
 
@@ -97,7 +105,7 @@ def _plan(subject: Subject, options: BenchOptions) -> list[_Entry]:
         elif mode == "dynamic":
             plan += [_Entry(mode=mode, budget=size) for size in options.budgets]
         elif mode in ("auto", "pruned"):
-            plan.append(_Entry(mode=mode, budget="auto"))
+            plan.append(_Entry(mode=mode, budget="auto", prune=options.prune if mode == "pruned" else OFF))
     return list(dict.fromkeys(plan))  # a fixed tree smaller than two of the budgets is one system
 
 

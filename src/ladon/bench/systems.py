@@ -22,6 +22,7 @@ from ladon.bench.steps import NotedSizing, StepFacts
 from ladon.errors import InputError
 from ladon.fixed_tree import FixedTree
 from ladon.generation import Decoder
+from ladon.prune_option import AUTO, OFF
 from ladon.requests import end_ids
 from ladon.stats import DecodeStats
 
@@ -80,6 +81,7 @@ class LadonSystem:
         mode: str,
         budget: Budget,
         fixed_tree: FixedTree | None = None,
+        prune: str = AUTO,
         profile: bool = False,
         make: Callable[..., Decoder] = Decoder,
     ) -> None:
@@ -91,6 +93,7 @@ class LadonSystem:
             mode: plain, chain, fixed, dynamic, auto or pruned.
             budget: nodes per step and row, or "auto".
             fixed_tree: the tree of mode "fixed".
+            prune: how mode "pruned" prunes, as for `Decoder`.
             profile: measure stages, and record the steps of single rows.
             make: makes the decoder, called as `Decoder` is.
         """
@@ -101,10 +104,12 @@ class LadonSystem:
             if fixed_tree is None:
                 raise InputError("mode fixed needs a tree; give one with --fixed-tree, or leave the mode out")
             tree, most = fixed_tree, fixed_tree.num_nodes
-        options = {"tree": tree, "budget": budget, "prune": "auto" if mode == "pruned" else "off", "profile": profile}
+        options = {"tree": tree, "budget": budget, "prune": prune if mode == "pruned" else OFF, "profile": profile}
         self._decoder = make(model, None if mode == "plain" else heads, **options)
         if mode == "pruned" and self._decoder.pruning is None:
-            raise InputError("mode pruned: no pruning is known to pay; run ladon calibrate --pruning, or leave it out")
+            raise InputError(
+                "mode pruned: no pruning is known to pay; run ladon calibrate --pruning, or say how (4:16)"
+            )
         self._decoder.sizing = self._noted = NotedSizing(self._decoder.sizing)
         self.budget = min(budget, most) if isinstance(budget, int) and most is not None else budget
         self._profile = profile

@@ -59,6 +59,7 @@ _CalibrationOption = Annotated[
         "prompts, which flatters the fixed tree.",
     ),
 ]
+_PruneOption = Annotated[str, Option("--prune", metavar="NAME", help=f"{help_of(BenchOptions, 'prune').capitalize()}.")]
 _AnswersOption = Annotated[
     Path | None,
     Option(
@@ -94,6 +95,7 @@ def bench(
     repeats: _RepeatsOption = _DEFAULTS.repeats,
     fixed_tree: _FixedTreeOption = None,
     calibration: _CalibrationOption = None,
+    prune: _PruneOption = _DEFAULTS.prune,
     answers: _AnswersOption = None,
     output: _OutputOption = None,
     plots: _PlotsOption = None,
@@ -121,6 +123,7 @@ def bench(
         batches=tuple(dict.fromkeys(options.parse_counts("--batch", batch))),
         max_new_tokens=max_new_tokens,
         repeats=repeats,
+        prune=prune,
     )
     check_writable(answers)
     check_writable(output)
