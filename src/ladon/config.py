@@ -15,6 +15,11 @@ TREES = {  # the tree options that have a name, and what each means
     "chain": "each head's best token",
     "off": "plain decoding",
 }
+ACCEPT = {  # which drafted tokens are kept, and what each name means
+    "exact": "those that the target says",
+    "typical": "those that are likely enough by MEDUSA's rule",
+    "nucleus": "those among the likeliest with a total probability",
+}
 
 BENCH_MODES = ("plain", "chain", "fixed", "dynamic", "auto", "pruned")
 
@@ -46,6 +51,14 @@ class DecoderOptions:
         metadata={
             "help": "drop unlikely nodes in the middle of the model's layers: off, or auto (as `ladon calibrate "
             "--pruning` found to pay for these heads; off where it found nothing)"
+        },
+    )
+    accept: str = field(
+        default="exact",
+        metadata={
+            "help": "which drafted tokens are kept: "
+            + ", ".join(f"{name} ({meaning})" for name, meaning in ACCEPT.items())
+            + ". The last two are not exact where tokens are sampled: the text no longer follows the model's law"
         },
     )
 
