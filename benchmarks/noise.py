@@ -2,9 +2,9 @@
 
     python benchmarks/noise.py --output FILE
 
-A random Llama (V = 32,000, H = 1,024) in float32, one thread, one row, four untrained heads, trees of 1, 8 and 16 nodes. A
-greedy and a sampled row (temperature 0.8) decode side by side on one model, step by step in turns, so that a slow moment
-of the machine meets both. The last line is one JSON document. For each size:
+A random Llama (V = 32,000, H = 1,024) in float32, one thread, one row, four untrained heads; trees of 1, 8, 16 nodes.
+A greedy and a sampled row (temperature 0.8) decode side by side on one model, step by step in turns, so that a slow
+moment of the machine meets both. The last line is one JSON document. For each size:
 
 - `greedy_ms`, `sampled_ms`: a step, the median;
 - `share`: the median over pairs of steps of (sampled - greedy) / greedy: the noise, its sum with the scores, and the

@@ -50,6 +50,11 @@ def one_line(error: pytest.ExceptionInfo[InputError]) -> bool:
         (PROMPT, {"attention_mask": torch.ones(1, 1, 12, 12)}, "attention mask has shape"),
         (PROMPT, {"max_new_tokns": 4}, "max_new_tokns"),
         (PROMPT, {"past_key_values": DynamicCache()}, "past_key_values is not supported"),
+        (PROMPT, {"do_sample": True, "temperature": 0.0}, "temperature"),
+        (PROMPT, {"do_sample": True, "top_p": 0.0}, "top_p"),
+        (PROMPT, {"do_sample": True, "top_k": -3}, "top_k"),
+        (PROMPT, {"min_new_tokens": 9}, "min_new_tokens"),
+        (PROMPT, {"min_length": 30, "max_length": 20}, "min_length"),
         (PROMPT, {"num_beams": 2, "num_return_sequences": 2}, "beam_search"),
     ],
 )

@@ -37,7 +37,7 @@ from ladon.steps import Step
 from ladon.target import Target
 from ladon.tree import TokenTree
 
-VOCAB, LENGTH, NUM = 5, 4, 12_000
+VOCAB, LENGTH, NUM = 5, 4, 6000
 PROMPT = torch.tensor([1, 3, 2])
 SHAPES = {"bushy": [-1, 0, 0, 1, 1, 2, 3], "chain": [-1, 0, 1, 2], "flat": [-1, 0, 0, 0, 0]}
 LAWS: list[dict[str, Any]] = [
@@ -133,7 +133,7 @@ def texts_of(model: PreTrainedModel, shape: str, settings: Mapping[str, Any], se
 def test_texts_follow_the_models_law(shape: str, settings: dict[str, Any]) -> None:
     model = tiny_vocabulary(VOCAB)
     law = enumerated(model, settings, LENGTH)
-    assert sum(p * NUM >= 8 for p in law.values()) > 25, "the law is spread out"
+    assert sum(p * NUM >= 8 for p in law.values()) > 20, "the law is spread out"
     assert p_value(texts_of(model, shape, settings), law) > 1e-4
 
 

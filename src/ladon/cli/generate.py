@@ -105,7 +105,7 @@ def generate(
         ignore_generation_config=ignore_generation_config,
     )
     require_heads(loaded, shape)
-    drafting = {"tree": shape, "budget": nodes, "prune": prune, "accept": rule or _DEFAULTS.accept}
+    drafting: dict[str, Any] = {"tree": shape, "budget": nodes, "prune": prune, "accept": rule or _DEFAULTS.accept}
     decoder = Decoder(loaded.model, loaded.heads, profile=stats, **drafting)
     if is_many:
         rows = _rows(decoder, loaded, questions, max_new_tokens, law)
