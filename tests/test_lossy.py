@@ -334,6 +334,6 @@ def test_the_distance_of_a_rule_that_accepts_nothing_is_zero(model, decoder) -> 
     strict = distance_of(model, decoder.heads, prompts, law, Typical(epsilon=1.0, delta=1e9), **common)
     assert (strict.accept, strict.tokens, strict.acceptance_length, strict.total_variation) == ("typical", 22, 1.0, 0.0)
     loose = distance_of(model, decoder.heads, prompts, law, Typical(epsilon=0.0), **common)
-    assert loose.tokens == 22 and loose.acceptance_length > 2 and 0.5 < loose.total_variation < 1
+    assert loose.tokens == 22 and loose.acceptance_length > 1.5 and 0.3 < loose.total_variation < 1
     greedy = distance_of(model, decoder.heads, prompts, {"do_sample": False}, Nucleus(), **common)
     assert greedy.total_variation == 0.0 and greedy.settings == {"top_p": 0.8}

@@ -53,8 +53,6 @@ def one_line(error: pytest.ExceptionInfo[InputError]) -> bool:
         (PROMPT, {"do_sample": True, "temperature": 0.0}, "temperature"),
         (PROMPT, {"do_sample": True, "top_p": 0.0}, "top_p"),
         (PROMPT, {"do_sample": True, "top_k": -3}, "top_k"),
-        (PROMPT, {"min_new_tokens": 9}, "min_new_tokens"),
-        (PROMPT, {"min_length": 30, "max_length": 20}, "min_length"),
         (PROMPT, {"num_beams": 2, "num_return_sequences": 2}, "beam_search"),
     ],
 )
@@ -62,6 +60,16 @@ def test_bad_requests_are_one_line(decoder, prompt, options, message):
     with pytest.raises(InputError, match=message) as error:
         decoder.generate(prompt, **{"max_new_tokens": 4, **options} if "max_length" not in options else options)
     assert one_line(error)
+
+
+@pytest.mark.parametrize("limits", [{"min_new_tokens": 9, "max_new_tokens": 4}, {"min_length": 30, "max_length": 20}])
+def test_limits_that_contradict_each_other_are_warned_of(model, decoder, limits):
+    """In one line, by transformers; the text is `generate`'s, which ends at the greater limit's expense."""
+    with pytest.warns(UserWarning, match="Unfeasible length constraints") as seen:
+        output = decoder.generate(PROMPT, **limits)
+    assert len(seen) == 1 and "\n" not in str(seen[0].message)
+    with pytest.warns(UserWarning, match="Unfeasible"):
+        assert torch.equal(output, plain(model, **limits))
 
 
 def test_limits_are_those_of_the_merged_config(model, decoder):

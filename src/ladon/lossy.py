@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields, replace
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -61,7 +61,8 @@ class Typical:
         """See `Rule`."""
         entropy = torch.special.entr(law.exp()).sum(-1)
         least = (self.delta * (-entropy).exp()).clamp(max=self.epsilon)
-        return own.exp() > least.gather(1, _parents(tree))
+        found: Tensor = own.exp() > least.gather(1, _parents(tree))
+        return found
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -130,7 +131,8 @@ def parsed_rule(text: str) -> Typical | Nucleus | None:
         InputError: an unknown rule or setting, or one that is no number or out of range.
     """
     name, _, settings = text.partition(":")
-    rule, given = rule_of(name), {}
+    rule = rule_of(name)
+    given: dict[str, Any] = {}
     known = [] if rule is None else [field.name for field in fields(rule)]
     for part in settings.split(",") if settings else []:
         setting, _, value = part.partition("=")

@@ -55,11 +55,11 @@ class Picking:
         for (picker, context), index in zip(self._groups, self._places, strict=True):
             own = _of_rows(nodes, index)
             scores = picker.law(logits[index], context, own)
-            picks[index] = _picked(_drawn(picker, scores, context, own), is_drawn=picker.draws)
+            picks[index] = said = _picked(_drawn(picker, scores, context, own), is_drawn=picker.draws)
             if self._keeps:
                 kept = torch.empty_like(logits, dtype=scores.dtype) if kept is None else kept
                 kept[index] = scores.to(kept.dtype)
-            found = self._admitted(picker, scores, picks[index], own.tree)
+            found = self._admitted(picker, scores, said, own.tree)
             if found is not None:
                 judged = judged or Admitted(torch.empty_like(ancestors[:, 0]), torch.empty_like(tree.log_probs))
                 judged.nodes[index], judged.log_probs[index] = found.nodes, found.log_probs.to(tree.log_probs.dtype)
