@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from collections import Counter
@@ -16,6 +17,7 @@ import ladon
 from drafts import TableProposer
 from ladon.accept import longest_admitted
 from ladon.bench.distance import distance_of, step_distance
+from ladon.cli.main import run
 from ladon.engine import Engine
 from ladon.lossy import Nucleus, Rule, Typical, admitted, admitted_by_picks, rule_of
 from ladon.rows import Row
@@ -337,3 +339,18 @@ def test_the_distance_of_a_rule_that_accepts_nothing_is_zero(model, decoder) -> 
     assert loose.tokens == 22 and loose.acceptance_length > 1.5 and 0.3 < loose.total_variation < 1
     greedy = distance_of(model, decoder.heads, prompts, {"do_sample": False}, Nucleus(), **common)
     assert greedy.total_variation == 0.0 and greedy.settings == {"top_p": 0.8}
+
+
+def test_generate_by_a_rule_on_the_command_line(tiny, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    options = ["generate", *tiny.arguments, "--prompt", "def read", "--max-new-tokens", "24", "--budget", "8"]
+    options += ["--temperature", "0.7", "--stats", "--json"]
+    lengths = {}
+    for accept in ("exact", "typical", "nucleus:top_p=0.001", "typical:epsilon=0,delta=0"):
+        assert run([*options, "--accept", accept]) == 0
+        lengths[accept] = json.loads(capsys.readouterr().out.splitlines()[-1])["stats"]["acceptance_length"]
+    assert lengths["typical:epsilon=0,delta=0"] > lengths["exact"]
+    for accept, words in {"foo": "accept is 'foo'", "typical:epsilon=2": "epsilon is 2"}.items():
+        assert run([*options, "--accept", accept]) == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1 and words in lines[0]

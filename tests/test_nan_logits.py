@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from transformers import PreTrainedModel
 
 import ladon
+from ladon.cli import loading
+from ladon.cli.main import run
 from ladon.rows import Row
+from user_side import Tiny
 
 PROMPT = torch.arange(5, 12)
 GOOD = 5  # new tokens before the logits fail
@@ -139,3 +143,24 @@ def test_nan_that_a_processor_removes_is_no_fault(model, decoder) -> None:
     fail_from(model, len(PROMPT) - 1 + GOOD)
     output = decoder.generate(PROMPT[None], max_new_tokens=9, remove_invalid_values=True)
     assert output.shape[1] == len(PROMPT) + 9
+
+
+def test_the_command_line_shows_what_came_before(tiny: Tiny, monkeypatch, capsys) -> None:
+    prompt = "for line in self.lines:"
+    options = ["generate", *tiny.arguments, "--prompt", prompt, "--max-new-tokens", "16", "--budget", "8"]
+    assert run(options) == 0
+    expected = capsys.readouterr().out.rstrip("\n")
+    whole, first = loading.load, len(tiny.tokenizer(prompt)["input_ids"]) - 1
+
+    def load_what_fails(*arguments: Any, **options: Any) -> loading.Loaded:
+        loaded = whole(*arguments, **options)
+        fail_from(loaded.model, first + 9)
+        return loaded
+
+    monkeypatch.setattr(loading, "load", load_what_fails)
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    assert run(options) == 2
+    captured = capsys.readouterr()
+    shown = captured.out.rstrip("\n")
+    assert shown and expected.startswith(shown) and len(shown) < len(expected)
+    assert len(captured.err.splitlines()) == 1 and "new token 10: the model's logits are NaN" in captured.err
