@@ -83,6 +83,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     model, tokenizer, heads = load_demo(torch.float32)
+    model.generation_config.eos_token_id = None
     question = demo_workload(arguments.prompt + 1).questions[-1]
     prompt = torch.tensor(prompt_ids(tokenizer, question, [])[-32:])
     warpers = LogitsProcessorList([TemperatureLogitsWarper(arguments.temperature)])
@@ -92,9 +93,7 @@ def main() -> None:
     options = {"do_sample": True, "temperature": arguments.temperature, "top_k": arguments.top_k}
     seeds = [mix(1, index) for index in range(arguments.draws)]
     # four more tokens than are compared: trees are as deep as they are in the middle of a text
-    rows = decoder.rows(
-        [prompt] * arguments.draws, max_new_tokens=arguments.length + 4, eos_token_id=-1, seed=seeds, **options
-    )
+    rows = decoder.rows([prompt] * arguments.draws, max_new_tokens=arguments.length + 4, seed=seeds, **options)
     for _ in decoder.decode(rows, max_rows=CHUNK):
         pass
     counts = Counter(tuple(row.tokens[: arguments.length]) for row in rows)
