@@ -188,6 +188,14 @@ def test_plain_decoding_has_nothing_to_accept(model, decoder) -> None:
     assert torch.equal(ladon.Decoder(model, accept="nucleus").generate(prompts, **options), expected)
 
 
+def test_one_seed_is_one_text_for_the_same_trees(model, decoder) -> None:
+    lossy = ladon.Decoder(model, decoder.heads, accept="nucleus", budget=8)
+    prompts, options = torch.randint(3, 90, (3, 7)), {"max_new_tokens": 30, "do_sample": True, "top_k": 0}
+    first = lossy.generate(prompts, seed=4, **options)
+    assert torch.equal(lossy.generate(prompts, seed=4, **options), first)
+    assert not torch.equal(lossy.generate(prompts, seed=5, **options), first), "something is drawn"
+
+
 def test_scores_are_those_of_the_nodes_that_were_kept(model, decoder) -> None:
     """`output_scores` goes with the path, though no pick led along it."""
     lossy = ladon.Decoder(model, decoder.heads, accept=Typical(epsilon=0.0), budget=12)
