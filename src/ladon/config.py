@@ -58,7 +58,7 @@ class DecoderOptions:
         metadata={
             "help": "which drafted tokens are kept: "
             + ", ".join(f"{name} ({meaning})" for name, meaning in ACCEPT.items())
-            + ". The last two are not exact where tokens are sampled: the text no longer follows the model's law"
+            + "; the last two are not exact where tokens are sampled: the text no longer follows the model's law"
         },
     )
 
