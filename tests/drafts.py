@@ -23,6 +23,7 @@ from ladon.sampling import GREEDY
 from ladon.sizing import EDGES, Size, Sizing, StepRecord
 from ladon.stats import DecodeStats, StageClock
 from ladon.target import Target
+from ladon.tree import TokenTree, ancestor_mask, node_depths
 
 DEPTH, CANDIDATES = 3, 4
 NUM_NODES = 12
@@ -77,6 +78,47 @@ class DraftedLattice:
         top, tokens = scores.topk(CANDIDATES, dim=-1)
         log_probs = (top / (self._vocab_size + 2)).log()
         return self._build(Lattice(tokens=tokens[:, :, None], log_probs=log_probs[:, :, None]), root, max_nodes)
+
+
+class TableProposer:
+    """Drafts the same tree after the same root: tokens by root, [V, N] (the first is the root's own), and one shape.
+
+    Small vocabularies only. What a tree holds then follows from the text alone, and laws can be enumerated.
+    """
+
+    def __init__(self, tokens: Tensor, parents: Sequence[int]) -> None:
+        self.tokens, self.parents = tokens, torch.tensor(parents)
+        self.depths = node_depths(ancestor_mask(self.parents[None], len(parents)))[0]
+
+    @classmethod
+    def random(cls, vocab_size: int, parents: Sequence[int], seed: int) -> TableProposer:
+        """Siblings are distinct, otherwise anything is drafted."""
+        dice = random.Random(seed)
+        table = []
+        for root in range(vocab_size):
+            tokens = [root]
+            for node, parent in enumerate(parents[1:], start=1):
+                taken = {tokens[other] for other in range(1, node) if parents[other] == parent}
+                tokens.append(dice.choice([token for token in range(vocab_size) if token not in taken]))
+            table.append(tokens)
+        return cls(torch.tensor(table), parents)
+
+    def join(self, prompts, hidden):
+        pass
+
+    def observe(self, accepted, hidden):
+        pass
+
+    def keep(self, rows):
+        pass
+
+    def propose(self, hidden: Tensor, root: Tensor, max_nodes: int) -> TokenTree:
+        return TokenTree(
+            tokens=self.tokens[root],
+            parents=self.parents.expand(len(root), -1),
+            log_probs=-0.1 * self.depths.expand(len(root), -1).float(),
+            max_depth=int(self.depths.max()),
+        )
 
 
 class RandomSizing:

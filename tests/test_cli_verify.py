@@ -32,6 +32,19 @@ def test_the_bundled_model_is_exact(capsys: pytest.CaptureFixture[str]) -> None:
         assert law["acceptance_length"] > 1.0
 
 
+def test_the_distance_of_lossy_rules(capsys: pytest.CaptureFixture[str]) -> None:
+    """They end with exit code 0: what is lossy by name is no mistake."""
+    rules = ["--accept", "typical", "--accept", "nucleus:top_p=0.001", "--temperature", "0.7"]
+    assert run([*QUICK, "--json", "--budget", "8", *rules]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert sum("NOT exact, total variation" in line for line in out) == 2
+    typical, strict = json.loads(out[-1])["lossy"]
+    assert (typical["accept"], typical["settings"]) == ("typical", {"epsilon": 0.09, "delta": 0.3})
+    assert (strict["accept"], strict["settings"]) == ("nucleus", {"top_p": 0.001})
+    assert typical["tokens"] == strict["tokens"] == 33 and 0 < strict["total_variation"] < 1
+    assert typical["acceptance_length"] > typical["exact_acceptance_length"] > 1
+
+
 def test_a_decoder_that_errs_is_found(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is drafted first is taken for right."""
 
@@ -83,6 +96,11 @@ def test_verdicts_of_a_law(tiny_llama: Any) -> None:
         (["--prompts", "no/such/file.jsonl"], "no/such/file.jsonl"),
         (["--tree", "bush"], "bush"),
         (["--prune", "perhaps"], "perhaps"),
+        (["--accept", "foo"], "accept is 'foo'"),
+        (["--accept", "exact"], "verified anyway"),
+        (["--accept", "typical:epsilon=-1"], "epsilon is -1"),
+        (["--accept", "typical:top_p=0.5"], "typical has no setting 'top_p'; it has epsilon, delta"),
+        (["--accept", "nucleus:top_p=half"], "'half' is no number"),
     ],
 )
 def test_mistakes_are_one_line(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:

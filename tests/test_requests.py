@@ -50,6 +50,9 @@ def one_line(error: pytest.ExceptionInfo[InputError]) -> bool:
         (PROMPT, {"attention_mask": torch.ones(1, 1, 12, 12)}, "attention mask has shape"),
         (PROMPT, {"max_new_tokns": 4}, "max_new_tokns"),
         (PROMPT, {"past_key_values": DynamicCache()}, "past_key_values is not supported"),
+        (PROMPT, {"do_sample": True, "temperature": 0.0}, "temperature"),
+        (PROMPT, {"do_sample": True, "top_p": 0.0}, "top_p"),
+        (PROMPT, {"do_sample": True, "top_k": -3}, "top_k"),
         (PROMPT, {"num_beams": 2, "num_return_sequences": 2}, "beam_search"),
     ],
 )
@@ -57,6 +60,17 @@ def test_bad_requests_are_one_line(decoder, prompt, options, message):
     with pytest.raises(InputError, match=message) as error:
         decoder.generate(prompt, **{"max_new_tokens": 4, **options} if "max_length" not in options else options)
     assert one_line(error)
+
+
+@pytest.mark.parametrize("limits", [{"min_new_tokens": 9, "max_new_tokens": 4}, {"min_length": 30, "max_length": 20}])
+def test_limits_that_contradict_each_other_are_warned_of(model, decoder, limits):
+    """By transformers, a line each; the text is `generate`'s, which ends where it may be longest."""
+    with pytest.warns(UserWarning, match="Unfeasible length constraints") as seen:
+        output = decoder.generate(PROMPT, **limits)
+    assert all("\n" not in str(warning.message) for warning in seen)
+    with pytest.warns(UserWarning, match="Unfeasible"):
+        expected = model.generate(PROMPT, attention_mask=torch.ones_like(PROMPT), do_sample=False, **limits)
+    assert torch.equal(output, expected)
 
 
 def test_limits_are_those_of_the_merged_config(model, decoder):

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ladon.attaching import attach, detach
     from ladon.bundled import load_demo
-    from ladon.errors import HeadsError, InputError, LadonError, TreeError, UnsupportedModelError
+    from ladon.errors import HeadsError, InputError, LadonError, LogitsError, TreeError, UnsupportedModelError
     from ladon.fixed_tree import FixedTree, best_fixed_tree
     from ladon.generation import Decoder
     from ladon.heads import Heads, load_heads, new_heads
+    from ladon.lossy import Nucleus, Typical
     from ladon.pruning import Pruning
     from ladon.rows import Row
     from ladon.stats import DecodeStats
@@ -26,8 +27,10 @@ _HOME = {
     "TraceStep": "ladon.trace",
     "attach": "ladon.attaching",
     "detach": "ladon.attaching",
+    "Nucleus": "ladon.lossy",
     "Pruning": "ladon.pruning",
     "Row": "ladon.rows",
+    "Typical": "ladon.lossy",
     "DecodeStats": "ladon.stats",
     "FixedTree": "ladon.fixed_tree",
     "best_fixed_tree": "ladon.fixed_tree",
@@ -39,6 +42,7 @@ _HOME = {
     "read_tree": "ladon.tree_notations",
     "LadonError": "ladon.errors",
     "InputError": "ladon.errors",
+    "LogitsError": "ladon.errors",
     "TreeError": "ladon.errors",
     "HeadsError": "ladon.errors",
     "UnsupportedModelError": "ladon.errors",
@@ -53,11 +57,14 @@ __all__ = [
     "HeadsError",
     "InputError",
     "LadonError",
+    "LogitsError",
+    "Nucleus",
     "Pruning",
     "Row",
     "TraceStep",
     "TreeError",
     "TreeSize",
+    "Typical",
     "UnsupportedModelError",
     "attach",
     "best_fixed_tree",

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ladon.tree import TokenTree, ancestor_mask
+from ladon.lossy import Admitted
+from ladon.tree import TokenTree, ancestor_mask, node_depths
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,8 +21,8 @@ class Accepted:
     Attributes:
         path: node indices, root first, [B, D + 1]; slots past `count` repeat the last accepted node.
         count: number of accepted nodes, root included, [B]: 1 to D + 1. Also the number of tokens emitted.
-        tokens: the picks along the path, [B, D + 1]: the accepted tokens after the root, then the bonus token at
-            `count` - 1; slots past it are meaningless.
+        tokens: what is said after each node of the path, [B, D + 1]: the accepted tokens after the root, then the bonus
+            token at `count` - 1; slots past it are meaningless.
         last: index of the last accepted node, [B].
         bonus: the pick after it, [B]: the next root.
     """
@@ -63,6 +64,36 @@ def longest_match(tree: TokenTree, picks: Tensor, ancestors: Tensor | None = Non
         path=path,
         count=accepted.sum(1),
         tokens=picks.gather(1, path),
+        last=last[:, 0],
+        bonus=picks.gather(1, last)[:, 0],
+    )
+
+
+def longest_admitted(tree: TokenTree, picks: Tensor, admitted: Admitted, ancestors: Tensor) -> Accepted:
+    """The longest path of admitted nodes; of several, the likeliest, and then the first. Not exact: see `ladon.lossy`.
+
+    Args:
+        tree: the verified tree.
+        picks: what the target says after each node, [B, N] int64; only the one after the last node is said.
+        admitted: which nodes may be accepted.
+        ancestors: the tree's ancestor mask [B, N, N].
+    """
+    may = admitted.nodes[:, 1:] & (tree.log_probs[:, 1:] > -torch.inf)
+    reached = (ancestors[:, :, 1:] <= may[:, None]).all(-1)
+    depths = node_depths(ancestors)
+    longest = (depths * reached).amax(1, keepdim=True)
+    on_path = ancestors[:, :, 1:] & reached[:, :, None]
+    likelihood = torch.where(on_path, admitted.log_probs[:, None, 1:], 0.0).sum(-1)
+    last = likelihood.masked_fill(~reached | (depths < longest), -torch.inf).argmax(1, keepdim=True)
+    nodes = torch.arange(tree.num_nodes, device=picks.device)
+    mine = ancestors.gather(1, last[:, :, None].expand(-1, -1, tree.num_nodes))[:, 0]
+    path = torch.where(mine, nodes, last).topk(tree.max_depth + 1, largest=False).values
+    following = torch.cat([path[:, 1:], last], dim=1)
+    tokens = torch.where(path == last, picks.gather(1, path), tree.tokens.gather(1, following))
+    return Accepted(
+        path=path,
+        count=longest[:, 0] + 1,
+        tokens=tokens,
         last=last[:, 0],
         bonus=picks.gather(1, last)[:, 0],
     )

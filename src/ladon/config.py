@@ -15,6 +15,11 @@ TREES = {  # the tree options that have a name, and what each means
     "chain": "each head's best token",
     "off": "plain decoding",
 }
+ACCEPT = {  # which drafted tokens are kept, and what each name means
+    "exact": "those that the target says",
+    "typical": "those that are likely enough by MEDUSA's rule",
+    "nucleus": "those among the likeliest with a total probability",
+}
 
 BENCH_MODES = ("plain", "chain", "fixed", "dynamic", "auto", "pruned")
 
@@ -47,6 +52,14 @@ class DecoderOptions:
             "help": "drop unlikely nodes in the middle of the model's layers: off, auto (as `ladon calibrate "
             "--pruning` found to pay for these heads; off where it found nothing), or the layer after which it is done "
             "and the nodes that go on, such as 4:16"
+        },
+    )
+    accept: str = field(
+        default="exact",
+        metadata={
+            "help": "which drafted tokens are kept: "
+            + ", ".join(f"{name} ({meaning})" for name, meaning in ACCEPT.items())
+            + "; the last two are not exact where tokens are sampled: the text no longer follows the model's law"
         },
     )
 

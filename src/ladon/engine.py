@@ -12,9 +12,10 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ladon.accept import longest_match
+from ladon.accept import longest_admitted, longest_match
 from ladon.batch import Batch
 from ladon.host import to_host
+from ladon.lossy import Rule
 from ladon.picking import Picking
 from ladon.proposers import Proposer
 from ladon.pruning import Pruning
@@ -44,6 +45,7 @@ class Engine:
         clock: StageClock,
         max_rows: int | None = None,
         pruning: Pruning | None = None,
+        rule: Rule | None = None,
     ) -> None:
         """Make an engine without rows.
 
@@ -55,12 +57,13 @@ class Engine:
             clock: times the stages.
             max_rows: rows in flight at most, others wait in the order they came; None for no bound.
             pruning: how trees are pruned while they are verified; None for not at all.
+            rule: a lossy rule of acceptance; None for exact acceptance.
 
         Raises:
             InputError: `max_rows` is below 1.
         """
         self._target, self._proposer = target, proposer
-        self._stats, self._clock, self._pruning = stats, clock, pruning
+        self._stats, self._clock, self._pruning, self._rule = stats, clock, pruning, rule
         self._sizes = StepSizes(budget, stats, target.device)
         self._batch = Batch(target, max_rows)
         self._tree: TokenTree | None = None
@@ -87,7 +90,8 @@ class Engine:
 
         Raises:
             InputError: a row cannot be submitted.
-            Exception: what a row's stop rule has raised; the other rows are cancelled.
+            LogitsError: nothing can be said after a row; the others are cancelled, and all keep what they have.
+            Exception: what a row's stop rule has raised, likewise.
         """
         submitted: list[Row] = []
         try:
@@ -95,8 +99,8 @@ class Engine:
                 self.submit(row)
                 submitted.append(row)
             while (step := self.step()) is not None:
-                raise_error_of(rows)
                 yield step
+                raise_error_of(rows)
         finally:
             for row in submitted:
                 row.cancel()
@@ -144,6 +148,7 @@ class Engine:
         if read is not None:
             self._proposer.join([self._batch.rows[place].prompt for place in read.places], read.hidden)
         hidden, root = _cat([outcome.hidden for outcome in outcomes]), _cat([outcome.root for outcome in outcomes])
+        root = root.clamp(min=0)  # the host has yet to see who ends here for want of a token
         self._batch.drafted = [place for outcome in outcomes for place in outcome.places]
         with self._clock.paused(decoded is None):
             lengths = [self._batch.cache.host_lengths[place] for place in self._batch.drafted]
@@ -192,7 +197,10 @@ class Engine:
         with clock.stage("pick"):
             said = picking.after(out.logits, out.tree, out.ancestors)
         with clock.stage("accept"):
-            accepted = longest_match(out.tree, said.picks, out.ancestors)
+            if said.admitted is None:
+                accepted = longest_match(out.tree, said.picks, out.ancestors)
+            else:
+                accepted = longest_admitted(out.tree, said.picks, said.admitted, out.ancestors)
         with clock.stage("commit"):
             cache.commit(out.given(accepted.path), accepted.count)
             self._proposer.observe(accepted, out.hidden)
@@ -241,7 +249,7 @@ class Engine:
         return Step(rows=rows, emitted=emitted, tree=tree, accepted=accepted)
 
     def _picking(self, rows: Sequence[Row]) -> Picking:
-        return Picking(rows, self._target.device)
+        return Picking(rows, self._target.device, self._rule)
 
 
 def _cat(parts: list[Tensor]) -> Tensor:

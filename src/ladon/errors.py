@@ -19,5 +19,9 @@ class HeadsError(LadonError, ValueError):
     """Heads that cannot be read, or that belong to another model."""
 
 
+class LogitsError(LadonError, ArithmeticError):
+    """Logits after which nothing can be said, such as NaN."""
+
+
 class UnsupportedModelError(LadonError, ValueError):
     """A model whose forward cannot verify a token tree exactly; the message names the reason."""

@@ -17,11 +17,12 @@ from torch import Tensor
 from ladon.budgets import check_budget, make_sizing
 from ladon.config import DecoderOptions
 from ladon.engine import Engine
-from ladon.errors import InputError, LadonError
+from ladon.errors import InputError
 from ladon.fixed_tree import FixedTree
 from ladon.heads import Heads
 from ladon.laws import Law
-from ladon.override import own_generate
+from ladon.lossy import Nucleus, Typical, rule_of
+from ladon.override import prepared_by_generate
 from ladon.proposers import Proposer, RootProposer, as_chain, check_tree, drafting
 from ladon.prune_option import Prune, chosen_pruning, still_chosen
 from ladon.requests import (
@@ -71,6 +72,7 @@ class Decoder:
         num_candidates: int = _DEFAULTS.num_candidates,
         deterministic: bool = False,
         prune: Prune = _DEFAULTS.prune,
+        accept: str | Typical | Nucleus = _DEFAULTS.accept,
         profile: bool = False,
     ) -> None:
         """Check the model and the options.
@@ -87,11 +89,13 @@ class Decoder:
             num_candidates: candidates kept per head.
             deterministic: let no clock choose, as with LADON_DETERMINISTIC=1 in the environment: automatic sizes depend
                 on the trees and a profile (`ladon calibrate`) alone, and are 16 without one.
-            prune: "off"; "auto", what `ladon calibrate --pruning` found to pay, if anything; a `Pruning`; or
-                its layer and the nodes to keep, such as "4:16".
+            prune: "off"; "auto", what `ladon calibrate --pruning` found to pay, if anything; a `Pruning`; or its layer
+                and the nodes to keep, such as "4:16".
+            accept: "exact"; or, NOT exact where tokens are sampled, "typical" or "nucleus", a `Typical` or a `Nucleus`.
             profile: measure time by stage (waits for the device at each stage).
 
         Raises:
+            InputError: an unknown rule of acceptance.
             UnsupportedModelError: the model cannot verify a tree exactly.
             HeadsError: the heads do not belong to the model.
             TreeError: an unknown tree option, a budget below 1, or a fixed tree that the heads cannot fill or that
@@ -101,7 +105,7 @@ class Decoder:
             tree, budget, num_candidates = tree.options(budget)
         self._num_candidates = DecoderOptions(num_candidates=num_candidates).num_candidates  # checked there
         self._tree = check_tree(tree, heads, self._num_candidates)
-        self._budget, self._profile = check_budget(budget), profile
+        self._budget, self._profile, self._rule = check_budget(budget), profile, rule_of(accept)
         self.model = model
         self.heads = None if heads is None else heads.bind(model)
         self._target = Target(model)
@@ -236,17 +240,12 @@ class Decoder:
             clock=clock,
             max_rows=max_rows,
             pruning=self.pruning,
+            rule=self._rule,
         )
 
     def _prepare(self, input_ids: Tensor, seed: int | Sequence[int] | None = None, **options: Any) -> Request:
         """What transformers makes of a call's options; its complaints about them become an `InputError`."""
-        prepare = partial(self._request, seed=seed)
-        try:
-            request: Request = own_generate(self.model)(input_ids, custom_generate=prepare, **options)
-        except LadonError:
-            raise
-        except ValueError as error:
-            raise InputError(" ".join(str(error).split())) from error
+        request: Request = prepared_by_generate(self.model, input_ids, partial(self._request, seed=seed), options)
         return request
 
     def _request(
@@ -282,11 +281,13 @@ class Decoder:
             streamer.put(request.input_ids.cpu())
         self.seeds = [row.seed for row in request.rows]
         is_plain = any(row.picker.is_plain for row in request.rows)
-        for step in self._engine(is_plain=is_plain).run(request.rows):
-            if streamer is not None and step.emitted:  # none while a long prompt is read
-                streamer.put(torch.tensor(step.emitted[0]))
-        if streamer is not None:
-            streamer.end()
+        try:
+            for step in self._engine(is_plain=is_plain).run(request.rows):
+                if streamer is not None and any(step.emitted):  # none while a long prompt is read
+                    streamer.put(torch.tensor(step.emitted[0]))
+        finally:  # or what it holds back would be lost, and whoever reads from it would wait for ever
+            if streamer is not None:
+                streamer.end()
         from ladon.outputs import pack_output
 
         return pack_output(request, self.stats)

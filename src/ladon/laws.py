@@ -40,10 +40,13 @@ class Law:
         Warns where a processor makes decoding plain.
 
         Raises:
-            InputError: seeds that are none, or not one for each row; several rows that cannot be decoded together.
+            InputError: seeds that are none, or not one for each row; several rows that cannot be decoded together; a
+                top_p of 0.
         """
         if seed is not None and not config.do_sample:
             raise InputError("a seed is given, but nothing is drawn; pass do_sample=True, or leave the seed out")
+        if config.do_sample and config.top_p == 0:  # transformers takes it for greedy decoding
+            raise InputError("top_p is 0; give a probability above 0, or do_sample=False for the likeliest token")
         if not config.do_sample and not processors:
             return cls(picker=GREEDY, seeds=[0] * num_rows)
         known = Processors(processors or [])

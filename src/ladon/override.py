@@ -12,13 +12,32 @@ from functools import partial
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
+from ladon.errors import InputError, LadonError
+
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
 
 
 def own_generate(model: PreTrainedModel) -> Callable[..., Any]:
     """The class's `generate`, whatever the model object carries."""
     return partial(type(model).generate, model)
+
+
+def prepared_by_generate(
+    model: PreTrainedModel, input_ids: Tensor, prepare: Callable[..., Any], options: dict[str, Any]
+) -> Any:
+    """What `prepare` makes of a call's inputs and options as transformers prepares them.
+
+    Raises:
+        InputError: what transformers complains of.
+    """
+    try:
+        return own_generate(model)(input_ids, custom_generate=prepare, **options)
+    except LadonError:
+        raise
+    except ValueError as error:
+        raise InputError(" ".join(str(error).split())) from error
 
 
 def override_generate(model: PreTrainedModel, replacement: Callable[..., Any]) -> None:

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from ladon.tree import TokenTree, node_depths
 
+NO_TOKEN = -1  # the pick where a law is none, as that of NaN logits: equal to no node's token
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Context:

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ladon.pickers import Context, Nodes, Picker, Sequenced
+from ladon.lossy import Admitted, Rule, admitted, admitted_by_picks
+from ladon.pickers import NO_TOKEN, Context, Nodes, Picker, Sequenced
 from ladon.sampling import first_best, noisy
 from ladon.tree import TokenTree, ancestor_mask, root_tree
 
@@ -24,8 +25,9 @@ class Picking:
     Made before the forward: what goes up to the device waits until that has done all it was given.
     """
 
-    def __init__(self, rows: Sequence[Sequenced], device: torch.device) -> None:
-        """For the rows of the step, as far as they are written now."""
+    def __init__(self, rows: Sequence[Sequenced], device: torch.device, rule: Rule | None = None) -> None:
+        """For the rows of the step, as far as they are written now; with a lossy `rule`, it is asked too."""
+        self._rule = rule
         self._groups: list[tuple[Picker, Context]] = []
         self._keeps = any(row.keeps for row in rows)
         places: dict[Picker, list[int]] = {}
@@ -47,16 +49,34 @@ class Picking:
         if len(self._groups) == 1:
             ((picker, context),) = self._groups
             scores = picker.law(logits, context, nodes)
-            return Said(first_best(_drawn(picker, scores, context, nodes)), logits, scores if self._keeps else None)
-        picks, kept = torch.empty_like(tree.tokens), None
+            picks = _picked(_drawn(picker, scores, context, nodes), is_drawn=picker.draws)
+            return Said(picks, logits, scores if self._keeps else None, self._admitted(picker, scores, picks, tree))
+        picks, kept, judged = torch.empty_like(tree.tokens), None, None
         for (picker, context), index in zip(self._groups, self._places, strict=True):
             own = _of_rows(nodes, index)
             scores = picker.law(logits[index], context, own)
-            picks[index] = first_best(_drawn(picker, scores, context, own))
+            picks[index] = said = _picked(_drawn(picker, scores, context, own), is_drawn=picker.draws)
             if self._keeps:
                 kept = torch.empty_like(logits, dtype=scores.dtype) if kept is None else kept
                 kept[index] = scores.to(kept.dtype)
-        return Said(picks, logits, kept)
+            found = self._admitted(picker, scores, said, own.tree)
+            if found is not None:
+                judged = judged or Admitted(torch.empty_like(ancestors[:, 0]), torch.empty_like(tree.log_probs))
+                judged.nodes[index], judged.log_probs[index] = found.nodes, found.log_probs.to(tree.log_probs.dtype)
+        return Said(picks, logits, kept, judged)
+
+    def _admitted(self, picker: Picker, scores: Tensor, picks: Tensor, tree: TokenTree) -> Admitted | None:
+        """What the lossy rule says of the nodes, if there is one, and a tree."""
+        if self._rule is None or tree.num_nodes == 1:
+            return None
+        return admitted(self._rule, scores, tree) if picker.draws else admitted_by_picks(tree, picks)
+
+
+def _picked(scores: Tensor, *, is_drawn: bool) -> Tensor:
+    """The tokens of the greatest scores; `NO_TOKEN` after NaN, and where a draw finds no token that is allowed."""
+    picks = first_best(scores)
+    best = scores.gather(-1, picks[..., None])[..., 0]  # NaN, if there is one: it counts as the greatest
+    return picks.masked_fill(~best.isfinite() if is_drawn else best.isnan(), NO_TOKEN)
 
 
 def _drawn(picker: Picker, scores: Tensor, context: Context, nodes: Nodes) -> Tensor:
@@ -71,11 +91,13 @@ class Said(NamedTuple):
         picks: the tokens, [B, N] int64.
         logits: after each node, [B, N, V].
         scores: what the laws made of them, [B, N, V], without noise; None if no row keeps anything.
+        admitted: what a lossy rule says of the nodes; None without one.
     """
 
     picks: Tensor
     logits: Tensor
     scores: Tensor | None
+    admitted: Admitted | None = None
 
     def along(self, path: Tensor) -> dict[str, Tensor]:
         """Logits and scores of the nodes [B, A], each [B, A, V]; empty if no row keeps anything."""

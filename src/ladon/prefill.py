@@ -41,8 +41,9 @@ class PromptReader:
         groups = self._spans.prefill_groups([len(prompt) for prompt in prompts], cache.host_lengths[first:])
         lengths = list(cache.host_lengths)
         for group in groups:
+            stop = self._stop(prompts, group)
             for row in group.rows:
-                lengths[first + row] = min(self._stop(prompts, group), len(prompts[row]))
+                lengths[first + row] = min(stop, len(prompts[row]))
         cache.set_lengths(lengths)  # before the forwards: an upload waits for what the device has been given
         ends: Ends = {}
         for group in groups:

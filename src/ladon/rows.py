@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from ladon.errors import InputError
-from ladon.pickers import Picker
+from ladon.errors import InputError, LogitsError
+from ladon.pickers import NO_TOKEN, Picker
 from ladon.sampling import GREEDY
 from ladon.stats import RowStats
 
@@ -32,7 +32,7 @@ class Row:
         tokens: what has been emitted so far.
         finished: whether it has ended, in whatever way.
         cancelled: whether `cancel` has ended it.
-        error: what its stop rule has raised, upon which it was cancelled.
+        error: what its stop rule has raised, or that nothing could be said, upon which it was cancelled.
         stats: its own counts and times.
     """
 
@@ -58,9 +58,14 @@ class Row:
         return self.max_new_tokens - len(self.tokens)
 
     def take(self, tokens: Sequence[int]) -> list[int]:
-        """Append tokens one by one, as if they came alone, up to the first stop or the limit; return those taken."""
+        """Append tokens one by one, as if they came alone, up to the first stop or the limit; return those taken.
+
+        `NO_TOKEN` cancels the row, which keeps what it has.
+        """
         taken: list[int] = []
         for token in tokens:
+            if token == NO_TOKEN and not self.finished:
+                self._fail(self._nothing_to_say())
             with self._lock:  # not while the stop rule runs: it may cancel, or wait for who does
                 if self.finished:
                     break
@@ -76,9 +81,19 @@ class Row:
         try:
             return self.is_stop(token)
         except Exception as error:
-            self.error = error
-            self.cancel()
+            self._fail(error)
             return False
+
+    def _nothing_to_say(self) -> LogitsError:
+        return LogitsError(
+            f"prompt {self.number}, new token {len(self.tokens) + 1}: the model's logits are NaN, or its processors "
+            "leave no token that can be drawn. What came before stands; try another dtype (float32 for float16), and "
+            "fewer constraints"
+        )
+
+    def _fail(self, error: Exception) -> None:
+        self.error = error
+        self.cancel()
 
     def _end(self) -> None:
         if not self.finished:
@@ -106,7 +121,7 @@ class Row:
 
 
 def raise_error_of(rows: Sequence[Row]) -> None:
-    """Raise what the stop rule of one of the rows has raised, if one has."""
+    """Raise what has ended one of the rows before its time, if anything has."""
     for row in rows:
         if row.error is not None:
             raise row.error

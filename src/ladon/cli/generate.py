@@ -54,6 +54,7 @@ def generate(
     tree: options.TreeOption = _DEFAULTS.tree,
     budget: options.BudgetOption = str(_DEFAULTS.budget),
     prune: options.PruneOption = _DEFAULTS.prune,
+    accept: options.AcceptOption = _DEFAULTS.accept,
     temperature: options.TemperatureOption = _SAMPLING.temperature,
     top_p: options.TopPOption = _SAMPLING.top_p,
     top_k: options.TopKOption = _SAMPLING.top_k,
@@ -72,7 +73,8 @@ def generate(
     done the next takes its place; the answers come in the order of the prompts, each below a line with its number.
     In float32 and float64 an answer is what greedy decoding with transformers gives, whatever else is answered;
     in half precision, where two tokens are all but equally likely, the other one may come. With --temperature it is
-    sampled: the same --seed gives the same answers, whatever the trees.
+    sampled: the same --seed gives the same answers, whatever the trees. With --accept typical or nucleus sampled text
+    comes in fewer steps and is not exact: it leaves the model's law, and depends on the trees.
 
     For example:
 
@@ -81,13 +83,15 @@ def generate(
         ladon generate --prompts prompts.jsonl --batch 4 --max-new-tokens 32
         ladon generate --model path/to/model --heads path/to/heads --prompt-file prompt.txt --budget 32
     """
+    from ladon.lossy import parsed_rule
+
     nodes, shape, texts = options.parse_budget(budget), options.parse_tree(tree), prompt or []
     if prompt_file is not None and (prompts is not None or len(texts) > 1):
         raise InputError("--prompt-file was given beside other prompts; give one or the other")
     is_many = prompts is not None or len(texts) > 1
     questions = read_questions(texts, prompts) if is_many else []
     text = "" if is_many else read_prompt(texts[0] if texts else None, prompt_file)
-    law = options.sampling(temperature, top_k, top_p, seed)
+    law, rule = options.sampling(temperature, top_k, top_p, seed), parsed_rule(accept)
     from ladon.cli.loading import load, require_heads
     from ladon.generation import Decoder
 
@@ -101,7 +105,8 @@ def generate(
         ignore_generation_config=ignore_generation_config,
     )
     require_heads(loaded, shape)
-    decoder = Decoder(loaded.model, loaded.heads, tree=shape, budget=nodes, prune=prune, profile=stats)
+    drafting: dict[str, Any] = {"tree": shape, "budget": nodes, "prune": prune, "accept": rule or _DEFAULTS.accept}
+    decoder = Decoder(loaded.model, loaded.heads, profile=stats, **drafting)
     if is_many:
         rows = _rows(decoder, loaded, questions, max_new_tokens, law)
         document = _answer_many(decoder, loaded, questions, rows, batch, is_silent=as_json)

@@ -60,6 +60,15 @@ BudgetOption = Annotated[
 PruneOption = Annotated[
     str, Option("--prune", metavar="NAME", help=f"{help_of(DecoderOptions, 'prune').capitalize()}.")
 ]
+AcceptOption = Annotated[
+    str,
+    Option(
+        "--accept",
+        metavar="RULE",
+        help=f"{help_of(DecoderOptions, 'accept').capitalize()}. Settings: typical:epsilon=0.09,delta=0.3 and "
+        "nucleus:top_p=0.8.",
+    ),
+]
 NewTokensOption = Annotated[int, Option("--max-new-tokens", metavar="N", min=1, help="Tokens to write at most.")]
 
 

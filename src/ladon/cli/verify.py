@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Exit, Option
@@ -13,7 +14,9 @@ from ladon.config import DecoderOptions, SamplingOptions
 from ladon.errors import InputError
 
 if TYPE_CHECKING:
+    from ladon.bench.distance import Distance
     from ladon.bench.verification import Verdict
+    from ladon.lossy import Nucleus, Typical
 
 _DEFAULTS, _SAMPLING = DecoderOptions(), SamplingOptions()
 _DIFFERENT = 1  # exit code
@@ -34,6 +37,16 @@ _TemperatureOption = Annotated[
     float, Option("--temperature", metavar="T", help="Of the sampled answers, which are compared besides the greedy.")
 ]
 
+_AcceptOption = Annotated[
+    list[str] | None,
+    Option(
+        "--accept",
+        metavar="RULE",
+        help="Also measure how far this lossy rule leaves the model's law: typical, nucleus, or with settings as "
+        "typical:epsilon=0.2,delta=0.5; several: give it several times. It changes no exit code.",
+    ),
+]
+
 
 def verify(
     model: options.ModelOption = "demo",
@@ -49,6 +62,7 @@ def verify(
     top_p: options.TopPOption = _SAMPLING.top_p,
     top_k: options.TopKOption = _SAMPLING.top_k,
     seed: options.SeedOption = _SAMPLING.seed,
+    accept: _AcceptOption = None,
     dtype: options.DtypeOption = "auto",
     device: options.DeviceOption = "auto",
     threads: options.ThreadsOption = None,
@@ -63,14 +77,20 @@ def verify(
     each such place is shown. Then two deterministic runs are compared step by step. The exit code is 1 if anything
     differs that rounding does not explain.
 
+    With --accept the sampled answers are also written by rules that are lossy by name, and their distance from the
+    model's law is reported: total variation per token, beside the acceptance length they gain.
+
     For example:
 
         ladon verify --limit 4 --max-new-tokens 24
+        ladon verify --limit 4 --max-new-tokens 24 --temperature 0.7 --accept typical --accept nucleus
         ladon verify --model path/to/model --heads path/to/heads --prompts prompts.jsonl --dtype float32
     """
     nodes, shape = options.parse_budget(budget), options.parse_tree(tree)
+    rules = _rules(accept or [])
     import torch
 
+    from ladon.bench.distance import distance_of
     from ladon.bench.verification import is_repeatable, verify_law
     from ladon.cli.loading import dtype_name, load, require_heads
 
@@ -97,13 +117,19 @@ def verify(
             verify_law(loaded.model, loaded.heads, asked, law, name=named, progress=progress, **common)
             for named, law in laws.items()
         ]
+        distances = [
+            distance_of(loaded.model, loaded.heads, asked, drawn, rule, progress=progress, **common) for rule in rules
+        ]
     repeatable = is_repeatable(loaded.model, loaded.heads, asked, **common)
     console = OutConsole(highlight=False, soft_wrap=True)
     for line in (line for verdict in verdicts for line in _lines(verdict)):
         console.print(line, markup=False)
     console.print(f"deterministic: two runs {'took the same steps' if repeatable else 'DIFFER'}", markup=False)
+    for distance in distances:
+        console.print(_distance_line(distance, verdicts[-1]), markup=False)
     if as_json:
         document = {"laws": [_json(verdict) for verdict in verdicts], "repeatable": repeatable}
+        document["lossy"] = [_distance_json(distance, verdicts[-1]) for distance in distances]
         print_json({**document, "prompts": name, "dtype": dtype_name(loaded.model), **common, "sampling": drawn})
     if not (repeatable and all(verdict.is_exact for verdict in verdicts)):
         raise Exit(_DIFFERENT)
@@ -125,6 +151,33 @@ def _lines(verdict: Verdict) -> list[str]:
     if len(verdict.differences) > _SHOWN:
         found.append(f"  and {len(verdict.differences) - _SHOWN} more")
     return found
+
+
+def _rules(texts: Sequence[str]) -> list[Typical | Nucleus]:
+    """The lossy rules that are named; `InputError` for what is none."""
+    from ladon.lossy import parsed_rule
+
+    rules = [parsed_rule(text) for text in texts]
+    if None in rules:
+        raise InputError("--accept exact is what is verified anyway; give typical or nucleus, or leave it out")
+    return [rule for rule in rules if rule is not None]
+
+
+def _distance_line(distance: Distance, exact: Verdict) -> str:
+    settings = ", ".join(f"{name} {value:g}" for name, value in distance.settings.items())
+    return (
+        f"{distance.accept} ({settings}): NOT exact, total variation {distance.total_variation:.3f} per token, "
+        f"{distance.acceptance_length:.2f} per step for {exact.acceptance_length:.2f}"
+    )
+
+
+def _distance_json(distance: Distance, exact: Verdict) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    from ladon.bench.report import finite
+
+    lengths = {"acceptance_length": distance.acceptance_length, "exact_acceptance_length": exact.acceptance_length}
+    return asdict(distance) | {name: finite(length) for name, length in lengths.items()}
 
 
 def _json(verdict: Verdict) -> dict[str, Any]:
