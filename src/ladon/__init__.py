@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ladon.attaching import attach, detach
     from ladon.bundled import load_demo
-    from ladon.errors import HeadsError, InputError, LadonError, TreeError, UnsupportedModelError
+    from ladon.errors import ConstraintError, HeadsError, InputError, LadonError, TreeError, UnsupportedModelError
     from ladon.fixed_tree import FixedTree, best_fixed_tree
     from ladon.generation import Decoder
     from ladon.heads import Heads, load_heads, new_heads
     from ladon.pruning import Pruning
     from ladon.rows import Row
     from ladon.stats import DecodeStats
+    from ladon.structured import grammar, json_schema, regex
     from ladon.trace import TraceStep
     from ladon.tree_notations import TreeSize, read_tree
 
@@ -28,6 +29,9 @@ _HOME = {
     "detach": "ladon.attaching",
     "Pruning": "ladon.pruning",
     "Row": "ladon.rows",
+    "json_schema": "ladon.structured",
+    "regex": "ladon.structured",
+    "grammar": "ladon.structured",
     "DecodeStats": "ladon.stats",
     "FixedTree": "ladon.fixed_tree",
     "best_fixed_tree": "ladon.fixed_tree",
@@ -40,12 +44,14 @@ _HOME = {
     "LadonError": "ladon.errors",
     "InputError": "ladon.errors",
     "TreeError": "ladon.errors",
+    "ConstraintError": "ladon.errors",
     "HeadsError": "ladon.errors",
     "UnsupportedModelError": "ladon.errors",
 }
 
 __version__ = "0.1.0"
 __all__ = [
+    "ConstraintError",
     "DecodeStats",
     "Decoder",
     "FixedTree",
@@ -62,10 +68,13 @@ __all__ = [
     "attach",
     "best_fixed_tree",
     "detach",
+    "grammar",
+    "json_schema",
     "load_demo",
     "load_heads",
     "new_heads",
     "read_tree",
+    "regex",
 ]
 
 

@@ -11,6 +11,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from ladon.constraints import Guide
 from ladon.tree import TokenTree, node_depths
 
 
@@ -80,4 +81,5 @@ class Sequenced(Protocol):
     seed: int
     tokens: list[int]
     picker: Picker
+    guide: Guide | None
     keeps: frozenset[str]

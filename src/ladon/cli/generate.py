@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Option
 
-from ladon.cli import options
+from ladon.cli import constraints, options
 from ladon.cli.output import print_json, say
 from ladon.cli.prompts import encode, read_prompt, read_questions
 from ladon.config import BenchOptions, DecoderOptions, GenerateOptions, help_of
@@ -58,6 +58,9 @@ def generate(
     top_p: options.TopPOption = _SAMPLING.top_p,
     top_k: options.TopKOption = _SAMPLING.top_k,
     seed: options.SeedOption = _SAMPLING.seed,
+    json_schema: constraints.SchemaOption = None,
+    regex: constraints.RegexOption = None,
+    grammar: constraints.GrammarOption = None,
     stats: _StatsOption = False,
     dtype: options.DtypeOption = "auto",
     device: options.DeviceOption = "auto",
@@ -72,12 +75,14 @@ def generate(
     done the next takes its place; the answers come in the order of the prompts, each below a line with its number.
     In float32 and float64 an answer is what greedy decoding with transformers gives, whatever else is answered;
     in half precision, where two tokens are all but equally likely, the other one may come. With --temperature it is
-    sampled: the same --seed gives the same answers, whatever the trees.
+    sampled: the same --seed gives the same answers, whatever the trees. With --json-schema, --regex or --grammar answers
+    are of that form (this needs llguidance), unless --max-new-tokens cuts them.
 
     For example:
 
         ladon generate --prompt "def read_config(path):" --max-new-tokens 64 --stats
         ladon generate --prompt "def read_config(path):" --temperature 0.8 --top-p 0.95 --seed 7
+        ladon generate --prompt "version = " --regex "[0-9]{1,2}\\.[0-9]{1,2}"
         ladon generate --prompts prompts.jsonl --batch 4 --max-new-tokens 32
         ladon generate --model path/to/model --heads path/to/heads --prompt-file prompt.txt --budget 32
     """
@@ -88,6 +93,7 @@ def generate(
     questions = read_questions(texts, prompts) if is_many else []
     text = "" if is_many else read_prompt(texts[0] if texts else None, prompt_file)
     law = options.sampling(temperature, top_k, top_p, seed)
+    make_constraint = constraints.read_constraint(json_schema, regex, grammar)
     from ladon.cli.loading import load, require_heads
     from ladon.generation import Decoder
 
@@ -101,6 +107,7 @@ def generate(
         ignore_generation_config=ignore_generation_config,
     )
     require_heads(loaded, shape)
+    law["constraint"] = make_constraint(loaded.tokenizer)
     decoder = Decoder(loaded.model, loaded.heads, tree=shape, budget=nodes, prune=prune, profile=stats)
     if is_many:
         rows = _rows(decoder, loaded, questions, max_new_tokens, law)
@@ -132,7 +139,8 @@ def _answer_one(
         **law,
     )
     new = output[0, len(ids) :].tolist()
-    return {"text": _text(loaded, new), "token_ids": new, "prompt_tokens": len(ids)}
+    constraints.say_if_cut(decoder.complete)
+    return {"text": _text(loaded, new), "token_ids": new, "prompt_tokens": len(ids), "complete": decoder.complete[0]}
 
 
 def _answer_many(
@@ -140,6 +148,7 @@ def _answer_many(
 ) -> dict[str, Any]:
     """Answer prompts together, and write each answer once it and all before it are done; what is known of them."""
     from ladon.bench.report import finite
+    from ladon.rows import warn_of_dead_ends
 
     shown = 0
     for _ in decoder.decode(rows, max_rows=batch):
@@ -160,9 +169,12 @@ def _answer_many(
             "prompt_tokens": len(row.prompt),
             "seed": row.seed if row.picker.draws else None,
             "acceptance_length": finite(row.stats.acceptance_length),
+            "complete": row.complete,
         }
         for question, row in zip(questions, rows, strict=True)
     ]
+    warn_of_dead_ends(rows)
+    constraints.say_if_cut([row.complete for row in rows])
     return {"answers": answers, "batch": batch}
 
 
@@ -194,10 +206,13 @@ def stats_json(stats: DecodeStats) -> dict[str, Any]:
     from ladon.bench.report import finite
 
     metrics = ("acceptance_length", "tokens_per_second", "step_ms", "forward_ms", "overhead", "tree_efficiency")
+    metrics = (*metrics, "illegal_share")
     return {
         "tokens": stats.tokens,
         "row_steps": stats.row_steps,
         "forwards": stats.forwards,
+        "drafts_checked": stats.drafts_checked,
+        "drafts_illegal": stats.drafts_illegal,
         "prefill_seconds": stats.prefill_seconds,
         "decode_seconds": stats.decode_seconds,
         **{name: finite(getattr(stats, name)) for name in metrics},
@@ -215,10 +230,15 @@ def stats_lines(stats: DecodeStats) -> list[str]:
         for name, seconds in stats.stage_seconds.items()
         if name != "forward"
     )
-    return [
+    lines = [
         f"{stats.tokens} tokens in {stats.forwards} decode steps: acceptance length {stats.acceptance_length:.2f}, "
         f"{stats.tokens_per_second:.0f} tokens per second (prefill of {stats.prefill_tokens} tokens apart: "
         f"{1e3 * stats.prefill_seconds:.0f} ms)",
         f"a step takes {stats.step_ms:.2f} ms, the model's forward {stats.forward_ms:.2f} ms of it, overhead "
         f"{stats.overhead:.1%}; by stage: {stages}",
     ]
+    if stats.drafts_checked:
+        lines.append(
+            f"{stats.illegal_share:.0%} of {stats.drafts_checked} drafts were dropped: the constraint forbids them"
+        )
+    return lines
