@@ -133,7 +133,7 @@ class Row:
 
 
 def raise_error_of(rows: Sequence[Row]) -> None:
-    """Raise what the stop rule of one of the rows has raised, if one has; a constraint's end is its row's own affair."""
+    """Raise what the stop rule of one of the rows has raised, if one has; a dead end is its row's own affair."""
     for row in rows:
         if row.error is not None and not isinstance(row.error, ConstraintError):
             raise row.error

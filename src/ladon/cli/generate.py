@@ -75,14 +75,14 @@ def generate(
     done the next takes its place; the answers come in the order of the prompts, each below a line with its number.
     In float32 and float64 an answer is what greedy decoding with transformers gives, whatever else is answered;
     in half precision, where two tokens are all but equally likely, the other one may come. With --temperature it is
-    sampled: the same --seed gives the same answers, whatever the trees. With --json-schema, --regex or --grammar answers
-    are of that form (this needs llguidance), unless --max-new-tokens cuts them.
+    sampled: the same --seed gives the same answers, whatever the trees. With --json-schema, --regex or --grammar, which
+    need llguidance, answers are of that form, unless --max-new-tokens cuts them.
 
     For example:
 
         ladon generate --prompt "def read_config(path):" --max-new-tokens 64 --stats
         ladon generate --prompt "def read_config(path):" --temperature 0.8 --top-p 0.95 --seed 7
-        ladon generate --prompt "version = " --regex "[0-9]{1,2}\\.[0-9]{1,2}"
+        ladon generate --prompt "version = " --regex "[1-3]([.][0-9])+"
         ladon generate --prompts prompts.jsonl --batch 4 --max-new-tokens 32
         ladon generate --model path/to/model --heads path/to/heads --prompt-file prompt.txt --budget 32
     """
@@ -206,7 +206,6 @@ def stats_json(stats: DecodeStats) -> dict[str, Any]:
     from ladon.bench.report import finite
 
     metrics = ("acceptance_length", "tokens_per_second", "step_ms", "forward_ms", "overhead", "tree_efficiency")
-    metrics = (*metrics, "illegal_share")
     return {
         "tokens": stats.tokens,
         "row_steps": stats.row_steps,
@@ -215,7 +214,7 @@ def stats_json(stats: DecodeStats) -> dict[str, Any]:
         "drafts_illegal": stats.drafts_illegal,
         "prefill_seconds": stats.prefill_seconds,
         "decode_seconds": stats.decode_seconds,
-        **{name: finite(getattr(stats, name)) for name in metrics},
+        **{name: finite(getattr(stats, name)) for name in (*metrics, "illegal_share")},
     }
 
 
