@@ -102,7 +102,7 @@ class DecodeStats(Counts):
             (`ladon.spans`); prefill and what recomputes a row's cache do not count.
         decode_seconds: time in decode steps; time the caller holds a step's result is left out.
         stage_seconds: the same time by stage, when the run was profiled: "verify" (and of it "forward", the target's
-            own forward), "pick", "accept", "commit", "heads", "growth", "transfer".
+            own forward), "pick", "accept", "commit", "heads", "growth", "transfer", "constraints".
         sizes: decode steps by the number of node slots that they verified per row; 1 is plain decoding.
         probes: decode steps that were taken to learn what a size or the heads are good for.
         sizing_seconds: time of `decode_seconds` and `prefill_seconds` spent deciding on sizes.
