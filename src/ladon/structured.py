@@ -6,7 +6,7 @@ It is an optional part of the installation (`pip install 'ladon-llm[structured]'
 from __future__ import annotations
 
 import json
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from ladon.errors import InputError
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 _KEPT_TOKENIZERS = 8
 _EXAMPLE = '{"type": "object"}'
+_NO_WAY_ON = "NoExtension"  # how llguidance's message begins where a grammar ends in nothing
 _SEPARATORS = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
@@ -89,27 +90,17 @@ class Grammar:
 
 
 class _Matched:
-    """A state: a matcher that is never moved on, only copied."""
+    """A state: a matcher that is never moved on, only copied, in several threads if need be."""
 
     def __init__(self, matcher: LLMatcher, tokenizer: LLTokenizer) -> None:
         self._matcher, self._tokenizer = matcher, tokenizer
-
-    @property
-    def problem(self) -> str:
-        return _first_line(self._matcher.get_error()) if self._matcher.is_error() else ""
-
-    @cached_property
-    def is_complete(self) -> bool:
-        return not self._matcher.is_error() and bool(self._matcher.is_accepting())
-
-    @cached_property
-    def _allowed(self) -> bytes:
-        bits = bytearray(self._matcher.compute_bitmask())
-        if self._matcher.is_error():
-            return b""
-        for token in self._tokenizer.eos_tokens:  # whoever asks knows which tokens end a text
+        self.problem = _problem_of(matcher)
+        self.is_complete = not self.problem and bool(matcher.is_accepting())
+        bits = bytearray(matcher.compute_bitmask())
+        for token in tokenizer.eos_tokens:  # whoever asks knows which tokens end a text
             bits[token // 8] &= ~(1 << token % 8)
-        return bytes(bits)
+        self._allowed = b"" if matcher.is_error() else bytes(bits)
+        self.problem = _problem_of(matcher)
 
     def allowed(self) -> bytes:
         return self._allowed
@@ -118,6 +109,12 @@ class _Matched:
         matcher = self._matcher.deep_copy()
         matcher.consume_token(token)
         return _Matched(matcher, self._tokenizer)
+
+
+def _problem_of(matcher: LLMatcher) -> str:
+    """What a matcher complains of; that it knows no way on is no complaint."""
+    message = matcher.get_error()
+    return "" if message.startswith(_NO_WAY_ON) else _first_line(message)
 
 
 @lru_cache(maxsize=_KEPT_TOKENIZERS)
