@@ -157,7 +157,7 @@ def test_rows_of_one_batch(tree: str) -> None:
 
 
 def test_penalties_come_after_the_mask() -> None:
-    schema, law = SCHEMAS["object"], dict(repetition_penalty=1.3)
+    schema, law = SCHEMAS["array"], dict(repetition_penalty=3.0)
     expected = reference(schema_grammar(schema), PROMPTS[0], **law)
     assert expected != reference(schema_grammar(schema), PROMPTS[0])
     constraint = ladon.json_schema(schema, demo()[1])

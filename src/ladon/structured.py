@@ -36,9 +36,8 @@ def json_schema(
         InputError: the schema is empty, is no JSON, uses what is not supported, or allows nothing; or llguidance is not
             installed, or the tokenizer is not a fast one.
     """
-    document = _read_schema(schema)
     overrides = None if any_whitespace else _SEPARATORS
-    text = _library().LLMatcher.grammar_from_json_schema(json.dumps(document), overrides=overrides)
+    text = _library().LLMatcher.grammar_from_json_schema(json.dumps(_read_schema(schema)), overrides=overrides)
     return Grammar("the JSON schema", text, tokenizer)
 
 
@@ -132,8 +131,8 @@ def _made_for_library(tokenizer: PreTrainedTokenizerFast, num_tokens: int) -> LL
     return made
 
 
-def _read_schema(schema: dict[str, Any] | bool | str) -> dict[str, Any] | bool:
-    """The schema as an object; `InputError` if it is none, or an empty one."""
+def _read_schema(schema: dict[str, Any] | bool | str) -> dict[str, Any]:
+    """The schema as an object, {} for true; `InputError` if it is none, an empty one, or false."""
     document: Any = schema
     if isinstance(schema, str):
         _refuse_empty("the JSON schema", schema)
