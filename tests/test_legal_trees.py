@@ -114,13 +114,13 @@ def test_what_allows_everything_changes_nothing(seed: int, size: int, padding: i
     assert guide.illegal == []
 
 
-def test_legal_siblings_share_what_is_left_of_their_parent() -> None:
-    """0.5 of the root's children is forbidden: 0.25 becomes 0.5, and so does what follows."""
+def test_what_follows_a_forced_token_is_as_probable_as_after_any_other() -> None:
+    """The forced token was drafted with 0.25, its child with half of that; now they have 1 and 0.5."""
     draft = Draft([0, 5, 6, 7], [-1, 0, 0, 2], [0.0, math.log(0.5), math.log(0.25), math.log(0.125)])
-    guide = Guide(Script.of({6, 8}, {7, 8}))
+    guide = Guide(Script.of({6}, {7, 8}))
     tree = legal_tree(draft, guide, 9)
     assert tree.tokens == [0, 6, 7] and tree.parents == [-1, 0, 1]
-    assert [round(math.exp(value), 6) for value in tree.log_probs] == [1.0, 0.5, 0.25]
+    assert [round(math.exp(value), 6) for value in tree.log_probs] == [1.0, 1.0, 0.5]
     assert guide.illegal == [1]
 
 

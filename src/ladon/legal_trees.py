@@ -24,8 +24,6 @@ from ladon.tree import TokenTree
 # Trees are grown this many times larger where a row is constrained, so that what is dropped can be made up for.
 WIDER = 2
 
-_LEAST = 1e-6  # of a probability that is shared out
-
 
 class Draft(NamedTuple):
     """A row's tree on the host, slot by slot; see `TokenTree`."""
@@ -79,8 +77,9 @@ class _Candidate(NamedTuple):
 def legal_tree(draft: Draft, guide: Guide, most: int) -> Draft:
     """The best `most` nodes that the constraint allows, best first, and the tokens that it leaves no choice about.
 
-    A forced token is as probable as what it follows. Where drafted siblings are forbidden, the others share what is
-    left of their parent. `guide` gets the places of the nodes and what was illegal.
+    A forced token is as probable as what it follows. Other nodes stay as probable, given their parents, as they were
+    drafted: sharing out what forbidden siblings had was tried, and changed one forward in 194. `guide` gets the places
+    of the nodes and what was illegal.
 
     Args:
         draft: a row's tree, its root the row's last token.
@@ -103,7 +102,7 @@ def legal_tree(draft: Draft, guide: Guide, most: int) -> Draft:
         drafted = children.get(best.slot, [])
         legal = [slot for slot in drafted if place.allows(draft.tokens[slot])]
         illegal.update(set(drafted).difference(legal))
-        for candidate in _children(draft, best, len(places), place, drafted, legal):
+        for candidate in _children(draft, best, len(places), place, legal):
             heapq.heappush(queue, candidate)
         places.append(place)
     for slot in real[1:]:  # a parent comes before its children
@@ -113,23 +112,19 @@ def legal_tree(draft: Draft, guide: Guide, most: int) -> Draft:
     return found
 
 
-def _children(
-    draft: Draft, node: _Candidate, number: int, place: Place, drafted: list[int], legal: list[int]
-) -> Iterator[_Candidate]:
-    """What may follow a node that has this number in the new tree: the legal ones of its drafted children."""
-    if place.only is not None:
-        slot = legal[0] if legal else -1
-        gain = -node.cost - draft.log_probs[slot] if legal else 0.0
-        yield _Candidate(node.cost, slot if legal else node.order, place.only, number, slot, gain)
-        return
-    if not legal:
-        return
-    above = draft.log_probs[node.slot]
-    left = 1.0 - sum(math.exp(draft.log_probs[slot] - above) for slot in drafted if slot not in legal)
-    gain = node.gain - math.log(max(left, _LEAST))
-    for slot in legal:
-        cost = max(-draft.log_probs[slot] - gain, node.cost)  # never likelier than its parent
-        yield _Candidate(cost, slot, draft.tokens[slot], number, slot, gain)
+def _children(draft: Draft, node: _Candidate, number: int, place: Place, legal: list[int]) -> Iterator[_Candidate]:
+    """What may follow a node that has this number in the new tree: its legal drafts, or the token that must follow."""
+    if place.only is None:
+        for slot in legal:
+            cost = max(
+                -draft.log_probs[slot] - node.gain, node.cost
+            )  # by rounding, it could be likelier than its parent
+            yield _Candidate(cost, slot, draft.tokens[slot], number, slot, node.gain)
+    elif legal:
+        (slot,) = legal
+        yield _Candidate(node.cost, slot, place.only, number, slot, -node.cost - draft.log_probs[slot])
+    else:
+        yield _Candidate(node.cost, node.order, place.only, number, -1, 0.0)
 
 
 def legal_trees(drafts: Sequence[Draft], rows: Sequence[Row], most: int) -> TokenTree:
