@@ -118,7 +118,7 @@ def _children(draft: Draft, node: _Candidate, number: int, place: Place, legal: 
         for slot in legal:
             cost = max(
                 -draft.log_probs[slot] - node.gain, node.cost
-            )  # by rounding, it could be likelier than its parent
+            )  # rounding must not lift it above its parent
             yield _Candidate(cost, slot, draft.tokens[slot], number, slot, node.gain)
     elif legal:
         (slot,) = legal
