@@ -38,7 +38,14 @@ SCHEMAS: dict[str, Any] = {
         "format": {"enum": ["text", "json", "binary"]},
         "mode": {"enum": ["read", "write", "append"]},
     },
-    "array": {"numbers": {"type": "array", "items": {"type": "integer"}, "minItems": 3, "maxItems": 6}},
+    "array": {
+        "numbers": {
+            "type": "array",
+            "items": {"type": "integer", "minimum": 0, "maximum": 9999},
+            "minItems": 3,
+            "maxItems": 6,
+        }
+    },
     "text": {"summary": {"type": "string", "minLength": 20, "maxLength": 60}},
     "nested": {
         "function": {

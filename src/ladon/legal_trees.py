@@ -116,9 +116,7 @@ def _children(draft: Draft, node: _Candidate, number: int, place: Place, legal: 
     """What may follow a node that has this number in the new tree: its legal drafts, or the token that must follow."""
     if place.only is None:
         for slot in legal:
-            cost = max(
-                -draft.log_probs[slot] - node.gain, node.cost
-            )  # rounding must not lift it above its parent
+            cost = max(-draft.log_probs[slot] - node.gain, node.cost)  # rounding must not lift it above its parent
             yield _Candidate(cost, slot, draft.tokens[slot], number, slot, node.gain)
     elif legal:
         (slot,) = legal
