@@ -140,11 +140,13 @@ def _read_schema(schema: dict[str, Any] | bool | str) -> dict[str, Any]:
             document = json.loads(schema)
         except ValueError as error:
             raise InputError(f"the JSON schema is no JSON: {_first_line(str(error))}") from error
+    if document is True:
+        return {}
     if document == {}:
-        raise InputError(
-            "the JSON schema is empty, which allows any JSON; say what you want, or give true for any JSON"
-        )
-    if not isinstance(document, dict | bool):
+        raise InputError("the JSON schema is empty; say what JSON you want, or give true for any JSON")
+    if document is False:
+        raise InputError(f"the JSON schema is false, which allows no text at all; give an object, such as {_EXAMPLE}")
+    if not isinstance(document, dict):
         raise InputError(f"the JSON schema is {type(document).__name__}; give an object, such as {_EXAMPLE}")
     return document
 
