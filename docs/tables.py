@@ -1,5 +1,5 @@
 """The tables of numbers in the pages, made from the kept results: between `<!-- KIND FILE -->` and `<!-- end -->`
-stands what FILE (below benchmarks/results) says; KIND is timing, acceptance or blocks.
+stands what FILE (below benchmarks/results) says; KIND is timing, acceptance, blocks or structured.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
-MARKED = re.compile(r"<!-- (timing|acceptance|blocks) (\S+) -->\n.*?<!-- end -->", re.DOTALL)
+MARKED = re.compile(r"<!-- (timing|acceptance|blocks|structured) (\S+) -->\n.*?<!-- end -->", re.DOTALL)
 NAMES = {
     "plain": "plain",
     "chain": "chain",
@@ -26,7 +26,8 @@ def with_tables(page: str) -> str:
 
     def table(match: re.Match[str]) -> str:
         document = json.loads((RESULTS / match[2]).read_text(encoding="utf-8"))
-        rows = {"timing": timing_rows, "acceptance": acceptance_rows, "blocks": block_rows}[match[1]](document)
+        kinds = {"timing": timing_rows, "acceptance": acceptance_rows, "blocks": block_rows}
+        rows = (kinds | {"structured": structured_rows})[match[1]](document)
         lines = ["| " + " | ".join(row) + " |" for row in rows]
         lines.insert(1, "|" + "---|" * len(rows[0]))
         return "\n".join([f"<!-- {match[1]} {match[2]} -->", *lines, "<!-- end -->"])
@@ -94,3 +95,21 @@ def block_rows(document: dict[str, Any]) -> list[list[str]]:
             ]
         )
     return rows
+
+
+def structured_rows(document: dict[str, Any]) -> list[list[str]]:
+    """Head and rows of a document of benchmarks/structured.py."""
+    table = [["mode", "forwards", "tokens per forward", "drafts dropped", "tokens/s", "vs plain"]]
+    for result in document["results"]:
+        share = result["illegal_share"]
+        table.append(
+            [
+                result["mode"],
+                str(result["forwards"]),
+                f"{result['acceptance_length']:.2f}",
+                "" if share is None else f"{share:.0%}",
+                f"{result['tokens_per_second']:.0f}",
+                f"{result['speedup_vs_plain']:.2f}",
+            ]
+        )
+    return table

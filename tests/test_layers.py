@@ -17,8 +17,8 @@ BASE_INSTALL = {"torch", "transformers", "safetensors", "numpy", "typer", "rich"
 
 # A module may import only modules that stand before it here; a package is one entry.
 CORE = ["errors", "config", "tree", "lattice", "fixed_tree", "tree_notations", "growth"]
-CORE += ["pickers", "sampling", "lossy", "picking", "accept", "stats"]
-CORE += ["rows", "route", "host", "survivors"]
+CORE += ["constraints", "token_masks", "pickers", "sampling", "lossy", "picking", "accept", "stats"]
+CORE += ["rows", "legal_trees", "route", "host", "survivors"]
 CORE += ["files", "machine", "expectation", "step_cost", "sizing", "curve", "learnt", "auto_sizing", "step_sizes"]
 MODEL_SIDE = [
     "calibration",
@@ -54,6 +54,7 @@ MODEL_SIDE = [
     "generation",
     "attaching",
     "bundled",
+    "structured",
 ]
 USER_SIDE = ["environment", "viz", "calibrate", "bench", "train", "cli"]
 ORDER = CORE + MODEL_SIDE + USER_SIDE
@@ -61,7 +62,7 @@ ORDER = CORE + MODEL_SIDE + USER_SIDE
 # What each side may import besides the standard library and ladon itself.
 ALLOWED = [
     (CORE, {"torch"}),
-    (MODEL_SIDE, {"torch", "numpy", "safetensors", "transformers", "huggingface_hub"}),  # (it comes with transformers)
+    (MODEL_SIDE, {"torch", "numpy", "safetensors", "transformers", "huggingface_hub", "llguidance"}),
     (["train"], BASE_INSTALL | {"accelerate", "datasets", "peft", "requests"}),
     (USER_SIDE, BASE_INSTALL | {"matplotlib"}),
 ]

@@ -21,12 +21,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import ladon
 from drafts import FIXED, RandomSizing
 from families import FAMILIES, build
+from ladon.constraints import Guide
 from ladon.host import to_host
 from ladon.prefill import PromptReader
 from ladon.rows import Row
 from ladon.sampling import GREEDY, Sampler
 from ladon.target import Target
 from test_spans import CASES, SWITCH
+from toys import Residues
 
 LADON = str(Path(ladon.__file__).parent)
 READERS = ("item", "tolist", "numpy", "cpu", "nonzero", "__bool__", "__int__", "__float__", "__index__", "__array__")
@@ -153,13 +155,15 @@ def make(name, monkeypatch):
 MODELS = ("llama", "bloom", "gpt_neo", "mistral with eager", "longrope recomputed", "longrope in a window", "indexer")
 
 
-def check_one_read_per_step(model, tree, reads, prune="off", reads_more=False, sizing=None):
+def check_one_read_per_step(model, tree, reads, prune="off", reads_more=False, sizing=None, constraints=None):
     decoder = ladon.Decoder(model, ladon.new_heads(model, num_heads=3), tree=tree, budget=16, prune=prune)
     decoder.sizing = sizing or decoder.sizing
     prompts = [torch.arange(3, 9), torch.arange(5, 25), torch.arange(7, 8)]
     rows = [
         Row(prompt=p, max_new_tokens=n, is_stop=lambda _: False) for p, n in zip(prompts, (13, 20, 18), strict=True)
     ]
+    for row, constraint in zip(rows, constraints or [None] * len(rows), strict=True):
+        row.guide = None if constraint is None else Guide(constraint)
     assert decoder._target.supports_trees
     run = decoder.engine().run(rows)
     reads.forbidden.clear()  # what comes before the run is no part of it
@@ -179,6 +183,14 @@ def check_one_read_per_step(model, tree, reads, prune="off", reads_more=False, s
 @pytest.mark.parametrize("tree", ["dynamic", "chain", "off", FIXED], ids=["dynamic", "chain", "off", "fixed"])
 def test_one_read_per_step(tiny_llama, reads, tree):
     check_one_read_per_step(tiny_llama, tree, reads)
+
+
+@pytest.mark.parametrize("tree", ["dynamic", "off"])
+def test_constraints_read_nothing_more(tiny_llama, tree, reads):
+    """The drafts come to the host with the tokens, in the same transfer."""
+    constraints = [Residues(7, 3, ends=False), None, Residues(5, 1, ends=False)]
+    rows = check_one_read_per_step(tiny_llama, tree, reads, constraints=constraints)
+    assert (rows[0].stats.drafts_checked > 0) == (tree == "dynamic")
 
 
 @pytest.mark.parametrize("criterion", ["evidence", "siblings", "top-k"])

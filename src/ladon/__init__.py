@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ladon.attaching import attach, detach
     from ladon.bundled import load_demo
-    from ladon.errors import HeadsError, InputError, LadonError, LogitsError, TreeError, UnsupportedModelError
+    from ladon.errors import (
+        ConstraintError,
+        HeadsError,
+        InputError,
+        LadonError,
+        LogitsError,
+        TreeError,
+        UnsupportedModelError,
+    )
     from ladon.fixed_tree import FixedTree, best_fixed_tree
     from ladon.generation import Decoder
     from ladon.heads import Heads, load_heads, new_heads
@@ -19,6 +27,7 @@ if TYPE_CHECKING:
     from ladon.pruning import Pruning
     from ladon.rows import Row
     from ladon.stats import DecodeStats
+    from ladon.structured import grammar, json_schema, regex
     from ladon.trace import TraceStep
     from ladon.tree_notations import TreeSize, read_tree
 
@@ -31,6 +40,9 @@ _HOME = {
     "Pruning": "ladon.pruning",
     "Row": "ladon.rows",
     "Typical": "ladon.lossy",
+    "json_schema": "ladon.structured",
+    "regex": "ladon.structured",
+    "grammar": "ladon.structured",
     "DecodeStats": "ladon.stats",
     "FixedTree": "ladon.fixed_tree",
     "best_fixed_tree": "ladon.fixed_tree",
@@ -44,12 +56,14 @@ _HOME = {
     "InputError": "ladon.errors",
     "LogitsError": "ladon.errors",
     "TreeError": "ladon.errors",
+    "ConstraintError": "ladon.errors",
     "HeadsError": "ladon.errors",
     "UnsupportedModelError": "ladon.errors",
 }
 
 __version__ = "0.1.0"
 __all__ = [
+    "ConstraintError",
     "DecodeStats",
     "Decoder",
     "FixedTree",
@@ -69,10 +83,13 @@ __all__ = [
     "attach",
     "best_fixed_tree",
     "detach",
+    "grammar",
+    "json_schema",
     "load_demo",
     "load_heads",
     "new_heads",
     "read_tree",
+    "regex",
 ]
 
 

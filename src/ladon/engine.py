@@ -15,6 +15,7 @@ from torch import Tensor
 from ladon.accept import longest_admitted, longest_match
 from ladon.batch import Batch
 from ladon.host import to_host
+from ladon.legal_trees import WIDER, Draft, count_illegal, drafts_of, flat, legal_trees
 from ladon.lossy import Rule
 from ladon.picking import Picking
 from ladon.proposers import Proposer
@@ -152,19 +153,37 @@ class Engine:
         self._batch.drafted = [place for outcome in outcomes for place in outcome.places]
         with self._clock.paused(decoded is None):
             lengths = [self._batch.cache.host_lengths[place] for place in self._batch.drafted]
-            self._tree = self._proposer.propose(hidden, root, self._sizes.reach(lengths))
-            packed = self._sizes.pack(_stacked([outcome.table for outcome in outcomes]), self._tree)
-            with self._clock.stage("transfer"):
-                table = self._sizes.unpack(to_host(packed)[0], len(lengths))
+            most = self._sizes.reach(lengths)
+            guided = any(row.guide is not None for row in self._batch.decoding)
+            self._tree = self._proposer.propose(hidden, root, WIDER * most if guided and most > 1 else most)
+            table, drafts = self._transfer(_stacked([outcome.table for outcome in outcomes]), self._tree, guided)
+        grown, received = self._tree.num_nodes, time.perf_counter()
+        step = self._deliver(table, decoded, outcomes)
+        delivered = time.perf_counter()
+        if drafts:
+            with self._clock.paused(decoded is None), self._clock.stage("constraints"):
+                trees = legal_trees(drafts, self._batch.decoding, most)
+                self._sizes.see(trees)
+                self._tree = trees.to(self._target.device)
         if decoded is not None:
             counts = [count for count, *_ in table[: len(decoded.places)]]
-            seconds, grown = time.perf_counter() - prefilled, self._tree.num_nodes
+            seconds = received - prefilled + time.perf_counter() - delivered  # callers' stop rules are left out
             self._sizes.observe(counts, pruned=decoded.num_pruned, grown=grown, seconds=seconds)
-        step = self._deliver(table, decoded, outcomes)
         ended = time.perf_counter()
         self._stats.prefill_seconds += (ended if decoded is None else prefilled) - started
         self._stats.decode_seconds += 0.0 if decoded is None else ended - prefilled
         return step
+
+    def _transfer(self, table: Tensor, tree: TokenTree, guided: bool) -> tuple[list[list[int]], list[Draft]]:
+        """What the host must know of a step, in the one transfer there is; the drafts, too, if a row is constrained."""
+        num_rows = len(table)
+        packed = torch.cat([table.flatten(), flat(tree)])[None] if guided else self._sizes.pack(table, tree)
+        with self._clock.stage("transfer"):
+            values = to_host(packed)[0]
+        if not guided:
+            return self._sizes.unpack(values, num_rows), []
+        size, width = table.numel(), table.shape[1]
+        return [values[k : k + width] for k in range(0, size, width)], drafts_of(values[size:], num_rows)
 
     def _read(self) -> Outcome | None:
         """Read joining rows' prompts on by a chunk; what is said after those that have come to their end, if any."""
@@ -191,11 +210,12 @@ class Engine:
         caps = self._depth_caps(tree.batch_size)
         tree = tree.prefix(size.nodes).within(caps)
         self._sizes.begin(tree.num_nodes, depth=min(caps))
-        picking = self._picking(self._batch.decoding)
+        count_illegal(self._batch.decoding, size.nodes, self._stats)
+        picking = self._picking(self._batch.decoding, tree.num_nodes)
         with clock.stage("verify"), clock.forward_of(self._target.model, "forward"):
             out = self._target.verify(tree, cache, self._pruning if size.pruned else None)
         with clock.stage("pick"):
-            said = picking.after(out.logits, out.tree, out.ancestors)
+            said = picking.after(out.logits, out.tree, out.ancestors, out.nodes)
         with clock.stage("accept"):
             if said.admitted is None:
                 accepted = longest_match(out.tree, said.picks, out.ancestors)
@@ -248,8 +268,8 @@ class Engine:
                 row.stats.first_token = time.perf_counter()
         return Step(rows=rows, emitted=emitted, tree=tree, accepted=accepted)
 
-    def _picking(self, rows: Sequence[Row]) -> Picking:
-        return Picking(rows, self._target.device, self._rule)
+    def _picking(self, rows: Sequence[Row], num_nodes: int = 1) -> Picking:
+        return Picking(rows, self._target.device, num_nodes, self._rule)
 
 
 def _cat(parts: list[Tensor]) -> Tensor:

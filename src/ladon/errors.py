@@ -25,3 +25,7 @@ class LogitsError(LadonError, ArithmeticError):
 
 class UnsupportedModelError(LadonError, ValueError):
     """A model whose forward cannot verify a token tree exactly; the message names the reason."""
+
+
+class ConstraintError(LadonError, ValueError):
+    """A constraint that lets a text go no further, though it is not complete; what was written before it is kept."""

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ladon.budgets import check_budget, make_sizing
 from ladon.config import DecoderOptions
+from ladon.constraints import Constraint
 from ladon.engine import Engine
 from ladon.errors import InputError
 from ladon.fixed_tree import FixedTree
@@ -25,15 +26,7 @@ from ladon.lossy import Nucleus, Typical, rule_of
 from ladon.override import prepared_by_generate
 from ladon.proposers import Proposer, RootProposer, as_chain, check_tree, drafting
 from ladon.prune_option import Prune, chosen_pruning, still_chosen
-from ladon.requests import (
-    Request,
-    call_options,
-    check_prompt,
-    left_padded,
-    make_rows,
-    merged_option,
-    refuse_unsupported,
-)
+from ladon.requests import Request, call_options, make_rows, padded_prompts, refuse_unsupported
 from ladon.rows import Row
 from ladon.stats import DecodeStats, StageClock
 from ladon.steps import Step
@@ -60,6 +53,7 @@ class Decoder:
         pruning: how trees are pruned; None if they are not.
         stats: counts and times of the last call.
         seeds: of the rows of the last call of `generate`; a row can be drawn again alone with its own.
+        complete: of the same rows, whether the text is whole, as its constraint has it; None without one.
     """
 
     def __init__(
@@ -116,6 +110,7 @@ class Decoder:
         self.sizing = make_sizing(budget, self._tree, model, self.heads, self._num_candidates, deterministic, pruning)
         self.stats = DecodeStats()
         self.seeds: list[int] = []
+        self.complete: list[bool | None] = []
 
     def generate(
         self,
@@ -128,6 +123,7 @@ class Decoder:
         assistant_model: PreTrainedModel | None = None,
         streamer: Any = None,
         seed: int | Sequence[int] | None = None,
+        constraint: Constraint | Sequence[Constraint | None] | None = None,
         **kwargs: Any,
     ) -> Tensor | GenerateDecoderOnlyOutput:
         """What `model.generate` returns, with fewer forwards.
@@ -145,6 +141,8 @@ class Decoder:
             streamer: gets the prompt, then new tokens, 1-D, as they come; for one prompt.
             seed: of what is drawn with `do_sample=True`: a number, from which each row gets one of its own, or one for
                 each row, such as `seeds` shows; None draws a number from torch's global generator.
+            constraint: what texts may be (`ladon.json_schema`, `regex`, `grammar`), for all rows, or one or None for
+                each; where it lets a row go no further, that ends with a warning. `complete` tells whose text is whole.
             **kwargs: `generate`'s options: `attention_mask`, `max_new_tokens`, `max_length`, `eos_token_id`,
                 `stop_strings` with `tokenizer`, `return_dict_in_generate`, `num_return_sequences`. Model inputs other
                 than the mask (and position ids that follow from it) are refused, a cache too.
@@ -160,7 +158,7 @@ class Decoder:
         options |= {"prefix_allowed_tokens_fn": prefix_allowed_tokens_fn, "synced_gpus": synced_gpus}
         options["assistant_model"] = assistant_model
         input_ids, options = call_options(self.model, input_ids, options, stopping_criteria or [])
-        return self._run(self._prepare(input_ids, seed=seed, **options), streamer)
+        return self._run(self._prepare(input_ids, seed=seed, constraint=constraint, **options), streamer)
 
     def __call__(
         self, model: PreTrainedModel, input_ids: Tensor, **prepared: Any
@@ -203,13 +201,12 @@ class Decoder:
         Args:
             prompts: token ids of each, [T] int64, without padding.
             **options: `generate`'s: `max_new_tokens`, `eos_token_id`, `stopping_criteria`, `do_sample` (False if it is
-                not given), `seed` and so on.
+                not given), `seed`, `constraint` and so on.
 
         Raises:
             InputError: what `generate` refuses.
         """
-        input_ids, mask = left_padded(prompts)
-        check_prompt(input_ids, mask, merged_option(self.model, options, "max_new_tokens"))
+        input_ids, mask = padded_prompts(self.model, prompts, options)
         return self._prepare(input_ids, attention_mask=mask, **{"do_sample": False, **options}).rows
 
     def decode(self, rows: Sequence[Row], *, max_rows: int | None = None) -> Iterator[Step]:
@@ -243,9 +240,10 @@ class Decoder:
             rule=self._rule,
         )
 
-    def _prepare(self, input_ids: Tensor, seed: int | Sequence[int] | None = None, **options: Any) -> Request:
+    def _prepare(self, input_ids: Tensor, seed: Any = None, constraint: Any = None, **options: Any) -> Request:
         """What transformers makes of a call's options; its complaints about them become an `InputError`."""
-        request: Request = prepared_by_generate(self.model, input_ids, partial(self._request, seed=seed), options)
+        prepare = partial(self._request, seed=seed, constraint=constraint)
+        request: Request = prepared_by_generate(self.model, input_ids, prepare, options)
         return request
 
     def _request(
@@ -256,6 +254,7 @@ class Decoder:
         stopping_criteria: Any = None,
         generation_config: Any = None,
         seed: int | Sequence[int] | None = None,
+        constraint: Constraint | Sequence[Constraint | None] | None = None,
         **model_kwargs: Any,
     ) -> Request:
         """A call that transformers has prepared, as rows; what is not supported is refused."""
@@ -269,7 +268,7 @@ class Decoder:
             generation_config,
             self._target.context_limit,
             getattr(model.get_input_embeddings(), "num_embeddings", None),
-            Law.of(generation_config, logits_processor, seed, len(input_ids)),
+            Law.of(generation_config, logits_processor, seed, len(input_ids), constraint),
         )
         return Request(input_ids=input_ids, rows=rows, config=generation_config)
 
@@ -286,6 +285,7 @@ class Decoder:
                 if streamer is not None and any(step.emitted):  # none while a long prompt is read
                     streamer.put(torch.tensor(step.emitted[0]))
         finally:  # or what it holds back would be lost, and whoever reads from it would wait for ever
+            self.complete = [row.complete for row in request.rows]
             if streamer is not None:
                 streamer.end()
         from ladon.outputs import pack_output

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from ladon.requests import Request
-from ladon.rows import Row
+from ladon.rows import Row, warn_of_dead_ends
 from ladon.stats import DecodeStats
 
 if TYPE_CHECKING:
@@ -24,15 +24,21 @@ class DecodeOutput(GenerateDecoderOnlyOutput):
     Attributes:
         stats: counts and times.
         seeds: of the rows' noise; a row can be drawn again alone with its own.
+        complete: of each row, whether its text is whole, as its constraint has it; None without one.
     """
 
     stats: DecodeStats | None = None
     seeds: Sequence[int] | None = None
+    complete: Sequence[bool | None] | None = None
 
 
 def pack_output(request: Request, stats: DecodeStats) -> Tensor | DecodeOutput:
-    """Prompts and new tokens as one tensor [B, T + new], rows that ended earlier padded on the right."""
+    """Prompts and new tokens as one tensor [B, T + new], rows that ended earlier padded on the right.
+
+    Warns of rows that their constraint let go no further.
+    """
     input_ids, rows, config = request.input_ids, request.rows, request.config
+    warn_of_dead_ends(rows)
     pad = getattr(config, "_pad_token_tensor", None)
     pad_id = 0 if pad is None else int(pad)
     longest = max(len(row.tokens) for row in rows)
@@ -42,7 +48,8 @@ def pack_output(request: Request, stats: DecodeStats) -> Tensor | DecodeOutput:
         return sequences
     scores, logits = (_kept(rows, name) for name in ("scores", "logits"))
     seeds = tuple(row.seed for row in rows)
-    return DecodeOutput(sequences=sequences, scores=scores, logits=logits, stats=stats, seeds=seeds)
+    complete = tuple(row.complete for row in rows)
+    return DecodeOutput(sequences=sequences, scores=scores, logits=logits, stats=stats, seeds=seeds, complete=complete)
 
 
 def _kept(rows: list[Row], name: str) -> tuple[Tensor, ...] | None:

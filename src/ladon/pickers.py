@@ -11,6 +11,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from ladon.constraints import Guide
 from ladon.tree import TokenTree, node_depths
 
 NO_TOKEN = -1  # the pick where a law is none, as that of NaN logits: equal to no node's token
@@ -82,4 +83,5 @@ class Sequenced(Protocol):
     seed: int
     tokens: list[int]
     picker: Picker
+    guide: Guide | None
     keeps: frozenset[str]

@@ -1,6 +1,7 @@
 """What the target itself says after each node, by each row's own law: greedy, sampled, with processors or without.
 
-A row's picker knows the law. Rows of one step may have several; each is asked once, for all its rows.
+A row's picker knows the law. Rows of one step may have several; each is asked once, for all its rows. What a row's
+constraint forbids has a logit of -inf before its law is asked.
 
 Shapes: B rows, N nodes, V vocabulary.
 """
@@ -16,6 +17,7 @@ from torch import Tensor
 from ladon.lossy import Admitted, Rule, admitted, admitted_by_picks
 from ladon.pickers import NO_TOKEN, Context, Nodes, Picker, Sequenced
 from ladon.sampling import first_best, noisy
+from ladon.token_masks import TokenMasks
 from ladon.tree import TokenTree, ancestor_mask, root_tree
 
 
@@ -25,11 +27,22 @@ class Picking:
     Made before the forward: what goes up to the device waits until that has done all it was given.
     """
 
-    def __init__(self, rows: Sequence[Sequenced], device: torch.device, rule: Rule | None = None) -> None:
-        """For the rows of the step, as far as they are written now; with a lossy `rule`, it is asked too."""
+    def __init__(
+        self, rows: Sequence[Sequenced], device: torch.device, num_nodes: int = 1, rule: Rule | None = None
+    ) -> None:
+        """For the rows of the step, as far as they are written now.
+
+        Args:
+            rows: the rows.
+            device: of the logits.
+            num_nodes: so many nodes of their trees are verified, the first ones.
+            rule: lossy, asked too if there is one.
+        """
         self._rule = rule
         self._groups: list[tuple[Picker, Context]] = []
         self._keeps = any(row.keeps for row in rows)
+        guides = [row.guide for row in rows]
+        self._masks = None if all(guide is None for guide in guides) else TokenMasks(guides, num_nodes, device)
         places: dict[Picker, list[int]] = {}
         for place, row in enumerate(rows):
             places.setdefault(row.picker, []).append(place)
@@ -43,27 +56,36 @@ class Picking:
         ends = _ends(logits)
         return self.after(logits[:, None], ends.tree, ends.ancestors)
 
-    def after(self, logits: Tensor, tree: TokenTree, ancestors: Tensor) -> Said:
-        """What the rows' laws say after each node of their trees, from the logits there, [B, N, V]."""
+    def after(self, raw: Tensor, tree: TokenTree, ancestors: Tensor, kept: Tensor | None = None) -> Said:
+        """What the rows' laws say after each node of their trees.
+
+        Args:
+            raw: the logits there, [B, N, V].
+            tree: the trees, [B, N].
+            ancestors: who sees whom, [B, N, N] bool.
+            kept: which nodes of the trees that were given they are, [B, N]; None if pruning left all.
+        """
+        logits = raw if self._masks is None else self._masks.on(raw, kept)
         nodes = Nodes(tree=tree, ancestors=ancestors)
         if len(self._groups) == 1:
             ((picker, context),) = self._groups
             scores = picker.law(logits, context, nodes)
             picks = _picked(_drawn(picker, scores, context, nodes), is_drawn=picker.draws)
-            return Said(picks, logits, scores if self._keeps else None, self._admitted(picker, scores, picks, tree))
-        picks, kept, judged = torch.empty_like(tree.tokens), None, None
+            return Said(picks, raw, scores if self._keeps else None, self._admitted(picker, scores, picks, tree))
+        picks, found, judged = torch.empty_like(tree.tokens), None, None
         for (picker, context), index in zip(self._groups, self._places, strict=True):
             own = _of_rows(nodes, index)
             scores = picker.law(logits[index], context, own)
             picks[index] = said = _picked(_drawn(picker, scores, context, own), is_drawn=picker.draws)
             if self._keeps:
-                kept = torch.empty_like(logits, dtype=scores.dtype) if kept is None else kept
-                kept[index] = scores.to(kept.dtype)
-            found = self._admitted(picker, scores, said, own.tree)
-            if found is not None:
+                found = torch.empty_like(logits, dtype=scores.dtype) if found is None else found
+                found[index] = scores.to(found.dtype)
+            own_judged = self._admitted(picker, scores, said, own.tree)
+            if own_judged is not None:
                 judged = judged or Admitted(torch.empty_like(ancestors[:, 0]), torch.empty_like(tree.log_probs))
-                judged.nodes[index], judged.log_probs[index] = found.nodes, found.log_probs.to(tree.log_probs.dtype)
-        return Said(picks, logits, kept, judged)
+                judged.nodes[index] = own_judged.nodes
+                judged.log_probs[index] = own_judged.log_probs.to(tree.log_probs.dtype)
+        return Said(picks, raw, found, judged)
 
     def _admitted(self, picker: Picker, scores: Tensor, picks: Tensor, tree: TokenTree) -> Admitted | None:
         """What the lossy rule says of the nodes, if there is one, and a tree."""
@@ -135,9 +157,11 @@ def _prefix(row: Sequenced, device: torch.device) -> Tensor:
 
 def scores_of(row: Sequenced, logits: Tensor) -> Tensor:
     """The scores [V] whose greatest a row says next, as it is written now, noise included; `logits` are [V]."""
-    logits = logits[None]
-    context, ends = _context(row.picker, [row], logits.device), _ends(logits)
-    return _drawn(row.picker, row.picker.law(logits[:, None], context, ends), context, ends)[0, 0]
+    logits = logits[None, None]
+    if row.guide is not None:
+        logits = TokenMasks([row.guide], 1, logits.device).on(logits, None)
+    context, ends = _context(row.picker, [row], logits.device), _ends(logits[:, 0])
+    return _drawn(row.picker, row.picker.law(logits, context, ends), context, ends)[0, 0]
 
 
 def _ends(logits: Tensor) -> Nodes:

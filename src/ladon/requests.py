@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ladon.constraints import Guide
 from ladon.errors import InputError
 from ladon.laws import Law
 from ladon.rows import Row
@@ -109,6 +110,13 @@ def left_padded(prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         for rows in (prompts, [torch.ones_like(prompt) for prompt in prompts])
     )
     return ids, mask
+
+
+def padded_prompts(model: PreTrainedModel, prompts: Sequence[Tensor], options: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """The same, checked as `check_prompt` does, for a call with these options."""
+    input_ids, mask = left_padded(prompts)
+    check_prompt(input_ids, mask, merged_option(model, options, "max_new_tokens"))
+    return input_ids, mask
 
 
 def check_prompt(input_ids: Any, attention_mask: Tensor | None, max_new_tokens: Any) -> None:
@@ -218,7 +226,7 @@ def make_rows(
     keeps = frozenset(name for name in ("logits", "scores") if getattr(config, f"output_{name}", False))
     keeps = keeps if config.return_dict_in_generate else frozenset()
     rows = []
-    for index, ids in enumerate(input_ids):
+    for index, (ids, constraint) in enumerate(zip(input_ids, law.constraints, strict=True)):
         prompt = ids if attention_mask is None else ids[attention_mask[index].bool()]
         if len(prompt) == 0:
             raise InputError(f"prompt {index} is empty; give at least one token")
@@ -237,6 +245,7 @@ def make_rows(
                 is_stop=rules.for_row(ids),
                 seed=law.seeds[index],
                 picker=law.picker,
+                guide=None if constraint is None else Guide(constraint, rules.end_ids),
                 padded=ids,
                 number=index,
                 keeps=keeps,

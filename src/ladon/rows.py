@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from ladon.errors import InputError, LogitsError
+from ladon.constraints import Guide
+from ladon.errors import ConstraintError, InputError, LogitsError
 from ladon.pickers import NO_TOKEN, Picker
 from ladon.sampling import GREEDY
 from ladon.stats import RowStats
@@ -25,6 +27,7 @@ class Row:
         is_stop: called with each new token, in order; True ends the row with that token.
         seed: of its noise, where tokens are sampled.
         picker: its law; greedy if not given.
+        guide: its constraint, as far as it has come; None: it may say anything.
         padded: its prompt as the processors of `generate` see it, [T] with the padding of its batch; None: `prompt`.
         number: its place in that batch.
         keeps: what is kept of its new tokens: "logits", "scores" (after its law), both or nothing.
@@ -32,7 +35,8 @@ class Row:
         tokens: what has been emitted so far.
         finished: whether it has ended, in whatever way.
         cancelled: whether `cancel` has ended it.
-        error: what its stop rule has raised, or that nothing could be said, upon which it was cancelled.
+        error: what its stop rule has raised, that nothing could be said, or the `ConstraintError` of a constraint that
+            lets it go no further, upon which it was cancelled.
         stats: its own counts and times.
     """
 
@@ -41,6 +45,7 @@ class Row:
     is_stop: Callable[[int], bool]
     seed: int = 0
     picker: Picker = GREEDY
+    guide: Guide | None = None
     padded: Tensor | None = None
     number: int = 0
     keeps: frozenset[str] = frozenset()
@@ -57,6 +62,11 @@ class Row:
         """Tokens it may still get."""
         return self.max_new_tokens - len(self.tokens)
 
+    @property
+    def complete(self) -> bool | None:
+        """Whether its text is whole, as its constraint has it; None without a constraint."""
+        return None if self.guide is None else self.guide.here.is_complete
+
     def take(self, tokens: Sequence[int]) -> list[int]:
         """Append tokens one by one, as if they came alone, up to the first stop or the limit; return those taken.
 
@@ -67,14 +77,31 @@ class Row:
             if token == NO_TOKEN and not self.finished:
                 self._fail(self._nothing_to_say())
             with self._lock:  # not while the stop rule runs: it may cancel, or wait for who does
-                if self.finished:
+                if self.finished or not self._follow(token):
                     break
                 self.tokens.append(token)
             taken.append(token)
             if self._stops_with(token) or self.num_left == 0:
                 with self._lock:
                     self._end()
+        with self._lock:
+            if not self.finished:
+                self._follow(None)
         return taken
+
+    def _follow(self, token: int | None) -> bool:
+        """Take a token as the constraint has it (None: see whether any may come). If none may, the row has ended."""
+        if self.guide is None:
+            return True
+        try:
+            is_over = self.guide.is_over()
+            if token is not None and not is_over:
+                self.guide.take(token)
+        except ConstraintError as error:
+            self.error, self.cancelled, is_over = error, True, True
+        if is_over:
+            self._end()
+        return not is_over
 
     def _stops_with(self, token: int) -> bool:
         """What the stop rule says; one that raises cancels this row and no other."""
@@ -121,7 +148,14 @@ class Row:
 
 
 def raise_error_of(rows: Sequence[Row]) -> None:
-    """Raise what has ended one of the rows before its time, if anything has."""
+    """Raise what has ended one of the rows before its time, if anything has; a dead end is its row's own affair."""
     for row in rows:
-        if row.error is not None:
+        if row.error is not None and not isinstance(row.error, ConstraintError):
             raise row.error
+
+
+def warn_of_dead_ends(rows: Sequence[Row]) -> None:
+    """Warn of rows that their constraint let go no further."""
+    for number, row in enumerate(rows):
+        if isinstance(row.error, ConstraintError):
+            warnings.warn(f"row {number} ended after {len(row.tokens)} tokens: {row.error}", stacklevel=2)

@@ -4,6 +4,7 @@ acceptance length: tokens emitted by decode steps / row-steps; the bonus token c
 tokens per second: tokens emitted by decode steps / seconds of decode steps; prefill and its token are left out.
 overhead: share of the decode steps' time that is not spent in the target's forward (the stage "forward").
 tree efficiency: accepted draft nodes / verified draft nodes; roots are no drafts, padding slots cost and count.
+illegal share: drafts that a constraint forbids / drafts held against it; they are dropped before the target sees them.
 pruned share: node slots that later layers did not see / node slots given to the target; roots are never pruned.
 """
 
@@ -31,6 +32,8 @@ class Counts:
         nodes_verified: node slots given to the target; roots, padding slots and pruned ones included.
         nodes_pruned: those of them that were pruned on the way.
         accepted_nodes: draft nodes accepted.
+        drafts_checked: drafts held against a row's constraint: those that a tree of the size verified would have had.
+        drafts_illegal: those of them that it forbids, or that came after such a one.
     """
 
     prefill_tokens: int = 0
@@ -39,6 +42,8 @@ class Counts:
     nodes_verified: int = 0
     nodes_pruned: int = 0
     accepted_nodes: int = 0
+    drafts_checked: int = 0
+    drafts_illegal: int = 0
 
     @property
     def acceptance_length(self) -> float:
@@ -54,6 +59,11 @@ class Counts:
     def pruned_share(self) -> float:
         """Share of the node slots given to the target that were pruned, 0 to 1; NaN before the first step."""
         return _ratio(self.nodes_pruned, self.nodes_verified)
+
+    @property
+    def illegal_share(self) -> float:
+        """Share of the drafts of constrained rows that were dropped before verification, 0 to 1; NaN without such."""
+        return _ratio(self.drafts_illegal, self.drafts_checked)
 
     def add_step(self, *, emitted: int, nodes: int, accepted: int, pruned: int = 0) -> None:
         """Count one row in one decode step: tokens emitted, node slots verified and pruned, draft nodes accepted."""
@@ -92,7 +102,7 @@ class DecodeStats(Counts):
             (`ladon.spans`); prefill and what recomputes a row's cache do not count.
         decode_seconds: time in decode steps; time the caller holds a step's result is left out.
         stage_seconds: the same time by stage, when the run was profiled: "verify" (and of it "forward", the target's
-            own forward), "pick", "accept", "commit", "heads", "growth", "transfer".
+            own forward), "pick", "accept", "commit", "heads", "growth", "transfer", "constraints".
         sizes: decode steps by the number of node slots that they verified per row; 1 is plain decoding.
         probes: decode steps that were taken to learn what a size or the heads are good for.
         sizing_seconds: time of `decode_seconds` and `prefill_seconds` spent deciding on sizes.

@@ -13,6 +13,7 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
+from ladon.host import to_host
 from ladon.sizing import FixedSizing, Size, Sizing, StepRecord
 from ladon.stats import DecodeStats
 from ladon.tree import TokenTree, ancestor_mask, node_depths
@@ -30,7 +31,8 @@ class StepSizes:
         self._stats, self._timed = stats, _Timed(stats)
         self._edges = list(self._sizing.edges)
         buckets = [place for place, (low, high) in enumerate(pairwise([0, *self._edges])) for _ in range(low, high)]
-        self._bucket_of_node = torch.tensor(buckets, dtype=torch.long, device=device)
+        self._buckets = torch.tensor(buckets, dtype=torch.long)
+        self._bucket_of_node = self._buckets.to(device)
         self._depth = 0  # K of the newest sums
         self._sums: list[list[float]] | None = None
         self._rows = 0  # over how many rows they were summed
@@ -46,24 +48,35 @@ class StepSizes:
     def pack(self, table: Tensor, tree: TokenTree) -> Tensor:
         """A table [b, n] for the host together with the sums over the new trees, if they are wanted: [1, m] int64."""
         with self._timed:
-            self._depth = tree.max_depth if self._edges and tree.num_nodes > 1 else 0
-            if self._depth == 0:
-                return table.reshape(1, -1)
-            masses = path_mass(tree, self._bucket_of_node, len(self._edges))
-            return torch.cat([table.flatten(), masses])[None]
+            masses = self._masses(tree, self._bucket_of_node)
+            return table.reshape(1, -1) if masses is None else torch.cat([table.flatten(), masses])[None]
 
     def unpack(self, values: list[int], num_rows: int) -> list[list[int]]:
-        """The table back from what the host got; the sums are kept, added up from bucket to bucket."""
-        num_edges = len(self._edges)
-        size = (self._depth + 1) * num_edges if self._depth else 0
+        """The table back from what the host got; the sums are kept."""
+        size = (self._depth + 1) * len(self._edges) if self._depth else 0
         width = (len(values) - size) // num_rows
         with self._timed:
-            self._sums = None
-            if size:
-                numbers = [value / _ONE if value >= 0 else math.nan for value in values[len(values) - size :]]
-                starts = range(num_edges, size, num_edges)  # the root's depth is left out
-                self._sums = [list(accumulate(numbers[k : k + num_edges])) for k in starts]
+            self._keep(values[len(values) - size :])
         return [values[row * width : (row + 1) * width] for row in range(num_rows)]
+
+    def see(self, tree: TokenTree) -> None:
+        """Keep the sums over the new trees, which are on the host."""
+        with self._timed:
+            masses = self._masses(tree, self._buckets)
+            self._keep([] if masses is None else to_host(masses[None])[0])
+
+    def _masses(self, tree: TokenTree, bucket_of_node: Tensor) -> Tensor | None:
+        """Path probabilities by depth and bucket; None if they are not wanted."""
+        self._depth = tree.max_depth if self._edges and tree.num_nodes > 1 else 0
+        return path_mass(tree, bucket_of_node, len(self._edges)) if self._depth else None
+
+    def _keep(self, masses: list[int]) -> None:
+        """Keep sums, added up from bucket to bucket, if there are any."""
+        num_edges, self._sums = len(self._edges), None
+        if masses:
+            numbers = [value / _ONE if value >= 0 else math.nan for value in masses]
+            starts = range(num_edges, len(masses), num_edges)  # the root's depth is left out
+            self._sums = [list(accumulate(numbers[k : k + num_edges])) for k in starts]
 
     def choose(self, lengths: Sequence[int]) -> Size:
         """What to verify now, of rows of so many cached tokens each; some of those drafted for may have ended."""

@@ -70,6 +70,16 @@ class TokenTree:
             depths=None if self.depths is None else self.depths[index],
         )
 
+    def to(self, device: torch.device) -> TokenTree:
+        """The tree on another device."""
+        return replace(
+            self,
+            tokens=self.tokens.to(device),
+            parents=self.parents.to(device),
+            log_probs=self.log_probs.to(device),
+            depths=None if self.depths is None else self.depths.to(device),
+        )
+
     def within(self, caps: Sequence[int]) -> TokenTree:
         """The tree without what lies deeper than its row's cap: padding, or no slots where all caps are 0."""
         if max(caps) == 0:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Option
 
-from ladon.cli import options
+from ladon.cli import constraints, options
 from ladon.cli.output import print_json, say
 from ladon.cli.prompts import encode, read_prompt, read_questions
 from ladon.config import BenchOptions, DecoderOptions, GenerateOptions, help_of
@@ -59,6 +59,9 @@ def generate(
     top_p: options.TopPOption = _SAMPLING.top_p,
     top_k: options.TopKOption = _SAMPLING.top_k,
     seed: options.SeedOption = _SAMPLING.seed,
+    json_schema: constraints.SchemaOption = None,
+    regex: constraints.RegexOption = None,
+    grammar: constraints.GrammarOption = None,
     stats: _StatsOption = False,
     dtype: options.DtypeOption = "auto",
     device: options.DeviceOption = "auto",
@@ -74,12 +77,14 @@ def generate(
     In float32 and float64 an answer is what greedy decoding with transformers gives, whatever else is answered;
     in half precision, where two tokens are all but equally likely, the other one may come. With --temperature it is
     sampled: the same --seed gives the same answers, whatever the trees. With --accept typical or nucleus sampled text
-    comes in fewer steps and is not exact: it leaves the model's law, and depends on the trees.
+    comes in fewer steps and is not exact: it leaves the model's law, and depends on the trees. With --json-schema,
+    --regex or --grammar, which need llguidance, answers are of that form, unless --max-new-tokens cuts them.
 
     For example:
 
         ladon generate --prompt "def read_config(path):" --max-new-tokens 64 --stats
         ladon generate --prompt "def read_config(path):" --temperature 0.8 --top-p 0.95 --seed 7
+        ladon generate --prompt "version = " --regex "[1-3]([.][0-9])+"
         ladon generate --prompts prompts.jsonl --batch 4 --max-new-tokens 32
         ladon generate --model path/to/model --heads path/to/heads --prompt-file prompt.txt --budget 32
     """
@@ -92,6 +97,7 @@ def generate(
     questions = read_questions(texts, prompts) if is_many else []
     text = "" if is_many else read_prompt(texts[0] if texts else None, prompt_file)
     law, rule = options.sampling(temperature, top_k, top_p, seed), parsed_rule(accept)
+    make_constraint = constraints.read_constraint(json_schema, regex, grammar)
     from ladon.cli.loading import load, require_heads
     from ladon.generation import Decoder
 
@@ -105,6 +111,7 @@ def generate(
         ignore_generation_config=ignore_generation_config,
     )
     require_heads(loaded, shape)
+    law["constraint"] = make_constraint(loaded.tokenizer)
     drafting: dict[str, Any] = {"tree": shape, "budget": nodes, "prune": prune, "accept": rule or _DEFAULTS.accept}
     decoder = Decoder(loaded.model, loaded.heads, profile=stats, **drafting)
     if is_many:
@@ -137,7 +144,8 @@ def _answer_one(
         **law,
     )
     new = output[0, len(ids) :].tolist()
-    return {"text": _text(loaded, new), "token_ids": new, "prompt_tokens": len(ids)}
+    constraints.say_if_cut(decoder.complete)
+    return {"text": _text(loaded, new), "token_ids": new, "prompt_tokens": len(ids), "complete": decoder.complete[0]}
 
 
 def _answer_many(
@@ -145,6 +153,7 @@ def _answer_many(
 ) -> dict[str, Any]:
     """Answer prompts together, and write each answer once it and all before it are done; what is known of them."""
     from ladon.bench.report import finite
+    from ladon.rows import warn_of_dead_ends
 
     shown = 0
     for _ in decoder.decode(rows, max_rows=batch):
@@ -165,9 +174,12 @@ def _answer_many(
             "prompt_tokens": len(row.prompt),
             "seed": row.seed if row.picker.draws else None,
             "acceptance_length": finite(row.stats.acceptance_length),
+            "complete": row.complete,
         }
         for question, row in zip(questions, rows, strict=True)
     ]
+    warn_of_dead_ends(rows)
+    constraints.say_if_cut([row.complete for row in rows])
     return {"answers": answers, "batch": batch}
 
 
@@ -203,9 +215,11 @@ def stats_json(stats: DecodeStats) -> dict[str, Any]:
         "tokens": stats.tokens,
         "row_steps": stats.row_steps,
         "forwards": stats.forwards,
+        "drafts_checked": stats.drafts_checked,
+        "drafts_illegal": stats.drafts_illegal,
         "prefill_seconds": stats.prefill_seconds,
         "decode_seconds": stats.decode_seconds,
-        **{name: finite(getattr(stats, name)) for name in metrics},
+        **{name: finite(getattr(stats, name)) for name in (*metrics, "illegal_share")},
     }
 
 
@@ -220,10 +234,15 @@ def stats_lines(stats: DecodeStats) -> list[str]:
         for name, seconds in stats.stage_seconds.items()
         if name != "forward"
     )
-    return [
+    lines = [
         f"{stats.tokens} tokens in {stats.forwards} decode steps: acceptance length {stats.acceptance_length:.2f}, "
         f"{stats.tokens_per_second:.0f} tokens per second (prefill of {stats.prefill_tokens} tokens apart: "
         f"{1e3 * stats.prefill_seconds:.0f} ms)",
         f"a step takes {stats.step_ms:.2f} ms, the model's forward {stats.forward_ms:.2f} ms of it, overhead "
         f"{stats.overhead:.1%}; by stage: {stages}",
     ]
+    if stats.drafts_checked:
+        lines.append(
+            f"{stats.illegal_share:.0%} of {stats.drafts_checked} drafts were dropped: the constraint forbids them"
+        )
+    return lines
