@@ -18,7 +18,7 @@ BASE_INSTALL = {"torch", "transformers", "safetensors", "numpy", "typer", "rich"
 # A module may import only modules that stand before it here; a package is one entry.
 CORE = ["errors", "config", "tree", "lattice", "fixed_tree", "tree_notations", "growth"]
 CORE += ["pickers", "sampling", "picking", "accept", "stats"]
-CORE += ["rows", "route", "host", "survivors"]
+CORE += ["past", "rows", "route", "host", "survivors"]
 CORE += ["files", "machine", "expectation", "step_cost", "sizing", "curve", "learnt", "auto_sizing", "step_sizes"]
 MODEL_SIDE = [
     "calibration",
@@ -50,6 +50,7 @@ MODEL_SIDE = [
     "laws",
     "requests",
     "outputs",
+    "streaming",
     "override",
     "generation",
     "attaching",

@@ -7,11 +7,10 @@ assistant model.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from ladon.budgets import check_budget, make_sizing
@@ -22,12 +21,14 @@ from ladon.fixed_tree import FixedTree
 from ladon.heads import Heads
 from ladon.laws import Law
 from ladon.override import own_generate
+from ladon.past import Past
 from ladon.proposers import Proposer, RootProposer, as_chain, check_tree, drafting
 from ladon.prune_option import Prune, chosen_pruning, still_chosen
 from ladon.requests import (
     Request,
     call_options,
     check_prompt,
+    kept_rows,
     left_padded,
     make_rows,
     merged_option,
@@ -36,6 +37,7 @@ from ladon.requests import (
 from ladon.rows import Row
 from ladon.stats import DecodeStats, StageClock
 from ladon.steps import Step
+from ladon.streaming import stream
 from ladon.target import Target
 from ladon.trace import Trace
 from ladon.tree_notations import TreeSize
@@ -141,8 +143,9 @@ class Decoder:
             seed: of what is drawn with `do_sample=True`: a number, from which each row gets one of its own, or one for
                 each row, such as `seeds` shows; None draws a number from torch's global generator.
             **kwargs: `generate`'s options: `attention_mask`, `max_new_tokens`, `max_length`, `eos_token_id`,
-                `stop_strings` with `tokenizer`, `return_dict_in_generate`, `num_return_sequences`. Model inputs other
-                than the mask (and position ids that follow from it) are refused, a cache too.
+                `stop_strings` with `tokenizer`, `return_dict_in_generate`, `num_return_sequences`; `past_key_values` of
+                an earlier output (`ladon.past.KeptCache`). Model inputs other than the mask (and position ids that
+                follow from it) are refused, caches of other kinds too.
 
         Returns:
             Sequences [B, T + new], padded on the right after a row's end; or transformers' output object.
@@ -155,7 +158,8 @@ class Decoder:
         options |= {"prefix_allowed_tokens_fn": prefix_allowed_tokens_fn, "synced_gpus": synced_gpus}
         options["assistant_model"] = assistant_model
         input_ids, options = call_options(self.model, input_ids, options, stopping_criteria or [])
-        return self._run(self._prepare(input_ids, seed=seed, **options), streamer)
+        pasts = kept_rows(options.pop("past_key_values", None))
+        return self._run(self._prepare(input_ids, seed=seed, pasts=pasts, **options), streamer)
 
     def __call__(
         self, model: PreTrainedModel, input_ids: Tensor, **prepared: Any
@@ -165,7 +169,7 @@ class Decoder:
         Before it calls a `custom_generate` callable, transformers drops `streamer` (an iterator streamer given there
         waits for ever), `tokenizer` (stop strings raise) and `assistant_model` (it has no effect), and refuses
         `num_return_sequences` above 1 in greedy decoding. `Decoder.generate` and `attach` handle them. An empty cache
-        given as `past_key_values` stays empty where transformers does not mark it as the user's.
+        of transformers' given as `past_key_values` stays empty where transformers does not mark it as the user's.
         """
         return self._run(self._request(model, input_ids, **prepared), None)
 
@@ -192,22 +196,23 @@ class Decoder:
         rows = self.rows([input_ids.flatten()], max_new_tokens=max_new_tokens, **options)
         return Trace(self.engine().run(rows), len(rows[0].prompt))
 
-    def rows(self, prompts: Sequence[Tensor], **options: Any) -> list[Row]:
+    def rows(self, prompts: Sequence[Tensor], *, past: Sequence[Past] = (), **options: Any) -> list[Row]:
         """Prompts as rows for `engine` or `decode`, with the limits and stop rules that `generate` would give them.
 
         Args:
             prompts: token ids of each, [T] int64, without padding.
+            past: sequences decoded before (`Row.past`); each prompt goes on from the one that it shares most with.
             **options: `generate`'s: `max_new_tokens`, `eos_token_id`, `stopping_criteria`, `do_sample` (False if it is
-                not given), `seed` and so on.
+                not given), `seed`, `return_dict_in_generate` (rows keep their `past`, and scores) and so on.
 
         Raises:
             InputError: what `generate` refuses.
         """
         input_ids, mask = left_padded(prompts)
         check_prompt(input_ids, mask, merged_option(self.model, options, "max_new_tokens"))
-        return self._prepare(input_ids, attention_mask=mask, **{"do_sample": False, **options}).rows
+        return self._prepare(input_ids, pasts=past, attention_mask=mask, **{"do_sample": False, **options}).rows
 
-    def decode(self, rows: Sequence[Row], *, max_rows: int | None = None) -> Iterator[Step]:
+    def decode(self, rows: Sequence[Row], *, max_rows: int | None = None) -> Generator[Step, None, None]:
         """Decode rows whose limits, stops and token ids the caller has checked, in an `engine` of their own."""
         return self.engine(max_rows=max_rows).run(rows)
 
@@ -237,9 +242,11 @@ class Decoder:
             pruning=self.pruning,
         )
 
-    def _prepare(self, input_ids: Tensor, seed: int | Sequence[int] | None = None, **options: Any) -> Request:
+    def _prepare(
+        self, input_ids: Tensor, *, seed: int | Sequence[int] | None = None, pasts: Sequence[Past] = (), **options: Any
+    ) -> Request:
         """What transformers makes of a call's options; its complaints about them become an `InputError`."""
-        prepare = partial(self._request, seed=seed)
+        prepare = partial(self._request, seed=seed, pasts=pasts)
         try:
             request: Request = own_generate(self.model)(input_ids, custom_generate=prepare, **options)
         except LadonError:
@@ -256,6 +263,7 @@ class Decoder:
         stopping_criteria: Any = None,
         generation_config: Any = None,
         seed: int | Sequence[int] | None = None,
+        pasts: Sequence[Past] = (),
         **model_kwargs: Any,
     ) -> Request:
         """A call that transformers has prepared, as rows; what is not supported is refused."""
@@ -270,22 +278,15 @@ class Decoder:
             self._target.context_limit,
             getattr(model.get_input_embeddings(), "num_embeddings", None),
             Law.of(generation_config, logits_processor, seed, len(input_ids)),
+            pasts or kept_rows(model_kwargs.get("past_key_values"), prepared=True),
         )
         return Request(input_ids=input_ids, rows=rows, config=generation_config)
 
     def _run(self, request: Request, streamer: Any) -> Tensor | GenerateDecoderOnlyOutput:
-        """Decode a request to its end, with each step's tokens put to the streamer if there is one."""
-        if streamer is not None and len(request.rows) > 1:
-            raise InputError(f"a streamer shows one sequence, but there are {len(request.rows)}; give one prompt")
-        if streamer is not None:
-            streamer.put(request.input_ids.cpu())
+        """Decode a request to its end."""
         self.seeds = [row.seed for row in request.rows]
         is_plain = any(row.picker.is_plain for row in request.rows)
-        for step in self._engine(is_plain=is_plain).run(request.rows):
-            if streamer is not None and step.emitted:  # none while a long prompt is read
-                streamer.put(torch.tensor(step.emitted[0]))
-        if streamer is not None:
-            streamer.end()
+        stream(request, self._engine(is_plain=is_plain).run(request.rows), streamer)
         from ladon.outputs import pack_output
 
         return pack_output(request, self.stats)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from ladon.past import KeptCache
 from ladon.requests import Request
 from ladon.rows import Row
 from ladon.stats import DecodeStats
@@ -42,7 +43,12 @@ def pack_output(request: Request, stats: DecodeStats) -> Tensor | DecodeOutput:
         return sequences
     scores, logits = (_kept(rows, name) for name in ("scores", "logits"))
     seeds = tuple(row.seed for row in rows)
-    return DecodeOutput(sequences=sequences, scores=scores, logits=logits, stats=stats, seeds=seeds)
+    kept: Any = None  # transformers declares a cache of its own kind
+    if rows[0].keeps_past:
+        kept = KeptCache([row.past for row in rows if row.past is not None])
+    return DecodeOutput(
+        sequences=sequences, scores=scores, logits=logits, past_key_values=kept, stats=stats, seeds=seeds
+    )
 
 
 def _kept(rows: list[Row], name: str) -> tuple[Tensor, ...] | None:
