@@ -21,6 +21,7 @@ CORE += ["pickers", "sampling", "picking", "accept", "stats"]
 CORE += ["past", "rows", "route", "host", "survivors"]
 CORE += ["files", "machine", "expectation", "step_cost", "sizing", "curve", "learnt", "auto_sizing", "step_sizes"]
 MODEL_SIDE = [
+    "text",
     "calibration",
     "heads",
     "forwards",

@@ -52,6 +52,7 @@ class Past:
     maker: Maker
 
     def __len__(self) -> int:
+        """T, the number of tokens."""
         return len(self.token_ids)
 
     @property

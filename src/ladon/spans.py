@@ -99,14 +99,16 @@ class Spans:
         return Span(start=start, stop=stop)
 
     def regime(self, length: int) -> int | None:
-        """How positions are treated in a prompt of this length: where the numbers are equal, the longer one's keys and
-        values begin with the shorter one's. None where they are those of no other length.
+        """How positions are treated in a prompt of this length; None: as in no other.
+
+        Of two prompts of one regime, the longer one's keys and values begin with the shorter one's.
         """
         bounds = [bound for bound in (self._dynamic_from, self._sparse_from) if bound is not None]
         return None if any(length > bound for bound in bounds) else sum(switch < length for switch in self._switches)
 
     def kept_regime(self, read: int, length: int) -> int | None:
-        """The regime of the keys and values of a row that was read as a prompt of `read` tokens and went on to `length`;
+        """The regime of the keys and values of a row whose prompt had `read` tokens and that went on to `length`.
+
         None if they are of several, or of no other length's.
         """
         found = self.regime(length)
