@@ -66,8 +66,9 @@ def chat(
 
     For example:
 
-        ladon chat < prompt.txt
-        ladon chat --temperature 0.7 --color-by-depth < prompt.txt
+        ladon chat
+        ladon chat --temperature 0.7 --color-by-depth
+        printf 'def f(x):\n/stats\n' | ladon chat --max-new-tokens 32
     """
     nodes, shape = options.parse_budget(budget), options.parse_tree(tree)
     law = options.sampling(temperature, top_k, top_p, seed)
