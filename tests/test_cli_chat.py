@@ -202,6 +202,7 @@ def test_ctrl_c_ends_the_answer_and_not_the_program(
     place: str, talk: Talk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What was said stays in the history; the next turn is what it would be after that text."""
+    talk("def\n")  # the model's self-test is done
     file, calls, push, forward = tmp_path / "chat.json", [0], Detokenizer.push, LlamaMLP.forward
     at = {"text": 4, "layer": 5}[place]
 

@@ -274,6 +274,7 @@ def test_regimes(monkeypatch):
     spans._switches = [16, 32]
     assert [spans.regime(length) for length in (15, 16, 17, 32, 33)] == [0, 0, 1, 1, 2]
     assert [spans.kept_regime(10, length) for length in (16, 17)] == [0, None] and spans.kept_regime(17, 32) == 1
+    assert spans.kept_regime(17, 10) == 1, "half a prompt is read as the whole one asks"
     spans.recomputed_at = spans._switches
     assert spans.kept_regime(10, 17) == 1, "the cache was computed again at the switch"
     spans._sparse_from = 20

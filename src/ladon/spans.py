@@ -107,11 +107,11 @@ class Spans:
         return None if any(length > bound for bound in bounds) else sum(switch < length for switch in self._switches)
 
     def kept_regime(self, read: int, length: int) -> int | None:
-        """The regime of the keys and values of a row whose prompt had `read` tokens and that went on to `length`.
+        """The regime of a row's first `length` keys and values, of which `read` tokens are its prompt.
 
-        None if they are of several, or of no other length's.
+        Those of a prompt that is half read are the whole prompt's. None if they are of several, or of no other length's.
         """
-        found = self.regime(length)
+        found = self.regime(max(read, length))
         return found if self.recomputed_at or self.regime(read) == found else None
 
     def depth_cap(self, length: int) -> int | None:

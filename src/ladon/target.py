@@ -133,7 +133,7 @@ class Target:
         """
         ids = [*row.prompt_ids, *row.tokens]
         length = min(cache.host_lengths[place], len(ids))
-        regime = self._spans.kept_regime(min(len(row.prompt_ids), length), length)
+        regime = self._spans.kept_regime(len(row.prompt_ids), length)
         if regime is None or length == 0:
             return None
         stores = cache.read_row(place, length)

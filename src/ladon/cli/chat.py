@@ -208,8 +208,8 @@ class Session:
                 accepted = 0
                 for step in steps:
                     for token, depth in _with_depths(step, row.stats.accepted_nodes - accepted):
-                        said.append(token)
                         texts.append(pieces.push(token))
+                        said.append(token)
                         self._show(texts[-1], depth)
                     accepted = row.stats.accepted_nodes
         except KeyboardInterrupt:

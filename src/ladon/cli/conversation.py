@@ -69,11 +69,11 @@ class Conversation:
             )
         self._start: list[Message] = [] if system is None else [{"role": "system", "content": system}]
         self.messages = list(self._start)
-        self._known: tuple[str, list[int]] = ("", [])  # a text that has been encoded, and its tokens
+        self._known: list[tuple[str, list[int]]] = []  # beginnings of the chat, and the tokens that they have had
 
     def reset(self) -> None:
         """Forget everything but the system prompt."""
-        self.messages = list(self._start)
+        self.messages, self._known = list(self._start), []
 
     def ask(self, text: str) -> None:
         """Add a message of the user's."""
@@ -93,15 +93,16 @@ class Conversation:
             InputError: the chat template refuses the messages, or they have no tokens.
         """
         text = self._text()
-        known, ids = self._known
         whole = self._encode(text, is_start=True)
-        if known and text.startswith(known):
+        beginnings = [(known, ids) for known, ids in self._known if text.startswith(known)]
+        if beginnings:
+            known, ids = max(beginnings, key=lambda beginning: len(beginning[0]))
             longer = [*ids, *self._encode(text[len(known) :], is_start=False)]
             if self._decode(longer) == self._decode(whole):  # a tokenizer may add a space where the rest begins
                 whole = longer
         if not whole:
             raise InputError("the message has no tokens; write some text")
-        self._known = (text, whole)
+        self._known.append((text, whole))
         return whole
 
     def answer(self, text: str, token_ids: Sequence[int]) -> None:
@@ -110,7 +111,8 @@ class Conversation:
         special, said = set(self._tokenizer.all_special_ids), list(token_ids)
         while said and said[-1] in special:
             said.pop()  # the end of the answer; the template writes its own
-        self._known = (self._known[0] + text, [*self._known[1], *said])
+        prompt, ids = self._known[-1]
+        self._known.append((prompt + text, [*ids, *said]))
 
     def save(self, file: str) -> None:
         """Write the messages as JSON; `InputError` if that cannot be."""
@@ -131,6 +133,7 @@ class Conversation:
                 f"{file} holds no chat; give a JSON object with `messages`, a list of objects with `role` "
                 f"({', '.join(_ROLES)}) and `content`"
             )
+        self._known = []
         self.messages = [{"role": message["role"], "content": message["content"]} for message in messages]
 
     def _text(self) -> str:
