@@ -190,7 +190,7 @@ class Decoder:
             InputError: what `generate` refuses, the options in the model's generation config included; or several
                 prompts.
         """
-        options = {} if eos_token_id is None else {"eos_token_id": eos_token_id}
+        options: dict[str, Any] = {} if eos_token_id is None else {"eos_token_id": eos_token_id}
         if input_ids.ndim == 2 and len(input_ids) > 1:
             raise InputError(f"a trace shows one sequence, but there are {len(input_ids)}; give one prompt")
         rows = self.rows([input_ids.flatten()], max_new_tokens=max_new_tokens, **options)

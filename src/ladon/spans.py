@@ -109,7 +109,7 @@ class Spans:
     def kept_regime(self, read: int, length: int) -> int | None:
         """The regime of a row's first `length` keys and values, of which `read` tokens are its prompt.
 
-        Those of a prompt that is half read are the whole prompt's. None if they are of several, or of no other length's.
+        A prompt that is half read has those of the whole one. None if they are of several, or of no other length's.
         """
         found = self.regime(max(read, length))
         return found if self.recomputed_at or self.regime(read) == found else None
