@@ -173,7 +173,7 @@ def test_mistakes_are_one_line_and_the_chat_goes_on(talk: Talk) -> None:
         assert said in note
     assert "not UTF-8" in notes[4] and STATUS.fullmatch(notes[5])
     assert f"the model's context ends at {CONTEXT}; write a shorter one, or /reset" in notes[6]
-    assert notes[7].startswith("1 answers: 8 tokens in ")
+    assert notes[7].startswith("answers: 1; 8 tokens in ")
 
 
 def test_help_names_every_command_and_lines_can_be_joined(talk: Talk, tmp_path: Path) -> None:

@@ -185,7 +185,7 @@ class Session:
             chat.load(text)
             say(f"{len(chat.messages)} messages")
         elif command == "/stats":
-            say(f"{self._answers} answers: {_took(self._said, self._total)}")
+            say(f"answers: {self._answers}; {_took(self._said, self._total)}")
         else:
             before = list(chat.messages)
             if command == "/regen":
