@@ -10,10 +10,12 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from ladon.engine import Engine
 from ladon.expectation import Sums
 from ladon.fixed_tree import FixedTree
+from ladon.generation import Decoder
 from ladon.lattice import Lattice
 from ladon.pickers import Picker
 from ladon.proposers import HeadsProposer, Proposer, RootProposer, tree_builder
@@ -29,6 +31,7 @@ DEPTH, CANDIDATES = 3, 4
 NUM_NODES = 12
 FIXED = FixedTree(((0,), (1,), (0, 0), (0, 1), (2,), (0, 0, 0), (0, 0, 2), (1, 1), (3,), (1, 1, 0), (2, 0)))
 TREES: dict[str, str | FixedTree] = {"chain": "chain", "fixed": FIXED, "dynamic": "dynamic"}
+SIZES = [("dynamic", 1), ("dynamic", 2), ("dynamic", 12), ("chain", 4), ("fixed", 12)]  # for `oracle_decoder`
 Truth = Sequence[Sequence[int]] | Mapping[tuple[int, ...], Sequence[int]]
 PROPOSERS = ("root", "oracle", "adversary", "random", "heads")
 
@@ -156,6 +159,13 @@ def make_proposer(
         clock = StageClock({}, enabled=False, device=torch.device("cpu"))
         return HeadsProposer(heads, tree_builder(tree), CANDIDATES, clock)
     return DraftedLattice(kind, truth, vocab_size, tree)
+
+
+def oracle_decoder(model: PreTrainedModel, truth: Sequence[int], tree: str, budget: int) -> Decoder:
+    """A decoder for one prompt whose drafts hold what is said after it, so that most steps emit several tokens."""
+    decoder = Decoder(model, budget=budget)
+    decoder._proposer = lambda clock: make_proposer("oracle", TREES[tree], [truth], 97, None)
+    return decoder
 
 
 def decode(

@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import TextStreamer
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from ladon.bench.systems import LadonSystem
 from ladon.cli import loading
 from ladon.cli.main import app, run
 from ladon.generation import Decoder
+from ladon.text import PieceStreamer
 from ladon.viz import png
 from user_side import CONTEXT, Tiny, write_jsonl
 
@@ -500,7 +500,7 @@ def test_ctrl_c_in_the_middle_of_decoding_leaves_the_model_as_it_was(
     answer = expected(tiny, PROMPT, 24)
     with monkeypatch.context() as patch:
         if place == "streamer":
-            patch.setattr(TextStreamer, "put", interrupt_later)
+            patch.setattr(PieceStreamer, "put", interrupt_later)
         if place == "layer":  # in the middle of a forward, where hooks sit on the model
             forward = LlamaMLP.forward
             patch.setattr(LlamaMLP, "forward", lambda self, x: (interrupt_later(), forward(self, x))[1])

@@ -18,9 +18,10 @@ BASE_INSTALL = {"torch", "transformers", "safetensors", "numpy", "typer", "rich"
 # A module may import only modules that stand before it here; a package is one entry.
 CORE = ["errors", "config", "tree", "lattice", "fixed_tree", "tree_notations", "growth"]
 CORE += ["constraints", "token_masks", "pickers", "sampling", "lossy", "picking", "accept", "stats"]
-CORE += ["rows", "legal_trees", "route", "host", "survivors"]
+CORE += ["past", "rows", "legal_trees", "route", "host", "survivors"]
 CORE += ["files", "machine", "expectation", "step_cost", "sizing", "curve", "learnt", "auto_sizing", "step_sizes"]
 MODEL_SIDE = [
+    "text",
     "calibration",
     "heads",
     "forwards",
@@ -50,6 +51,7 @@ MODEL_SIDE = [
     "laws",
     "requests",
     "outputs",
+    "streaming",
     "override",
     "generation",
     "attaching",

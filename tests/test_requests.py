@@ -49,7 +49,7 @@ def one_line(error: pytest.ExceptionInfo[InputError]) -> bool:
         (PROMPT, {"attention_mask": torch.ones(1, 5)}, r"attention mask has shape \[1, 5\]"),
         (PROMPT, {"attention_mask": torch.ones(1, 1, 12, 12)}, "attention mask has shape"),
         (PROMPT, {"max_new_tokns": 4}, "max_new_tokns"),
-        (PROMPT, {"past_key_values": DynamicCache()}, "past_key_values is not supported"),
+        (PROMPT, {"past_key_values": DynamicCache()}, "past_key_values is a DynamicCache"),
         (PROMPT, {"do_sample": True, "temperature": 0.0}, "temperature"),
         (PROMPT, {"do_sample": True, "top_p": 0.0}, "top_p"),
         (PROMPT, {"do_sample": True, "top_k": -3}, "top_k"),
@@ -112,7 +112,7 @@ def test_an_assistant_model_is_refused(model, decoder):
 
 def test_a_cache_with_content_is_refused_wherever_it_is_given(model, decoder):
     cache = model(PROMPT[:, :5]).past_key_values
-    with pytest.raises(InputError, match="past_key_values is not supported"):
+    with pytest.raises(InputError, match="past_key_values is a DynamicCache"):
         model.generate(PROMPT, custom_generate=decoder, max_new_tokens=4, past_key_values=cache)
 
 

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import itertools
+from functools import partial
+from types import SimpleNamespace
+
 import pytest
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, StoppingCriteria, StoppingCriteriaList
+from transformers.generation import stopping_criteria as kinds
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
 import ladon
+from drafts import SIZES, oracle_decoder
 from greedy import BATCH, MASK, PROMPT, plain
 from ladon.stopping import StopRules
+
+
+def one_character_per_token() -> PreTrainedTokenizerFast:
+    characters = Tokenizer(models.WordLevel({chr(33 + i): i for i in range(97)}, unk_token="!"))
+    characters.pre_tokenizer = pre_tokenizers.Split(Regex(""), "isolated")
+    characters.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=characters, pad_token="!")
 
 
 @pytest.mark.parametrize("length", [10, 13, 15, 40])
@@ -87,13 +101,9 @@ def test_the_row_so_far_is_not_made_anew_for_every_token():
 
 
 def test_stop_strings_of_a_generation_config(model, decoder):
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import GenerationConfig, PreTrainedTokenizerFast
+    from transformers import GenerationConfig
 
-    characters = Tokenizer(models.WordLevel({chr(33 + i): i for i in range(97)}, unk_token="!"))
-    characters.pre_tokenizer = pre_tokenizers.Split(Regex(""), "isolated")
-    characters.decoder = decoders.Fuse()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=characters, pad_token="!")
+    tokenizer = one_character_per_token()
     stop = tokenizer.decode(plain(model)[0, 12:])[5:7]
     expected = plain(model, stop_strings=[stop], tokenizer=tokenizer)
     assert expected.shape[1] < 12 + 16
@@ -106,3 +116,77 @@ def test_stop_strings_of_a_generation_config(model, decoder):
     assert torch.equal(other, plain(model, stop_strings=None))
     with pytest.raises(ladon.InputError, match="tokenizer"):
         decoder.generate(PROMPT, max_new_tokens=16)
+
+
+def check_usage(decoder: ladon.Decoder, output, new: int) -> None:
+    """Tokens that were cut off are counted nowhere and are not in the cache."""
+    assert output.sequences.shape[1] == 12 + new and decoder.stats.tokens == new - 1
+    (row,) = output.past_key_values.rows
+    assert list(row.token_ids) in (output.sequences[0].tolist(), output.sequences[0, :-1].tolist())
+
+
+@pytest.mark.parametrize(("tree", "budget"), SIZES)
+@pytest.mark.parametrize("place", range(9))
+def test_ends_and_limits_at_every_place_of_a_block(model, tree, budget, place):
+    truth = plain(model)[0, 12:].tolist()
+    assert len(set(truth[:9])) == 9, "another seed is needed"
+    decoder = oracle_decoder(model, truth, tree, budget)
+    ends = {"eos_token_id": [truth[place], truth[8], 96], "pad_token_id": 0, "max_new_tokens": 16}
+    for options in (ends, {"max_new_tokens": place + 1}, {"max_length": 13 + place}):
+        expected = plain(model, **{"max_new_tokens": None, **options})
+        output = decoder.generate(PROMPT, return_dict_in_generate=True, **options)
+        assert torch.equal(output.sequences, expected)
+        check_usage(decoder, output, place + 1)
+        assert decoder.stats.row_steps < place or budget == 1 or place < 2
+
+
+@pytest.mark.parametrize(("tree", "budget"), SIZES)
+@pytest.mark.parametrize("length", [1, 2, 5])
+def test_stop_strings_across_tokens_and_blocks(model, tree, budget, length):
+    """Of several the first to be complete ends the text, wherever it begins and ends among accepted paths."""
+    truth, tokenizer = plain(model)[0, 12:].tolist(), one_character_per_token()
+    decoder, text = oracle_decoder(model, truth, tree, budget), tokenizer.decode(truth)
+    for start in range(0, 16 - length):
+        stops = [text[start : start + length], text[-2:] + "never"]
+        expected = plain(model, stop_strings=stops, tokenizer=tokenizer)
+        output = decoder.generate(
+            PROMPT, max_new_tokens=16, stop_strings=stops, tokenizer=tokenizer, return_dict_in_generate=True
+        )
+        assert torch.equal(output.sequences, expected)
+        check_usage(decoder, output, text.index(stops[0]) + length)
+
+
+class Calls(StoppingCriteria):
+    """Notes everything that it is given, and ends at a token."""
+
+    def __init__(self, token: int) -> None:
+        self.token, self.seen = token, []
+
+    def __call__(self, input_ids, scores, **kwargs):
+        self.seen.append((input_ids.tolist(), scores, kwargs))
+        return input_ids[:, -1] == self.token
+
+
+@pytest.mark.parametrize(("tree", "budget"), SIZES)
+def test_criteria_get_the_calls_that_transformers_makes(model, tree, budget):
+    truth = plain(model)[0, 12:].tolist()
+    decoder = oracle_decoder(model, truth, tree, budget)
+    for token in (truth[0], truth[6], truth[7], 1000):
+        mine, theirs = Calls(token), Calls(token)
+        output = decoder.generate(PROMPT, max_new_tokens=16, stopping_criteria=[mine])
+        assert torch.equal(output, plain(model, stopping_criteria=StoppingCriteriaList([theirs])))
+        assert mine.seen == theirs.seen
+
+
+@pytest.mark.parametrize(("tree", "budget"), SIZES)
+@pytest.mark.parametrize("max_time", [0.5, 3.5, 6.5, 100])
+def test_max_time_is_asked_after_every_token(model, tree, budget, max_time, monkeypatch):
+    """With a clock that goes on by one second whenever it is read, the text ends where transformers ends it."""
+    truth = plain(model)[0, 12:].tolist()
+    decoder = oracle_decoder(model, truth, tree, budget)
+    monkeypatch.setattr(kinds, "time", SimpleNamespace(time=partial(next, itertools.count())))
+    expected = plain(model, max_time=max_time)
+    assert expected.shape[1] == 12 + min(int(max_time) + 1, 16)
+    output = decoder.generate(PROMPT, max_new_tokens=16, max_time=max_time, return_dict_in_generate=True)
+    assert torch.equal(output.sequences, expected)
+    check_usage(decoder, output, expected.shape[1] - 12)

@@ -22,8 +22,8 @@ from ladon.viz import html, png
 from ladon.viz.palette import origin_colour
 from ladon.viz.record import BONUS, Record, moving_acceptance, origins, record, rows_of, with_bonus
 from ladon.viz.terminal import run_view
-from ladon.viz.text import TextPieces, label
-from user_side import TEXT, Tiny
+from ladon.viz.text import label
+from user_side import Tiny
 
 
 def some_step(**changes: object) -> TraceStep:
@@ -165,16 +165,6 @@ def test_rows_leave_room_for_every_leaf(run: Record) -> None:
 def test_moving_acceptance() -> None:
     assert moving_acceptance([1, 3, 2, 4], window=2) == [1.0, 2.0, 2.5, 3.0]
     assert moving_acceptance([], window=2) == []
-
-
-@pytest.mark.parametrize("text", [TEXT, "naïve café", "漢字 and emoji 🐉🐍!", "    deep\n\n\tindent  "])
-def test_text_pieces_add_up_to_the_text(tiny: Tiny, text: str) -> None:
-    ids = tiny.tokenizer(text)["input_ids"]
-    for cut in (0, 1, len(ids) // 2):
-        start = tiny.tokenizer.decode(ids[:cut])
-        pieces = TextPieces(tiny.tokenizer, ids[:cut])
-        assert start.rstrip("�") + "".join(pieces.push(token) for token in ids[cut:]) == text or "�" in start
-    assert "".join(map(TextPieces(tiny.tokenizer).push, ids)) == text
 
 
 def test_labels_are_visible_and_on_one_line(tiny: Tiny) -> None:

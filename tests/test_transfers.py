@@ -193,6 +193,26 @@ def test_constraints_read_nothing_more(tiny_llama, tree, reads):
     assert (rows[0].stats.drafts_checked > 0) == (tree == "dynamic")
 
 
+def test_what_is_kept_and_gone_on_from_takes_no_read(tiny_llama, reads):
+    """Rows whose tokens the host has learnt when they were submitted."""
+    decoder, past = ladon.Decoder(tiny_llama, ladon.new_heads(tiny_llama), budget=8), []
+    prompts = [torch.arange(3, 9), torch.arange(5, 25)]
+    for _ in range(2):
+        rows = decoder.rows(prompts, past=past, max_new_tokens=9, eos_token_id=96, return_dict_in_generate=True)
+        engine = decoder.engine()
+        for row in rows:
+            engine.submit(row)
+        reads.forbidden.clear()
+        reads.allowed, reads.in_flight, num_steps = 0, False, 0
+        with Net(reads), Copies(reads):
+            while engine.step() is not None:
+                num_steps += 1
+        assert reads.forbidden == [] and reads.allowed == num_steps > 2
+        past = [row.past for row in rows]
+        prompts = [torch.tensor([*kept.token_ids, 40, 41]) for kept in past]
+    assert [row.stats.reused_tokens for row in rows] == [6 + 8, 20 + 8]
+
+
 @pytest.mark.parametrize("criterion", ["evidence", "siblings", "top-k"])
 @pytest.mark.parametrize("name", ["llama", "bloom", "gpt_neo", "mistral with eager"])
 def test_pruning_to_a_size_reads_nothing_more(name, criterion, reads, monkeypatch):

@@ -56,8 +56,12 @@ class Batch:
         return self.rows[len(self.drafted) :]
 
     def submit(self, row: Row) -> None:
-        """Let a row wait for its turn; `InputError` if it cannot be decoded."""
+        """Let a row wait for its turn; `InputError` if it cannot be decoded. Reads the device for a row with a past."""
         row.check()
+        if row.past is not None:
+            row.past.check(self._target.model)
+        if row.keeps_past:
+            _ = row.prompt_ids  # needed at its end, when reading the device would keep the others waiting
         row.stats.submitted = time.perf_counter()
         self._waiting.append(row)
 
@@ -67,6 +71,9 @@ class Batch:
         Returns:
             The trees that stay, by their old places, in their new order; None if all stay as they are.
         """
+        for place, row in enumerate(self.rows):
+            if row.finished and row.keeps_past:
+                row.past = self._target.keep(row, self.cache, place)
         tree_of = {place: index for index, place in enumerate(self.drafted)}
         kept = [place for place, row in enumerate(self.rows) if not row.finished]
         decoding = [place for place in kept if place in tree_of]
@@ -80,8 +87,8 @@ class Batch:
             self._cache = None
         return None if trees == list(range(len(tree_of))) else trees
 
-    def admit(self) -> None:
-        """Let waiting rows join behind the others, as far as there is room."""
+    def admit(self) -> list[Row]:
+        """Let waiting rows join behind the others, as far as there is room, each from its past if it has one."""
         room = len(self._waiting) if self._max_rows is None else self._max_rows - len(self.rows)
         new: list[Row] = []
         while self._waiting and len(new) < room:
@@ -89,13 +96,16 @@ class Batch:
             if not row.finished:
                 new.append(row)
         if not new:
-            return
+            return []
+        first = len(self.rows)
         self.rows += new
         if self._cache is None:
             self._cache = self._target.new_cache(0)  # tests the model, which is no part of the prefill
         self._cache.append(len(new))
-        for row in new:
+        for place, row in enumerate(new, start=first):
             row.stats.joined = time.perf_counter()
+            row.stats.reused_tokens = self._target.resume(row, self._cache, place)
+        return new
 
     def drop(self) -> None:
         """Cancel the rows in flight, whatever state they are in."""

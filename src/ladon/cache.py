@@ -15,7 +15,7 @@ and in slots; who needs them no more drops the cache.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ladon.errors import InputError
+from ladon.past import Stores
 from ladon.route import Route, flat_index
 
 _MoveKey = tuple[int, int, int, int, torch.device]
@@ -76,6 +77,22 @@ class _TreeLayer(CacheLayerMixin):
         for store in self.stores.values():
             slots = store.narrow(3, 0, used)
             slots.index_copy_(1, target.to(store.device), slots.index_select(1, source.to(store.device)))
+
+    def read_row(self, row: int, length: int) -> dict[str, Tensor]:
+        """Copies of the first `length` slots of a row, by store, [parts, heads, length, D]."""
+        return {name: store[:, row, :, :length].clone() for name, store in self.stores.items()}
+
+    def write_row(self, row: int, states: Mapping[str, Tensor]) -> None:
+        """Put what `read_row` gave into the first slots of a row; a layer that was never written gets its stores."""
+        for name, values in states.items():
+            if name not in self.stores:
+                self.stores[name] = self._allocate(len(values), values)
+                if name != "indexer":
+                    self.dtype, self.device, self.is_initialized = values.dtype, values.device, True
+        self._name_parts()
+        self._grow()
+        for name, values in states.items():
+            self.stores[name][:, row, :, : values.shape[2]] = values
 
     def get_seq_length(self) -> int:
         """The tokens before this forward, for the models that ask instead of reading position ids."""
@@ -235,6 +252,18 @@ class TreeCache(Cache):
             for layer in self._all_layers():
                 layer.move_rows(source, target, used)
         self.set_lengths([self.host_lengths[row] for row in rows])
+
+    def read_row(self, row: int, length: int) -> Stores:
+        """Copies of a row's first `length` slots, layer by layer."""
+        return [layer.read_row(row, length) for layer in self._all_layers()]
+
+    def write_row(self, row: int, stores: Stores, length: int) -> None:
+        """Make what `read_row` gave of some row the committed part of this one, `length` slots."""
+        self.route.reserve(length)
+        for layer, states in zip(self._all_layers(), stores, strict=True):
+            layer.write_row(row, states)
+        self.host_lengths[row] = length
+        self.lengths[row] = length
 
     def set_lengths(self, lengths: Sequence[int]) -> None:
         """Declare how many leading slots of each row are committed, on the host and on the device."""

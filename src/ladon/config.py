@@ -113,6 +113,13 @@ class GenerateOptions(SamplingOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ChatOptions(SamplingOptions):
+    """How a chat is held on the command line. The field docs are its help."""
+
+    max_new_tokens: int = field(default=256, metadata={"help": "tokens per answer at most"})
+
+
+@dataclass(frozen=True, kw_only=True)
 class DistillOptions(SamplingOptions):
     """How answers are written for training. The field docs are the help of the command line."""
 

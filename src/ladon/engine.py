@@ -7,7 +7,7 @@ loop with a tree of one node.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 
 import torch
 from torch import Tensor
@@ -86,7 +86,7 @@ class Engine:
         """End a row, wherever it is, from any thread: `Row.cancel`. The next step gives its place to another."""
         row.cancel()
 
-    def run(self, rows: Sequence[Row]) -> Iterator[Step]:
+    def run(self, rows: Sequence[Row]) -> Generator[Step, None, None]:
         """Submit rows and step until nothing is left to do. Closing the iterator cancels those that have not ended.
 
         Raises:
@@ -118,7 +118,7 @@ class Engine:
         """
         try:
             self._settle()
-            self._batch.admit()
+            self._stats.reused_tokens += sum(row.stats.reused_tokens for row in self._batch.admit())
             return self._step() if self._batch.rows else None
         except BaseException:  # an interrupt, too, leaves rows half done
             self._batch.drop()

@@ -7,11 +7,10 @@ assistant model.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from ladon.budgets import check_budget, make_sizing
@@ -24,12 +23,14 @@ from ladon.heads import Heads
 from ladon.laws import Law
 from ladon.lossy import Nucleus, Typical, rule_of
 from ladon.override import prepared_by_generate
+from ladon.past import Past
 from ladon.proposers import Proposer, RootProposer, as_chain, check_tree, drafting
 from ladon.prune_option import Prune, chosen_pruning, still_chosen
-from ladon.requests import Request, call_options, make_rows, padded_prompts, refuse_unsupported
+from ladon.requests import Request, call_options, kept_rows, make_rows, padded_prompts, refuse_unsupported
 from ladon.rows import Row
 from ladon.stats import DecodeStats, StageClock
 from ladon.steps import Step
+from ladon.streaming import stream
 from ladon.target import Target
 from ladon.trace import Trace
 from ladon.tree_notations import TreeSize
@@ -144,8 +145,9 @@ class Decoder:
             constraint: what texts may be (`ladon.json_schema`, `regex`, `grammar`), for all rows, or one or None for
                 each; where it lets a row go no further, that ends with a warning. `complete` tells whose text is whole.
             **kwargs: `generate`'s options: `attention_mask`, `max_new_tokens`, `max_length`, `eos_token_id`,
-                `stop_strings` with `tokenizer`, `return_dict_in_generate`, `num_return_sequences`. Model inputs other
-                than the mask (and position ids that follow from it) are refused, a cache too.
+                `stop_strings` with `tokenizer`, `return_dict_in_generate`, `num_return_sequences`; `past_key_values` of
+                an earlier output (`ladon.past.KeptCache`). Model inputs other than the mask (and position ids that
+                follow from it) are refused, caches of other kinds too.
 
         Returns:
             Sequences [B, T + new], padded on the right after a row's end; or transformers' output object.
@@ -158,7 +160,8 @@ class Decoder:
         options |= {"prefix_allowed_tokens_fn": prefix_allowed_tokens_fn, "synced_gpus": synced_gpus}
         options["assistant_model"] = assistant_model
         input_ids, options = call_options(self.model, input_ids, options, stopping_criteria or [])
-        return self._run(self._prepare(input_ids, seed=seed, constraint=constraint, **options), streamer)
+        own = {"seed": seed, "constraint": constraint, "pasts": kept_rows(options.pop("past_key_values", None))}
+        return self._run(self._prepare(input_ids, **own, **options), streamer)
 
     def __call__(
         self, model: PreTrainedModel, input_ids: Tensor, **prepared: Any
@@ -168,7 +171,7 @@ class Decoder:
         Before it calls a `custom_generate` callable, transformers drops `streamer` (an iterator streamer given there
         waits for ever), `tokenizer` (stop strings raise) and `assistant_model` (it has no effect), and refuses
         `num_return_sequences` above 1 in greedy decoding. `Decoder.generate` and `attach` handle them. An empty cache
-        given as `past_key_values` stays empty where transformers does not mark it as the user's.
+        of transformers' given as `past_key_values` stays empty where transformers does not mark it as the user's.
         """
         return self._run(self._request(model, input_ids, **prepared), None)
 
@@ -189,27 +192,28 @@ class Decoder:
             InputError: what `generate` refuses, the options in the model's generation config included; or several
                 prompts.
         """
-        options = {} if eos_token_id is None else {"eos_token_id": eos_token_id}
+        options: dict[str, Any] = {} if eos_token_id is None else {"eos_token_id": eos_token_id}
         if input_ids.ndim == 2 and len(input_ids) > 1:
             raise InputError(f"a trace shows one sequence, but there are {len(input_ids)}; give one prompt")
         rows = self.rows([input_ids.flatten()], max_new_tokens=max_new_tokens, **options)
         return Trace(self.engine().run(rows), len(rows[0].prompt))
 
-    def rows(self, prompts: Sequence[Tensor], **options: Any) -> list[Row]:
+    def rows(self, prompts: Sequence[Tensor], *, past: Sequence[Past] = (), **options: Any) -> list[Row]:
         """Prompts as rows for `engine` or `decode`, with the limits and stop rules that `generate` would give them.
 
         Args:
             prompts: token ids of each, [T] int64, without padding.
+            past: sequences decoded before (`Row.past`); each prompt goes on from the one that it shares most with.
             **options: `generate`'s: `max_new_tokens`, `eos_token_id`, `stopping_criteria`, `do_sample` (False if it is
-                not given), `seed`, `constraint` and so on.
+                not given), `seed`, `constraint`, `return_dict_in_generate` (rows keep their `past`, scores) and so on.
 
         Raises:
             InputError: what `generate` refuses.
         """
         input_ids, mask = padded_prompts(self.model, prompts, options)
-        return self._prepare(input_ids, attention_mask=mask, **{"do_sample": False, **options}).rows
+        return self._prepare(input_ids, pasts=past, attention_mask=mask, **{"do_sample": False, **options}).rows
 
-    def decode(self, rows: Sequence[Row], *, max_rows: int | None = None) -> Iterator[Step]:
+    def decode(self, rows: Sequence[Row], *, max_rows: int | None = None) -> Generator[Step, None, None]:
         """Decode rows whose limits, stops and token ids the caller has checked, in an `engine` of their own."""
         return self.engine(max_rows=max_rows).run(rows)
 
@@ -240,9 +244,11 @@ class Decoder:
             rule=self._rule,
         )
 
-    def _prepare(self, input_ids: Tensor, seed: Any = None, constraint: Any = None, **options: Any) -> Request:
+    def _prepare(
+        self, input_ids: Tensor, *, seed: Any = None, constraint: Any = None, pasts: Sequence[Past] = (), **options: Any
+    ) -> Request:
         """What transformers makes of a call's options; its complaints about them become an `InputError`."""
-        prepare = partial(self._request, seed=seed, constraint=constraint)
+        prepare = partial(self._request, seed=seed, constraint=constraint, pasts=pasts)
         request: Request = prepared_by_generate(self.model, input_ids, prepare, options)
         return request
 
@@ -255,6 +261,7 @@ class Decoder:
         generation_config: Any = None,
         seed: int | Sequence[int] | None = None,
         constraint: Constraint | Sequence[Constraint | None] | None = None,
+        pasts: Sequence[Past] = (),
         **model_kwargs: Any,
     ) -> Request:
         """A call that transformers has prepared, as rows; what is not supported is refused."""
@@ -269,25 +276,18 @@ class Decoder:
             self._target.context_limit,
             getattr(model.get_input_embeddings(), "num_embeddings", None),
             Law.of(generation_config, logits_processor, seed, len(input_ids), constraint),
+            pasts or kept_rows(model_kwargs.get("past_key_values"), prepared=True),
         )
         return Request(input_ids=input_ids, rows=rows, config=generation_config)
 
     def _run(self, request: Request, streamer: Any) -> Tensor | GenerateDecoderOnlyOutput:
-        """Decode a request to its end, with each step's tokens put to the streamer if there is one."""
-        if streamer is not None and len(request.rows) > 1:
-            raise InputError(f"a streamer shows one sequence, but there are {len(request.rows)}; give one prompt")
-        if streamer is not None:
-            streamer.put(request.input_ids.cpu())
+        """Decode a request to its end."""
         self.seeds = [row.seed for row in request.rows]
         is_plain = any(row.picker.is_plain for row in request.rows)
         try:
-            for step in self._engine(is_plain=is_plain).run(request.rows):
-                if streamer is not None and any(step.emitted):  # none while a long prompt is read
-                    streamer.put(torch.tensor(step.emitted[0]))
-        finally:  # or what it holds back would be lost, and whoever reads from it would wait for ever
+            stream(request, self._engine(is_plain=is_plain).run(request.rows), streamer)
+        finally:
             self.complete = [row.complete for row in request.rows]
-            if streamer is not None:
-                streamer.end()
         from ladon.outputs import pack_output
 
         return pack_output(request, self.stats)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from ladon.past import KeptCache
 from ladon.requests import Request
 from ladon.rows import Row, warn_of_dead_ends
 from ladon.stats import DecodeStats
@@ -49,7 +50,18 @@ def pack_output(request: Request, stats: DecodeStats) -> Tensor | DecodeOutput:
     scores, logits = (_kept(rows, name) for name in ("scores", "logits"))
     seeds = tuple(row.seed for row in rows)
     complete = tuple(row.complete for row in rows)
-    return DecodeOutput(sequences=sequences, scores=scores, logits=logits, stats=stats, seeds=seeds, complete=complete)
+    kept: Any = None  # transformers declares a cache of its own kind
+    if rows[0].keeps_past:
+        kept = KeptCache([row.past for row in rows if row.past is not None])
+    return DecodeOutput(
+        sequences=sequences,
+        scores=scores,
+        logits=logits,
+        past_key_values=kept,
+        stats=stats,
+        seeds=seeds,
+        complete=complete,
+    )
 
 
 def _kept(rows: list[Row], name: str) -> tuple[Tensor, ...] | None:

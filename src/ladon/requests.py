@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ladon.constraints import Guide
 from ladon.errors import InputError
 from ladon.laws import Law
+from ladon.past import KeptCache, Past, longest_past
 from ladon.rows import Row
 from ladon.stopping import StopRules, stop_string_rule
 
@@ -29,7 +30,6 @@ _UNSUPPORTED_OUTPUTS = ("output_attentions", "output_hidden_states")
 _NEUTRAL_INPUTS = {
     "attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position",
 }  # fmt: skip
-_OWN_CACHE = "past_key_values is not supported: Ladon keeps a cache of its own; pass the whole prompt as input_ids"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,7 +91,7 @@ def call_options(
     """
     input_ids = options.pop("inputs", None) if input_ids is None else input_ids
     check_prompt(input_ids, options.get("attention_mask"), merged_option(model, options, "max_new_tokens"))
-    refuse_cache(options.get("past_key_values"))
+    kept_rows(options.get("past_key_values"))
     if options.pop("assistant_model", None) is not None:
         raise InputError("assistant_model is not supported: Ladon's heads do its work; leave it out")
     rules, tokenizer = list(criteria), options.pop("tokenizer", None)
@@ -165,17 +165,23 @@ def refuse_unsupported(input_ids: Tensor, config: GenerationConfig, model_kwargs
     _refuse_inputs(input_ids, model_kwargs)
 
 
-def refuse_cache(cache: Any) -> None:
-    """Raise `InputError` for a cache given by the user: it would stay as it is."""
-    if cache is not None:
-        raise InputError(_OWN_CACHE)
+def kept_rows(cache: Any, *, prepared: bool = False) -> Sequence[Past]:
+    """The sequences in a cache given by the user; `InputError` for one of another kind, which would stay as it is.
+
+    `prepared`: `generate` has been there, and has made an empty cache if the user gave none.
+    """
+    if cache is None or (prepared and not getattr(cache, "_is_user_defined", False) and cache.get_seq_length() == 0):
+        return ()
+    if not isinstance(cache, KeptCache):
+        raise InputError(
+            f"past_key_values is a {type(cache).__name__}; give what an earlier call returned as past_key_values "
+            "(return_dict_in_generate=True), or leave it out: the whole prompt goes in as input_ids in any case"
+        )
+    return cache.rows
 
 
 def _refuse_inputs(input_ids: Tensor, model_kwargs: dict[str, Any]) -> None:
     """Raise `InputError` for model inputs that the target would not get. May read the device once."""
-    cache = model_kwargs.get("past_key_values")  # an empty one of generate's own making is what is always there
-    if cache is not None and (cache.get_seq_length() > 0 or getattr(cache, "_is_user_defined", False)):
-        refuse_cache(cache)
     # (text-only calls of models that could also take images come with an empty dict)
     given = [k for k, v in model_kwargs.items() if k not in _NEUTRAL_INPUTS and not (v is None or v == {})]
     if given:
@@ -205,6 +211,7 @@ def make_rows(
     context_limit: int | None,
     vocab_size: int | None,
     law: Law,
+    pasts: Sequence[Past] = (),
 ) -> list[Row]:
     """One row per prompt, its padding stripped.
 
@@ -216,6 +223,7 @@ def make_rows(
         context_limit: the greatest length of a sequence that the model was made for, if any.
         vocab_size: how many tokens the model can read; None if that is not known.
         law: how tokens are picked.
+        pasts: sequences that prompts may go on from.
 
     Raises:
         InputError: a prompt is empty, leaves no room for a token, or has a token that is not in the vocabulary.
@@ -249,8 +257,11 @@ def make_rows(
                 padded=ids,
                 number=index,
                 keeps=keeps,
+                keeps_past=bool(config.return_dict_in_generate and config.use_cache is not False),
             )
         )
+        if pasts:
+            rows[-1].past = longest_past(pasts, rows[-1].prompt_ids)
     _check_ids(rows, vocab_size)
     return rows
 

@@ -7,11 +7,13 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from torch import Tensor
 
 from ladon.constraints import Guide
 from ladon.errors import ConstraintError, InputError, LogitsError
+from ladon.past import Past
 from ladon.pickers import NO_TOKEN, Picker
 from ladon.sampling import GREEDY
 from ladon.stats import RowStats
@@ -32,6 +34,8 @@ class Row:
         number: its place in that batch.
         keeps: what is kept of its new tokens: "logits", "scores" (after its law), both or nothing.
         kept: that, by name, for each new token [V] float32, on the device.
+        past: keys and values of leading tokens of its prompt, which need not be read (`longest_past`); None: none.
+        keeps_past: whether `past` shall be its own, as far as it got, from the step after its end on.
         tokens: what has been emitted so far.
         finished: whether it has ended, in whatever way.
         cancelled: whether `cancel` has ended it.
@@ -50,12 +54,20 @@ class Row:
     number: int = 0
     keeps: frozenset[str] = frozenset()
     kept: dict[str, list[Tensor]] = field(default_factory=dict)
+    past: Past | None = None
+    keeps_past: bool = False
     tokens: list[int] = field(default_factory=list)
     finished: bool = False
     cancelled: bool = False
     error: Exception | None = None
     stats: RowStats = field(default_factory=RowStats)
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
+
+    @cached_property
+    def prompt_ids(self) -> list[int]:
+        """The prompt on the host; reads the device when first asked for."""
+        ids: list[int] = self.prompt.tolist()
+        return ids
 
     @property
     def num_left(self) -> int:
@@ -145,6 +157,11 @@ class Row:
             raise InputError(f"the row's prompt has shape {list(self.prompt.shape)}; give [T] token ids, one or more")
         if self.max_new_tokens < 1:
             raise InputError(f"the row's max_new_tokens is {self.max_new_tokens}; ask for 1 or more")
+        if self.past is not None and self.past.shared(self.prompt_ids[:-1]) < len(self.past):
+            raise InputError(
+                f"the row's past holds {len(self.past)} tokens that its prompt does not begin with and go on from; use "
+                "ladon.past.longest_past, or Decoder.rows(..., past=...)"
+            )
 
 
 def raise_error_of(rows: Sequence[Row]) -> None:

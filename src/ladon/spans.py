@@ -98,6 +98,22 @@ class Spans:
             start, stop = max(block * self._block - 1, 0), (block + 1) * self._block - 1
         return Span(start=start, stop=stop)
 
+    def regime(self, length: int) -> int | None:
+        """How positions are treated in a prompt of this length; None: as in no other.
+
+        Of two prompts of one regime, the longer one's keys and values begin with the shorter one's.
+        """
+        bounds = [bound for bound in (self._dynamic_from, self._sparse_from) if bound is not None]
+        return None if any(length > bound for bound in bounds) else sum(switch < length for switch in self._switches)
+
+    def kept_regime(self, read: int, length: int) -> int | None:
+        """The regime of a row's first `length` keys and values, of which `read` tokens are its prompt.
+
+        A prompt that is half read has those of the whole one. None if they are of several, or of no other length's.
+        """
+        found = self.regime(max(read, length))
+        return found if self.recomputed_at or self.regime(read) == found else None
+
     def depth_cap(self, length: int) -> int | None:
         """The greatest depth of a node whose root is at position `length`; None without a bound."""
         stop = None if self._unbounded else self.at(length).stop

@@ -27,6 +27,7 @@ class Counts:
 
     Attributes:
         prefill_tokens: prompt tokens read.
+        reused_tokens: prompt tokens that were not read, because their keys and values had been kept (`Row.past`).
         row_steps: decode steps, counted once for each row in them.
         tokens: tokens emitted by decode steps; tokens cut off by a stop or a limit do not count.
         nodes_verified: node slots given to the target; roots, padding slots and pruned ones included.
@@ -37,6 +38,7 @@ class Counts:
     """
 
     prefill_tokens: int = 0
+    reused_tokens: int = 0
     row_steps: int = 0
     tokens: int = 0
     nodes_verified: int = 0

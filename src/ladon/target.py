@@ -23,9 +23,11 @@ from ladon.forwards import at, lock_of, projection_inputs
 from ladon.heads.ends import output_projection
 from ladon.layer_inputs import layer_inputs_of
 from ladon.masks import Sight, localities, model_masks, tree_mask
+from ladon.past import Maker, Past
 from ladon.prefill import Ends, PromptReader
 from ladon.pruning import Pruner, Pruning
 from ladon.pruning_test import check_pruning
+from ladon.rows import Row
 from ladon.self_test import Verdict, tested
 from ladon.spans import Part, Spans
 from ladon.tree import TokenTree, ancestor_mask, node_depths, position_ids
@@ -123,6 +125,27 @@ class Target:
     def depth_cap(self, length: int) -> int | None:
         """The greatest depth a node may have in a row of `length` cached tokens; None for no bound, 0 for plain."""
         return self._spans.depth_cap(length)
+
+    def keep(self, row: Row, cache: TreeCache, place: int) -> Past | None:
+        """What a row that has ended leaves behind; None if no other prompt could go on from it.
+
+        An accepted path may reach beyond the token that ended the row: what lies there is not kept.
+        """
+        ids = [*row.prompt_ids, *row.tokens]
+        length = min(cache.host_lengths[place], len(ids))
+        regime = self._spans.kept_regime(len(row.prompt_ids), length)
+        if regime is None or length == 0:
+            return None
+        stores = cache.read_row(place, length)
+        return Past(token_ids=ids[:length], stores=stores, regime=regime, maker=Maker.of(self.model))
+
+    def resume(self, row: Row, cache: TreeCache, place: int) -> int:
+        """Let a new row of the cache start from its past, if its prompt can go on from it; how many tokens that is."""
+        past = row.past
+        if past is None or past.regime != self._spans.regime(len(row.prompt)) or past.maker != Maker.of(self.model):
+            return 0
+        cache.write_row(place, past.stores, len(past))
+        return len(past)
 
     @torch.no_grad()
     def verify(self, tree: TokenTree, cache: TreeCache, pruning: Pruning | None = None) -> VerifyOutput:

@@ -84,13 +84,13 @@ def _complete(console: Console, loaded: Loaded, prompt: str, plan: BenchOptions)
 
     from ladon.cli.prompts import encode
     from ladon.generation import Decoder
+    from ladon.text import Detokenizer
     from ladon.viz.record import origins
     from ladon.viz.terminal import legend, token_text
-    from ladon.viz.text import TextPieces
 
     decoder = Decoder(loaded.model, loaded.heads, budget=plan.budgets[0])
     ids = encode(loaded.tokenizer, prompt)
-    pieces = TextPieces(loaded.tokenizer, ids.tolist())
+    pieces = Detokenizer(loaded.tokenizer, ids.tolist())
     console.print(Rule("dynamic tree, live", align="left", style="dim"))
     console.print(Text("\n".join(prompt.splitlines()[-_SHOWN_LINES:]), "dim"), end="", soft_wrap=True)
     steps = 0

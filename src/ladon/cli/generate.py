@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -132,10 +133,10 @@ def _answer_one(
     decoder: Decoder, loaded: Loaded, text: str, max_new_tokens: int, law: dict[str, Any], *, is_silent: bool
 ) -> dict[str, Any]:
     """Write one answer as it comes; what is known of it."""
-    from transformers import TextStreamer
+    from ladon.text import PieceStreamer
 
     ids = encode(loaded.tokenizer, text).to(loaded.model.device)
-    streamer = None if is_silent else TextStreamer(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    streamer = None if is_silent else PieceStreamer(loaded.tokenizer, partial(print, end="", flush=True))
     output = decoder.generate(
         ids[None],
         attention_mask=ids.new_ones(1, len(ids)),
@@ -143,6 +144,8 @@ def _answer_one(
         streamer=streamer,
         **law,
     )
+    if not is_silent:
+        print(flush=True)
     new = output[0, len(ids) :].tolist()
     constraints.say_if_cut(decoder.complete)
     return {"text": _text(loaded, new), "token_ids": new, "prompt_tokens": len(ids), "complete": decoder.complete[0]}

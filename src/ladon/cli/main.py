@@ -16,6 +16,7 @@ import typer
 from ladon import __version__
 from ladon.cli.bench import bench
 from ladon.cli.calibrate import calibrate
+from ladon.cli.chat import chat
 from ladon.cli.demo import demo
 from ladon.cli.distill import distill
 from ladon.cli.export import export
@@ -38,7 +39,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (demo, generate, verify, bench, distill, train, calibrate, export, inspect, trace):
+for command in (demo, generate, chat, verify, bench, distill, train, calibrate, export, inspect, trace):
     app.command()(command)
 app.command("import")(import_heads)  # the word is taken in Python
 

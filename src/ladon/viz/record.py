@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ladon.text import Detokenizer
 from ladon.tree import ancestor_mask
-from ladon.viz.text import TextPieces, label
+from ladon.viz.text import label
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -111,7 +112,7 @@ def record(
     title: str,
 ) -> Record:
     """Make the record of a run from its prompt [T], the prefill's token and the decode steps (`Decoder.trace`)."""
-    pieces = TextPieces(tokenizer, prompt_ids)
+    pieces = Detokenizer(tokenizer, prompt_ids)
     return Record(
         title=title,
         prompt=str(tokenizer.decode(list(prompt_ids), skip_special_tokens=False)),
@@ -120,7 +121,7 @@ def record(
     )
 
 
-def _step(tokenizer: PreTrainedTokenizerBase, step: TraceStep, pieces: TextPieces) -> Step:
+def _step(tokenizer: PreTrainedTokenizerBase, step: TraceStep, pieces: Detokenizer) -> Step:
     kept = [slot for slot, value in enumerate(step.log_probs) if value > -math.inf]
     place = {slot: index for index, slot in enumerate(kept)}
     accepted = set(step.path)
