@@ -16,7 +16,7 @@ SOURCE = ROOT / "src" / "ladon"
 BASE_INSTALL = {"torch", "transformers", "safetensors", "numpy", "typer", "rich"}
 
 # A module may import only modules that stand before it here; a package is one entry.
-CORE = ["errors", "config", "tree", "lattice", "fixed_tree", "tree_notations", "growth"]
+CORE = ["errors", "config", "tree", "lattice", "fixed_tree", "tree_notations", "growth", "merging", "ngrams"]
 CORE += ["pickers", "sampling", "picking", "accept", "stats"]
 CORE += ["rows", "route", "host", "survivors"]
 CORE += ["files", "machine", "expectation", "step_cost", "sizing", "curve", "learnt", "auto_sizing", "step_sizes"]
@@ -41,6 +41,7 @@ MODEL_SIDE = [
     "budgets",
     "prune_option",
     "proposers",
+    "lookup",
     "batch",
     "steps",
     "engine",

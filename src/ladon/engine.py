@@ -15,6 +15,7 @@ from torch import Tensor
 from ladon.accept import longest_match
 from ladon.batch import Batch
 from ladon.host import to_host
+from ladon.lookup import Lookup, to_device
 from ladon.picking import Picking
 from ladon.proposers import Proposer
 from ladon.pruning import Pruning
@@ -44,6 +45,7 @@ class Engine:
         clock: StageClock,
         max_rows: int | None = None,
         pruning: Pruning | None = None,
+        lookup: Lookup | None = None,
     ) -> None:
         """Make an engine without rows.
 
@@ -55,12 +57,13 @@ class Engine:
             clock: times the stages.
             max_rows: rows in flight at most, others wait in the order they came; None for no bound.
             pruning: how trees are pruned while they are verified; None for not at all.
+            lookup: adds n-grams to the trees; no other engine may use it. None: nothing is added.
 
         Raises:
             InputError: `max_rows` is below 1.
         """
         self._target, self._proposer = target, proposer
-        self._stats, self._clock, self._pruning = stats, clock, pruning
+        self._stats, self._clock, self._pruning, self._lookup = stats, clock, pruning, lookup
         self._sizes = StepSizes(budget, stats, target.device)
         self._batch = Batch(target, max_rows)
         self._tree: TokenTree | None = None
@@ -117,8 +120,7 @@ class Engine:
             return self._step() if self._batch.rows else None
         except BaseException:  # an interrupt, too, leaves rows half done
             self._batch.drop()
-            self._tree = None
-            self._proposer.keep([])
+            self._keep([])
             raise
 
     @torch.no_grad()
@@ -126,8 +128,14 @@ class Engine:
         """Rows that have ended leave; those that have read their prompts are among the others now."""
         trees = self._batch.settle()
         if self._tree is not None and trees is not None:
-            self._tree = self._tree.rows(trees) if trees else None
-            self._proposer.keep(trees)
+            self._keep(trees)
+
+    def _keep(self, trees: list[int]) -> None:
+        """Only these trees stay, and what was drafted from."""
+        self._tree = self._tree.rows(trees) if self._tree is not None and trees else None
+        self._proposer.keep(trees)
+        if self._lookup is not None:
+            self._lookup.keep(trees)
 
     def _step(self) -> Step:
         """Read prompts on, verify the trees, keep what the target would have said, and grow the next trees."""
@@ -141,25 +149,41 @@ class Engine:
         if not outcomes:
             self._stats.prefill_seconds += prefilled - started
             return Step(rows=[], emitted=[])
+        prompts = [] if read is None else [self._batch.rows[place].prompt for place in read.places]
         if read is not None:
-            self._proposer.join([self._batch.rows[place].prompt for place in read.places], read.hidden)
+            self._proposer.join(prompts, read.hidden)
         hidden, root = _cat([outcome.hidden for outcome in outcomes]), _cat([outcome.root for outcome in outcomes])
         self._batch.drafted = [place for outcome in outcomes for place in outcome.places]
         with self._clock.paused(decoded is None):
             lengths = [self._batch.cache.host_lengths[place] for place in self._batch.drafted]
             self._tree = self._proposer.propose(hidden, root, self._sizes.reach(lengths))
             packed = self._sizes.pack(_stacked([outcome.table for outcome in outcomes]), self._tree)
+            if self._lookup is not None:
+                packed = self._lookup.pack(packed, self._tree)
             with self._clock.stage("transfer"):
-                table = self._sizes.unpack(to_host(packed)[0], len(lengths))
+                values = to_host(packed)[0]
+            table = self._sizes.unpack(values if self._lookup is None else self._lookup.unpack(values), len(lengths))
+            grown = self._tree.num_nodes
+            if self._lookup is not None:
+                with self._clock.stage("ngrams"):
+                    self._look_up(self._lookup, table, prompts)
         if decoded is not None:
             counts = [count for count, *_ in table[: len(decoded.places)]]
-            seconds, grown = time.perf_counter() - prefilled, self._tree.num_nodes
+            seconds = time.perf_counter() - prefilled
             self._sizes.observe(counts, pruned=decoded.num_pruned, grown=grown, seconds=seconds)
         step = self._deliver(table, decoded, outcomes)
         ended = time.perf_counter()
         self._stats.prefill_seconds += (ended if decoded is None else prefilled) - started
         self._stats.decode_seconds += 0.0 if decoded is None else ended - prefilled
         return step
+
+    def _look_up(self, lookup: Lookup, table: list[list[int]], prompts: list[Tensor]) -> None:
+        """Add n-grams to the trees, now that the new tokens are known."""
+        lookup.follow(table, prompts)
+        tree = lookup.extended(self._sizes.room)
+        if tree is not None:
+            self._sizes.extend(tree)
+            self._tree = to_device(tree, self._target.device)
 
     def _read(self) -> Outcome | None:
         """Read joining rows' prompts on by a chunk; what is said after those that have come to their end, if any."""

@@ -21,6 +21,7 @@ from ladon.errors import InputError, LadonError
 from ladon.fixed_tree import FixedTree
 from ladon.heads import Heads
 from ladon.laws import Law
+from ladon.lookup import Lookup, looks_up
 from ladon.override import own_generate
 from ladon.proposers import Proposer, RootProposer, as_chain, check_tree, drafting
 from ladon.prune_option import Prune, chosen_pruning, still_chosen
@@ -72,13 +73,14 @@ class Decoder:
         deterministic: bool = False,
         prune: Prune = _DEFAULTS.prune,
         profile: bool = False,
+        ngrams: str = _DEFAULTS.ngrams,
     ) -> None:
         """Check the model and the options.
 
         Args:
             model: any causal language model of transformers whose cache can roll back.
-            heads: decoding heads for it; None decodes plainly. Decoders of several models may share heads if they run
-                one after the other.
+            heads: decoding heads for it; None: n-grams alone draft. Decoders of several models may share heads if they
+                run one after the other.
             tree: "dynamic" (grown anew at each step from the heads' joint probabilities), "chain" (each head's best
                 token), "off" (plain decoding), a `FixedTree` or a `TreeSize`. A model that verifies chains but no trees
                 (its self-test says so) gets the chain instead of the dynamic tree.
@@ -89,26 +91,28 @@ class Decoder:
                 on the trees and a profile (`ladon calibrate`) alone, and are 16 without one.
             prune: "off"; "auto", what `ladon calibrate --pruning` found to pay, if anything; or a `Pruning`.
             profile: measure time by stage (waits for the device at each stage).
+            ngrams: "auto": what followed the last tokens earlier joins dynamic trees, and without heads is all; "off".
 
         Raises:
             UnsupportedModelError: the model cannot verify a tree exactly.
             HeadsError: the heads do not belong to the model.
-            TreeError: an unknown tree option, a budget below 1, or a fixed tree that the heads cannot fill or that
-                branches where the model verifies chains only.
+            TreeError: an unknown tree or n-gram option, a budget below 1, or a fixed tree that the heads cannot fill or
+                that branches where the model verifies chains only.
         """
         if isinstance(tree, TreeSize):
             tree, budget, num_candidates = tree.options(budget)
-        self._num_candidates = DecoderOptions(num_candidates=num_candidates).num_candidates  # checked there
-        self._tree = check_tree(tree, heads, self._num_candidates)
-        self._budget, self._profile = check_budget(budget), profile
+        DecoderOptions(num_candidates=num_candidates, ngrams=ngrams)  # checks them
+        self._num_candidates, self._tree = num_candidates, check_tree(tree, heads, num_candidates)
+        self._budget, self._profile, self._prune = check_budget(budget), profile, prune
         self.model = model
         self.heads = None if heads is None else heads.bind(model)
         self._target = Target(model)
         if heads is not None and not self._target.supports_trees:
             self._tree = as_chain(self._tree)
-        self._prune = prune
         self.pruning = pruning = chosen_pruning(prune, heads, self._target)
-        self.sizing = make_sizing(budget, self._tree, model, self.heads, self._num_candidates, deterministic, pruning)
+        self._looks_up = ngrams != "off" and looks_up(self._tree, heads, budget)
+        has = {"ngrams": self._looks_up, "deterministic": deterministic}
+        self.sizing = make_sizing(budget, self._tree, model, self.heads, self._num_candidates, pruning, **has)
         self.stats = DecodeStats()
         self.seeds: list[int] = []
 
@@ -211,22 +215,18 @@ class Decoder:
         """Decode rows whose limits, stops and token ids the caller has checked, in an `engine` of their own."""
         return self.engine(max_rows=max_rows).run(rows)
 
-    def engine(self, *, max_rows: int | None = None) -> Engine:
+    def engine(self, *, max_rows: int | None = None, is_plain: bool = False) -> Engine:
         """An engine for rows that come and go, with statistics of its own, which are `stats` from now on.
 
         Args:
-            max_rows: rows in flight at most, the others wait; None for no bound.
-
-        Raises:
-            InputError: `max_rows` is below 1.
+            max_rows: rows in flight at most, 1 or more (else `InputError`), the others wait; None for no bound.
+            is_plain: draft nothing.
         """
-        return self._engine(max_rows=max_rows)
-
-    def _engine(self, *, max_rows: int | None = None, is_plain: bool = False) -> Engine:
         self._target.check()  # first of all: the model may have changed since the last call
         self.pruning = still_chosen(self.pruning, self._prune, self._target)
         self.stats = DecodeStats()
         clock = StageClock(self.stats.stage_seconds, enabled=self._profile, device=self._target.device)
+        is_chain = self._tree == "chain" or not self._target.supports_trees
         return Engine(
             self._target,
             RootProposer() if is_plain else self._proposer(clock),
@@ -235,6 +235,7 @@ class Decoder:
             clock=clock,
             max_rows=max_rows,
             pruning=self.pruning,
+            lookup=Lookup(is_chain=is_chain) if self._looks_up and not is_plain else None,
         )
 
     def _prepare(self, input_ids: Tensor, seed: int | Sequence[int] | None = None, **options: Any) -> Request:
@@ -281,7 +282,7 @@ class Decoder:
             streamer.put(request.input_ids.cpu())
         self.seeds = [row.seed for row in request.rows]
         is_plain = any(row.picker.is_plain for row in request.rows)
-        for step in self._engine(is_plain=is_plain).run(request.rows):
+        for step in self.engine(is_plain=is_plain).run(request.rows):
             if streamer is not None and step.emitted:  # none while a long prompt is read
                 streamer.put(torch.tensor(step.emitted[0]))
         if streamer is not None:

@@ -88,7 +88,7 @@ def _continued(edges: Tensor, parents: Tensor) -> Tensor:
 
 
 def _path_sums(edges: Tensor, parents: Tensor, max_depth: int) -> Tensor:
-    """Log-probability of each node's path, [B, W] float32; -inf where an edge on it is 0. The root's own is left out."""
+    """Log-probability of each node's path, [B, W] float32; -inf where an edge is 0. The root's own is left out."""
     sums = (edges.log().clamp_(min=_LEAST) * _UNIT).long()
     sums[:, 0] = 0
     above, span = parents, 1

@@ -12,12 +12,15 @@ a tree with probabilities. Everything here is plain host arithmetic.
 
 from __future__ import annotations
 
+import itertools
 import math
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from typing import NamedTuple
 
+MOST_GUESSED = 32  # tokens of a path
 _SHORTEST = 2  # tokens that must match
 _LONGEST = 32  # tokens beyond which a longer match says no more
 _LOOKED_AT = 16  # newest occurrences that are compared
@@ -86,134 +89,205 @@ def _match(text: Sequence[int], end: int) -> int:
     return length
 
 
-class _Key(NamedTuple):
+class Kind(NamedTuple):
     """What a guess is rated by.
 
     Attributes:
         length: class of the longest match that leads to it.
-        count: occurrences that lead to it, `_MOST_COUNTED` at most.
+        seen: occurrences that lead to it, `_MOST_SEEN` at most.
         standing: one of the four below.
     """
 
     length: int
-    count: int
+    seen: int
     standing: int
 
 
-_ALONE, _AHEAD, _CONTESTED, _BEHIND = range(4)  # no other guess; others' matches are shorter; as good as; others failed
-_AS_GOOD = 2  # tokens by which the other's match is shorter at the most
-_LENGTH_CLASSES = (3, 4, 5, 9, 17)  # where the next one begins
-_MOST_COUNTED = 3
-# How often guesses were right: by standing, length class and count. Measured on what the bundled model wrote after
-# held-out code, code that it was to write again, and HumanEval's prompts (benchmarks/ngrams.py --rates).
+# No other guess; others, whose matches are shorter; others that are about as good; it comes after those that failed.
+_ALONE, _AHEAD, _CONTESTED, _BEHIND = range(4)
+_ABOUT = 2  # tokens by which a match that is about as good is shorter at most
+_LENGTH_CLASSES = (3, 4, 5, 9, 17)  # lengths where the next class begins
+_MOST_SEEN = 3
+# How often guesses were right, by standing, class of length and number of occurrences, in what the bundled model wrote
+# after held-out code, code that it was to write again, and HumanEval's prompts.
 _MEASURED = (
-    ((0.53, 0.73, 0.86), (0.67, 0.88, 0.90), (0.86, 0.92, 0.95), (0.90, 0.93, 0.96), (0.93, 0.97, 0.98), (0.95, 0.98, 0.99)),
-    ((0.53, 0.73, 0.86), (0.67, 0.88, 0.90), (0.70, 0.80, 0.90), (0.75, 0.88, 0.93), (0.80, 0.90, 0.93), (0.84, 0.96, 0.98)),
-    ((0.23, 0.35, 0.45), (0.36, 0.50, 0.80), (0.42, 0.50, 0.80), (0.48, 0.50, 0.80), (0.50, 0.50, 0.85), (0.50, 0.50, 0.90)),
-    ((0.15, 0.35, 0.50), (0.30, 0.45, 0.60), (0.55, 0.60, 0.70), (0.55, 0.60, 0.70), (0.60, 0.70, 0.80), (0.60, 0.70, 0.80)),
-)  # fmt: skip
-_MEASURED_WEIGHT = 12.0  # guesses that a measured rate stands for
-_KEEP = 0.98  # of the evidence, with each guess of a kind: another text has other rates
-_DEEPEST = 32
-_LEAST = math.log(0.02)  # of a path, below which it is no guess
+    (
+        (0.53, 0.73, 0.86),
+        (0.67, 0.88, 0.90),
+        (0.86, 0.92, 0.95),
+        (0.90, 0.93, 0.96),
+        (0.93, 0.97, 0.98),
+        (0.95, 0.98, 0.99),
+    ),
+    (
+        (0.53, 0.73, 0.86),
+        (0.67, 0.88, 0.90),
+        (0.70, 0.80, 0.90),
+        (0.75, 0.88, 0.93),
+        (0.80, 0.90, 0.93),
+        (0.84, 0.96, 0.98),
+    ),
+    (
+        (0.23, 0.35, 0.45),
+        (0.36, 0.50, 0.80),
+        (0.42, 0.50, 0.80),
+        (0.48, 0.50, 0.80),
+        (0.50, 0.50, 0.85),
+        (0.50, 0.50, 0.90),
+    ),
+    (
+        (0.15, 0.35, 0.50),
+        (0.30, 0.45, 0.60),
+        (0.55, 0.60, 0.70),
+        (0.55, 0.60, 0.70),
+        (0.60, 0.70, 0.80),
+        (0.60, 0.70, 0.80),
+    ),
+)
+_WEIGHT = 12.0  # guesses that a measured rate stands for
+_MOST_WEIGHT = 50.0  # guesses of a kind that are remembered: another text has other rates
+# Share of the heads in a guess in which n-grams have a say too, by class of length: the mixture under which what came
+# next was most probable, on the same texts.
+_HEADS_SHARE = (0.7, 0.5, 0.2, 0.1, 0.1, 0.05)
+_LEAST = 0.02  # probability of a path below which it is no guess
+
+
+class Rates:
+    """How often guesses of each kind are right: as measured once, and as it turns out."""
+
+    def __init__(self) -> None:
+        self._weight: dict[Kind, float] = {}
+        self._right: dict[Kind, float] = {}
+        for standing, lengths in enumerate(_MEASURED):
+            for length, by_seen in enumerate(lengths):
+                for seen, rate in enumerate(by_seen, start=1):
+                    kind = Kind(length, seen, standing)
+                    self._weight[kind], self._right[kind] = _WEIGHT, rate * _WEIGHT
+
+    def of(self, kind: Kind) -> float:
+        """The rate, above 0 and below 1."""
+        return self._right[kind] / self._weight[kind]
+
+    def learn(self, kind: Kind, *, is_right: bool) -> None:
+        """One more guess of this kind."""
+        if self._weight[kind] >= _MOST_WEIGHT:
+            keep = 1.0 - 1.0 / _MOST_WEIGHT
+            self._weight[kind] *= keep
+            self._right[kind] *= keep
+        self._weight[kind] += 1.0
+        self._right[kind] += is_right
+
+
+class _Guess(NamedTuple):
+    """What may come next at a node: the token, its kind, and the occurrences that say so."""
+
+    token: int
+    kind: Kind
+    places: list[Occurrence]
 
 
 @dataclass(slots=True)
 class Draft:
-    """A row's guesses as a tree, best first: node 0 is the root.
+    """A row's guesses as a tree: nodes best first, the root being node 0.
 
     Attributes:
         tokens: token id of each node.
-        parents: its parent, -1 for the root.
-        log_probs: of the path to it.
+        parents: its parent; -1 for the root.
+        log_probs: log-probability of the path to it.
         depths: its depth.
-        match: tokens that match at the root, the longest of all occurrences; 0 if there is none.
+        heads_shares: share that heads have in the edges below it.
     """
 
-    tokens: list[int]
-    parents: list[int] = field(default_factory=lambda: [-1])
-    log_probs: list[float] = field(default_factory=lambda: [0.0])
-    depths: list[int] = field(default_factory=lambda: [0])
-    match: int = 0
-    guesses: list[list[tuple[int, _Key, int]]] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    parents: list[int] = field(default_factory=list)
+    log_probs: list[float] = field(default_factory=list)
+    depths: list[int] = field(default_factory=list)
+    heads_shares: list[float] = field(default_factory=list)
+    _guesses: list[list[_Guess]] = field(default_factory=list)
+    _children: dict[tuple[int, int], int] = field(default_factory=dict)  # by parent and token
 
+    @classmethod
+    def of_root(cls, token: int) -> Draft:
+        """The root alone."""
+        return cls([token], [-1], [0.0], [0], [1.0], [[]])
 
-class Rates:
-    """How often guesses of a kind are right: as measured once, then as they turn out here."""
+    def __len__(self) -> int:
+        """Its nodes, root included."""
+        return len(self.tokens)
 
-    def __init__(self) -> None:
-        self._right: dict[_Key, float] = {}
-        self._weight: dict[_Key, float] = {}
-        for standing, lengths in enumerate(_MEASURED):
-            for length, counts in enumerate(lengths):
-                for count, rate in enumerate(counts, start=1):
-                    self._right[_Key(length, count, standing)] = rate * _MEASURED_WEIGHT
-                    self._weight[_Key(length, count, standing)] = _MEASURED_WEIGHT
+    def _add(self, token: int, parent: int, log_prob: float, guesses: list[_Guess]) -> None:
+        """A node, and what may follow it."""
+        self._children[parent, token] = len(self.tokens)
+        self.tokens.append(token)
+        self.parents.append(parent)
+        self.log_probs.append(log_prob)
+        self.depths.append(self.depths[parent] + 1 if parent >= 0 else 0)
+        self.heads_shares.append(_HEADS_SHARE[guesses[0].kind.length] if guesses else 1.0)
+        self._guesses.append(guesses)
 
-    def of(self, key: _Key) -> float:
-        return self._right[key] / self._weight[key]
+    def teach(self, rates: Rates, tokens: Iterable[int]) -> None:
+        """Tell `rates` which guesses turned out right, now that these tokens have come after the root.
 
-    def learn(self, draft, tokens):
-        node = 0
+        Guesses were to be tried in their order: one that comes after the right one was not put to the test.
+        """
+        node: int | None = 0
         for token in tokens:
-            children = draft.guesses[node] if node < len(draft.guesses) else []
-            found = -1
-            for guess, key, child in children:
-                hit = guess == token
-                keep = _KEEP if self._weight[key] > 50 else 1.0
-                self._right[key] = self._right[key] * keep + hit
-                self._weight[key] = self._weight[key] * keep + 1
-                if hit:
-                    found = child
-                    break
-            if found < 0:
+            if node is None:
                 return
-            node = found
+            for guess in self._guesses[node]:
+                rates.learn(guess.kind, is_right=guess.token == token)
+                if guess.token == token:
+                    break
+            node = self._children.get((node, token))
 
 
-def draft(index: TokenIndex, rates: Rates, num_nodes: int, *, is_chain: bool = False) -> Draft:
-    text = index.tokens
-    occurrences = index.occurrences()
-    found = Draft([text[-1]])
-    if not occurrences:
-        return found
-    found.match = occurrences[0].length
-    found.tokens.clear(); found.parents.clear(); found.log_probs.clear(); found.depths.clear()
-    heap = [(0.0, 0, text[-1], -1, 0, occurrences, None, 0)]
-    pushed = 1
-    total = len(text)
-    while heap and len(found.tokens) < num_nodes:
-        cost, _, token, parent, depth, places, siblings, place = heappop(heap)
-        node = len(found.tokens)
-        found.tokens.append(token); found.parents.append(parent); found.log_probs.append(-cost); found.depths.append(depth)
-        if siblings is not None:
-            siblings[place] = (siblings[place][0], siblings[place][1], node)
-        own: list = []
-        found.guesses.append(own)
-        if depth == _DEEPEST:
-            continue
-        groups: dict[int, list[Occurrence]] = {}
-        for o in places:
-            at = o.end + depth
-            if at >= total:
-                at = o.end + depth % (total - o.end)
-            groups.setdefault(text[at], []).append(o)
-        left = 0.0
-        lengths = [g[0].length for g in groups.values()]
-        for rank, (tok, group) in enumerate(groups.items()):
-            length = group[0].length + depth
-            if rank: standing = _BEHIND
-            elif len(lengths) == 1: standing = _ALONE
-            else:
-                standing = _CONTESTED if lengths[1] >= lengths[0] - _AS_GOOD else _AHEAD
-            cls = sum(length >= c for c in _LENGTH_CLASSES)
-            key = _Key(cls, min(len(group), _MOST_COUNTED), standing)
-            rate = rates.of(key)
-            own.append((tok, key, -1))
-            c = cost - math.log(rate) - left
-            if -c >= _LEAST:
-                heappush(heap, (c, pushed, tok, node, depth + 1, group, own, rank))
-                pushed += 1
-            left += math.log1p(-rate)
-            if is_chain: break
+def draft(index: TokenIndex, rates: Rates, num_nodes: int, *, is_chain: bool = False) -> Draft | None:
+    """The most probable continuations of a row, best first.
+
+    Args:
+        index: the row; its last token is the root.
+        rates: how probable guesses are.
+        num_nodes: the most nodes, root included.
+        is_chain: whether a node may have one child only.
+
+    Returns:
+        The tree; None if nothing is to be guessed.
+    """
+    places = index.occurrences()
+    if not places:
+        return None
+    found = Draft()
+    number = itertools.count()  # of equally probable paths the first one found comes first, and parents before children
+    heap = [(0.0, next(number), index.tokens[-1], -1, places)]
+    while heap and len(found) < num_nodes:
+        cost, _, token, parent, places = heappop(heap)
+        depth = 0 if parent < 0 else found.depths[parent] + 1
+        guesses = _guesses(index.tokens, places, depth)[: 1 if is_chain else None]
+        found._add(token, parent, -cost, guesses)
+        for guess in guesses if depth < MOST_GUESSED else ():
+            rate = rates.of(guess.kind)
+            if math.exp(-cost) * rate >= _LEAST:
+                heappush(heap, (cost - math.log(rate), next(number), guess.token, len(found) - 1, guess.places))
+            cost -= math.log1p(-rate)  # for the others if this one fails
+    return found if len(found) > 1 else None
+
+
+def _guesses(text: Sequence[int], places: Sequence[Occurrence], depth: int) -> list[_Guess]:
+    """What comes `depth` tokens further on at each of these places, those with the longest match first.
+
+    Where a place's own text ends (it is being written again and again), its beginning follows.
+    """
+    groups: dict[int, list[Occurrence]] = {}
+    for place in places:
+        at = place.end + depth
+        if at >= len(text):
+            at = place.end + depth % (len(text) - place.end)
+        groups.setdefault(text[at], []).append(place)
+    best, *others = [group[0].length for group in groups.values()]
+    standing = _ALONE if not others else _CONTESTED if others[0] >= best - _ABOUT else _AHEAD
+    found = []
+    for token, group in groups.items():
+        length = bisect_right(_LENGTH_CLASSES, group[0].length + depth)
+        found.append(_Guess(token, Kind(length, min(len(group), _MOST_SEEN), standing), group))
+        standing = _BEHIND
     return found

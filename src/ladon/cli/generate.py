@@ -54,6 +54,7 @@ def generate(
     tree: options.TreeOption = _DEFAULTS.tree,
     budget: options.BudgetOption = str(_DEFAULTS.budget),
     prune: options.PruneOption = _DEFAULTS.prune,
+    ngrams: options.NgramsOption = _DEFAULTS.ngrams,
     temperature: options.TemperatureOption = _SAMPLING.temperature,
     top_p: options.TopPOption = _SAMPLING.top_p,
     top_k: options.TopKOption = _SAMPLING.top_k,
@@ -100,8 +101,8 @@ def generate(
         trust_remote_code=trust_remote_code,
         ignore_generation_config=ignore_generation_config,
     )
-    require_heads(loaded, shape)
-    decoder = Decoder(loaded.model, loaded.heads, tree=shape, budget=nodes, prune=prune, profile=stats)
+    require_heads(loaded, shape, ngrams)
+    decoder = Decoder(loaded.model, loaded.heads, tree=shape, budget=nodes, prune=prune, ngrams=ngrams, profile=stats)
     if is_many:
         rows = _rows(decoder, loaded, questions, max_new_tokens, law)
         document = _answer_many(decoder, loaded, questions, rows, batch, is_silent=as_json)

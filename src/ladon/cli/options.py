@@ -60,6 +60,9 @@ BudgetOption = Annotated[
 PruneOption = Annotated[
     str, Option("--prune", metavar="NAME", help=f"{help_of(DecoderOptions, 'prune').capitalize()}.")
 ]
+NgramsOption = Annotated[
+    str, Option("--ngrams", metavar="NAME", help=f"{help_of(DecoderOptions, 'ngrams').capitalize()}.")
+]
 NewTokensOption = Annotated[int, Option("--max-new-tokens", metavar="N", min=1, help="Tokens to write at most.")]
 
 
