@@ -3,7 +3,7 @@
     python benchmarks/ngrams.py --humaneval FILE --output benchmarks/results/NAME.json
     python benchmarks/ngrams.py --only acceptance --prompts 8
 
-Three kinds of prompts: code that is to be written again with a change (repetitive edits), held-out code, HumanEval. First
+Three kinds of prompts: code to write again with a change (repetitive edits), held-out code, and HumanEval. First
 acceptance lengths, of each prompt alone, on all steps and on those that repeat nothing; every output is compared with
 plain decoding's. Then speed: systems decode the same prompts side by side, step by step (`never_slower_turns.py`).
 Run it alone on the machine. The last line is one JSON document; docs/metrics.md defines its keys.
@@ -27,7 +27,7 @@ from never_slower_turns import Make, Settings, take_turns
 from ladon.bench.repetition import Repetition
 from ladon.bench.report import finite
 from ladon.bench.steps import by_size
-from ladon.bench.systems import LadonSystem, Run, merged
+from ladon.bench.systems import Run, merged
 from ladon.environment import environment, load
 
 TASKS = ("edits", "code", "humaneval")
@@ -168,7 +168,9 @@ def main() -> None:
     if arguments.output:
         arguments.output.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     for goal in document["goals"]:
-        print(f"{'met' if goal['met'] else 'MISSED':6} {goal['ratio']:.3f} (at least {goal['at_least']}) {goal['goal']}")
+        print(
+            f"{'met' if goal['met'] else 'MISSED':6} {goal['ratio']:.3f} (at least {goal['at_least']}) {goal['goal']}"
+        )
     print(json.dumps(document, allow_nan=False))
 
 

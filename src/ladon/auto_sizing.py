@@ -214,7 +214,7 @@ class AutoSizing:
         Their probabilities are learnt from each token where they are made; what such steps may lose is bounded here.
         """
         curve = self._curve(batch, context, drafts=False)
-        if not curve.has_plain or not self._learnt.may_lose(curve.plain):
+        if self._plain_steps > 0 or not curve.has_plain or not self._learnt.may_lose(curve.plain):
             return 0
         tokens = self.expectation.tokens(sums, batch, corrected=False)
         rates = self._rates(tokens, batch, curve.seconds, len(self.edges))

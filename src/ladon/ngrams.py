@@ -89,20 +89,7 @@ def _match(text: Sequence[int], end: int) -> int:
     return length
 
 
-class Kind(NamedTuple):
-    """What a guess is rated by.
-
-    Attributes:
-        length: class of the longest match that leads to it.
-        seen: occurrences that lead to it, `_MOST_SEEN` at most.
-        standing: one of the four below.
-    """
-
-    length: int
-    seen: int
-    standing: int
-
-
+# What a guess is rated by: its standing, the class of the longest match that leads to it, and how many occurrences do.
 # No other guess; others, whose matches are shorter; others that are about as good; it comes after those that failed.
 _ALONE, _AHEAD, _CONTESTED, _BEHIND = range(4)
 _ABOUT = 2  # tokens by which a match that is about as good is shorter at most
@@ -149,26 +136,23 @@ _MOST_WEIGHT = 50.0  # guesses of a kind that are remembered: another text has o
 # Share of the heads in a guess in which n-grams have a say too, by class of length: the mixture under which what came
 # next was most probable, on the same texts.
 _HEADS_SHARE = (0.7, 0.5, 0.2, 0.1, 0.1, 0.05)
-_LEAST = 0.02  # probability of a path below which it is no guess
+_MOST_COST = -math.log(0.02)  # of a path, the negative logarithm of its probability; beyond, it is no guess
 
 
 class Rates:
     """How often guesses of each kind are right: as measured once, and as it turns out."""
 
     def __init__(self) -> None:
-        self._weight: dict[Kind, float] = {}
-        self._right: dict[Kind, float] = {}
-        for standing, lengths in enumerate(_MEASURED):
-            for length, by_seen in enumerate(lengths):
-                for seen, rate in enumerate(by_seen, start=1):
-                    kind = Kind(length, seen, standing)
-                    self._weight[kind], self._right[kind] = _WEIGHT, rate * _WEIGHT
+        """As measured."""
+        measured = [rate for lengths in _MEASURED for by_seen in lengths for rate in by_seen]
+        self._weight = [_WEIGHT] * len(measured)
+        self._right = [_WEIGHT * rate for rate in measured]
 
-    def of(self, kind: Kind) -> float:
+    def of(self, kind: int) -> float:
         """The rate, above 0 and below 1."""
         return self._right[kind] / self._weight[kind]
 
-    def learn(self, kind: Kind, *, is_right: bool) -> None:
+    def learn(self, kind: int, *, is_right: bool) -> None:
         """One more guess of this kind."""
         if self._weight[kind] >= _MOST_WEIGHT:
             keep = 1.0 - 1.0 / _MOST_WEIGHT
@@ -178,12 +162,18 @@ class Rates:
         self._right[kind] += is_right
 
 
+def _kind(standing: int, length: int, seen: int) -> int:
+    """The place of a kind among all; `length` is the match's."""
+    length_class = bisect_right(_LENGTH_CLASSES, length)
+    return (standing * len(_HEADS_SHARE) + length_class) * _MOST_SEEN + min(seen, _MOST_SEEN) - 1
+
+
 class _Guess(NamedTuple):
     """What may come next at a node: the token, its kind, and the occurrences that say so."""
 
     token: int
-    kind: Kind
-    places: list[Occurrence]
+    kind: int
+    places: Sequence[Occurrence]
 
 
 @dataclass(slots=True)
@@ -196,6 +186,8 @@ class Draft:
         log_probs: log-probability of the path to it.
         depths: its depth.
         heads_shares: share that heads have in the edges below it.
+        guesses: what may follow it, also where that was not worth a node, in the order in which it is to be tried.
+        children: nodes by their parent and token.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -203,8 +195,8 @@ class Draft:
     log_probs: list[float] = field(default_factory=list)
     depths: list[int] = field(default_factory=list)
     heads_shares: list[float] = field(default_factory=list)
-    _guesses: list[list[_Guess]] = field(default_factory=list)
-    _children: dict[tuple[int, int], int] = field(default_factory=dict)  # by parent and token
+    guesses: list[list[_Guess]] = field(default_factory=list)
+    children: dict[tuple[int, int], int] = field(default_factory=dict)
 
     @classmethod
     def of_root(cls, token: int) -> Draft:
@@ -215,16 +207,6 @@ class Draft:
         """Its nodes, root included."""
         return len(self.tokens)
 
-    def _add(self, token: int, parent: int, log_prob: float, guesses: list[_Guess]) -> None:
-        """A node, and what may follow it."""
-        self._children[parent, token] = len(self.tokens)
-        self.tokens.append(token)
-        self.parents.append(parent)
-        self.log_probs.append(log_prob)
-        self.depths.append(self.depths[parent] + 1 if parent >= 0 else 0)
-        self.heads_shares.append(_HEADS_SHARE[guesses[0].kind.length] if guesses else 1.0)
-        self._guesses.append(guesses)
-
     def teach(self, rates: Rates, tokens: Iterable[int]) -> None:
         """Tell `rates` which guesses turned out right, now that these tokens have come after the root.
 
@@ -234,11 +216,11 @@ class Draft:
         for token in tokens:
             if node is None:
                 return
-            for guess in self._guesses[node]:
+            for guess in self.guesses[node]:
                 rates.learn(guess.kind, is_right=guess.token == token)
                 if guess.token == token:
                     break
-            node = self._children.get((node, token))
+            node = self.children.get((node, token))
 
 
 def draft(index: TokenIndex, rates: Rates, num_nodes: int, *, is_chain: bool = False) -> Draft | None:
@@ -253,23 +235,29 @@ def draft(index: TokenIndex, rates: Rates, num_nodes: int, *, is_chain: bool = F
     Returns:
         The tree; None if nothing is to be guessed.
     """
-    places = index.occurrences()
+    places: Sequence[Occurrence] = index.occurrences()
     if not places:
         return None
-    found = Draft()
+    found, text = Draft(), index.tokens
     number = itertools.count()  # of equally probable paths the first one found comes first, and parents before children
-    heap = [(0.0, next(number), index.tokens[-1], -1, places)]
-    while heap and len(found) < num_nodes:
-        cost, _, token, parent, places = heappop(heap)
-        depth = 0 if parent < 0 else found.depths[parent] + 1
-        guesses = _guesses(index.tokens, places, depth)[: 1 if is_chain else None]
-        found._add(token, parent, -cost, guesses)
+    heap: list[tuple[float, int, int, int, int, Sequence[Occurrence]]] = [(0.0, next(number), text[-1], -1, 0, places)]
+    while heap and len(found.tokens) < num_nodes:
+        cost, _, token, parent, depth, places = heappop(heap)
+        node, guesses = len(found.tokens), _guesses(text, places, depth)[: 1 if is_chain else None]
+        found.tokens.append(token)
+        found.parents.append(parent)
+        found.log_probs.append(-cost)
+        found.depths.append(depth)
+        found.heads_shares.append(_HEADS_SHARE[bisect_right(_LENGTH_CLASSES, places[0].length + depth)])
+        found.guesses.append(guesses)
+        found.children[parent, token] = node
         for guess in guesses if depth < MOST_GUESSED else ():
             rate = rates.of(guess.kind)
-            if math.exp(-cost) * rate >= _LEAST:
-                heappush(heap, (cost - math.log(rate), next(number), guess.token, len(found) - 1, guess.places))
+            if cost - math.log(rate) <= _MOST_COST:
+                entry = (cost - math.log(rate), next(number), guess.token, node, depth + 1, guess.places)
+                heappush(heap, entry)
             cost -= math.log1p(-rate)  # for the others if this one fails
-    return found if len(found) > 1 else None
+    return found if len(found.tokens) > 1 else None
 
 
 def _guesses(text: Sequence[int], places: Sequence[Occurrence], depth: int) -> list[_Guess]:
@@ -277,17 +265,17 @@ def _guesses(text: Sequence[int], places: Sequence[Occurrence], depth: int) -> l
 
     Where a place's own text ends (it is being written again and again), its beginning follows.
     """
+    size = len(text)
+    tokens = [text[end + (depth if end + depth < size else depth % (size - end))] for end, _ in places]
+    if tokens.count(tokens[0]) == len(tokens):  # as mostly
+        return [_Guess(tokens[0], _kind(_ALONE, places[0].length + depth, len(places)), places)]
     groups: dict[int, list[Occurrence]] = {}
-    for place in places:
-        at = place.end + depth
-        if at >= len(text):
-            at = place.end + depth % (len(text) - place.end)
-        groups.setdefault(text[at], []).append(place)
-    best, *others = [group[0].length for group in groups.values()]
-    standing = _ALONE if not others else _CONTESTED if others[0] >= best - _ABOUT else _AHEAD
+    for token, place in zip(tokens, places, strict=True):
+        groups.setdefault(token, []).append(place)
+    best, second, *_ = [group[0].length for group in groups.values()]
+    standing = _CONTESTED if second >= best - _ABOUT else _AHEAD
     found = []
     for token, group in groups.items():
-        length = bisect_right(_LENGTH_CLASSES, group[0].length + depth)
-        found.append(_Guess(token, Kind(length, min(len(group), _MOST_SEEN), standing), group))
+        found.append(_Guess(token, _kind(standing, group[0].length + depth, len(group)), group))
         standing = _BEHIND
     return found
