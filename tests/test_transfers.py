@@ -169,7 +169,7 @@ def check_one_read_per_step(model, tree, reads, prune="off", reads_more=False, s
     with Net(reads), Copies(reads):
         num_steps = sum(1 for _ in run)
     assert reads.forbidden == []
-    assert num_steps > 5
+    assert num_steps > 3
     if reads_more:  # in every step but those of the root alone
         assert num_steps < reads.allowed <= num_steps + decoder.stats.forwards
     else:

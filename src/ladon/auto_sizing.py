@@ -122,7 +122,7 @@ class AutoSizing:
         """Size of the next step; see `Sizing.choose`."""
         with self._learnt.lock:
             if sums is None:
-                self._last = 0
+                self._last, self._is_trial = 0, False
             elif self._grown == 0:
                 self._last = self._best_place_of_ngrams(sums, batch, context)
             else:
@@ -136,12 +136,13 @@ class AutoSizing:
         """Learn from a step; seconds that were predicted for it, NaN if none were."""
         with self._learnt.lock:
             self._unread.append(record)
-            if self._stands > 0 and self._pays and not self._is_trial:
-                return math.nan  # nothing is asked before the next step: several are cheaper to learn from together
+            can_wait = self._stands > 0 and self._pays if self._has_heads else len(self._unread) <= _STANDS
+            if can_wait and not self._is_trial:
+                return math.nan  # several steps are cheaper to learn from together
             *unread, newest = self._unread
             self._unread = []
             for known in unread:
-                self._learn(known, is_trial=False)
+                self._learn(known, is_trial=not self._has_heads)
             return self._learn(newest, is_trial=self._is_trial or not self._pays)
 
     def _learn(self, record: StepRecord, *, is_trial: bool) -> float:
