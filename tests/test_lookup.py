@@ -8,6 +8,7 @@ import torch
 import ladon
 from drafts import TREES, RandomSizing, make_proposer
 from ladon import TreeError
+from ladon.engine import Engine
 from ladon.lookup import Lookup, looks_up, to_device
 from ladon.ngrams import MOST_GUESSED
 from ladon.stats import DecodeStats, StageClock
@@ -77,7 +78,9 @@ def test_where_n_grams_have_a_place():
     assert not looks_up(TREES["fixed"], None, "auto")
 
 
-@pytest.mark.parametrize("options", [{"budget": 16}, {"budget": "auto"}, {"deterministic": True}, {"tree": "chain"}])
+@pytest.mark.parametrize(
+    "options", [{"budget": 16}, {"budget": "auto"}, {"deterministic": True}, {"tree": "chain", "budget": 9}]
+)
 def test_alone_it_says_the_same_in_fewer_forwards(model, options):
     plain = ladon.Decoder(model, tree="off")
     expected = plain.generate(REPETITIVE, max_new_tokens=80, do_sample=False)
@@ -100,7 +103,7 @@ def test_merged_with_heads_more_is_accepted(decoder, model):
 
 
 def test_sampled_text_is_the_same(model):
-    options = {"max_new_tokens": 60, "do_sample": True, "temperature": 0.7, "seed": 3}
+    options = {"max_new_tokens": 60, "do_sample": True, "temperature": 0.02, "seed": 3}  # cold: it repeats itself
     batch = REPETITIVE.repeat(3, 1)
     expected = ladon.Decoder(model, tree="off").generate(batch, **options)
     decoder = ladon.Decoder(model, budget=16)
@@ -121,8 +124,9 @@ def test_a_chain_has_one_path(model):
     rows = (decoder := ladon.Decoder(model, tree="chain", budget=8)).rows([REPETITIVE[0]], max_new_tokens=40)
     trees = [s.tree for s in decoder.decode(rows) if s.tree is not None]
     assert max(tree.num_nodes for tree in trees) > 2
-    for tree in trees:
-        assert tree.parents.tolist() == [list(range(-1, tree.num_nodes - 1))]
+    for tree in trees:  # near its end a row's tree is cut by padding
+        depth = int((tree.log_probs > -torch.inf).sum())
+        assert tree.parents[0, :depth].tolist() == list(range(-1, depth - 1))
 
 
 def test_a_row_that_leaves_takes_its_text_along(model):
@@ -130,21 +134,25 @@ def test_a_row_that_leaves_takes_its_text_along(model):
     engine = decoder.engine()
     rows = decoder.rows([REPETITIVE[0]] * 3, max_new_tokens=12)
     rows[1].max_new_tokens = 4
-    for _ in engine.run(rows):
-        assert len(engine._lookup._rows) <= sum(not row.finished for row in rows) + 1
+    for row in rows:
+        engine.submit(row)
+    while any(not row.finished for row in rows):
+        before = sum(not row.finished for row in rows)
+        engine.step()
+        assert len(engine._lookup._rows) == before
+    assert engine.step() is None
     assert engine._lookup._rows == [] and [len(row.tokens) for row in rows] == [12, 4, 12]
 
 
 def test_sums_of_merged_trees_reach_the_sizing(model, decoder):
     """Depths beyond the heads' are summed, and steps that heads had no part in are told apart."""
-    sizing = RandomSizing(2)
-    target = Target(model)
-    stats = DecodeStats()
+    sizing, target = RandomSizing(2), Target(model)
     clock = StageClock({}, enabled=False, device=torch.device("cpu"))
     proposer = make_proposer("heads", "dynamic", [], 97, decoder.heads)
-    engine = ladon.engine.Engine(target, proposer, budget=sizing, stats=stats, clock=clock, lookup=Lookup())
-    for _ in engine.run(decoder.rows([REPETITIVE[0]], max_new_tokens=80)):
-        pass
+    for _ in range(4):
+        engine = Engine(target, proposer, budget=sizing, stats=DecodeStats(), clock=clock, lookup=Lookup())
+        for _ in engine.run(decoder.rows([REPETITIVE[0]], max_new_tokens=80)):
+            pass
     depths = {len(sums) for sums in sizing.sums if sums is not None}
     assert max(depths) > 3 and max(depths) <= MOST_GUESSED
     for sums in sizing.sums:
