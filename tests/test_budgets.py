@@ -127,7 +127,8 @@ def test_a_chain_has_small_edges(tiny_llama: PreTrainedModel, heads: Heads) -> N
 def test_sizes_that_nobody_need_choose(tiny_llama: PreTrainedModel, heads: Heads) -> None:
     tree = FixedTree(((0,), (1,), (0, 0)))
     for decoder, nodes in (
-        (Decoder(tiny_llama), 1),
+        (Decoder(tiny_llama, ngrams="off"), 1),
+        (Decoder(tiny_llama, tree="off"), 1),
         (Decoder(tiny_llama, heads, tree="off"), 1),
         (Decoder(tiny_llama, heads, tree=tree), 4),
         (Decoder(tiny_llama, heads, budget=7), 7),

@@ -90,7 +90,8 @@ class StepSizes:
         with self._timed:
             self._batch, self._context = len(lengths), sum(lengths) / len(lengths)
             share = self._batch / self._rows
-            sums, of_heads = _shared(self._sums, share), _shared(self._of_heads, share)
+            sums = _shared(self._sums, share)
+            of_heads = sums if self._of_heads is self._sums else _shared(self._of_heads, share)
             size = self._sizing.choose(sums, self._batch, self._context, of_heads)
             place = self._edges.index(size.nodes) if size.nodes in self._edges else 0
             self._expected = [masses[place] for masses in sums] if sums is not None and place > 0 else []
