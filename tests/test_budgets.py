@@ -120,8 +120,9 @@ def test_auto_is_the_default_and_decodes_as_plain_does(tiny_llama: PreTrainedMod
 
 def test_a_chain_has_small_edges(tiny_llama: PreTrainedModel, heads: Heads) -> None:
     assert Decoder(tiny_llama, heads, tree="chain").sizing.edges == (1, 2, 4)
-    assert Decoder(tiny_llama, heads, num_candidates=1).sizing.edges == (1, 2, 4)
+    assert Decoder(tiny_llama, heads, num_candidates=1, ngrams="off").sizing.edges == (1, 2, 4)
     assert Decoder(tiny_llama, heads).sizing.edges == EDGES
+    assert Decoder(tiny_llama).sizing.edges == (1, 2, 4, 8, 16, 24, 32, 48)  # n-grams alone
 
 
 def test_sizes_that_nobody_need_choose(tiny_llama: PreTrainedModel, heads: Heads) -> None:
