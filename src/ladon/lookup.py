@@ -74,7 +74,7 @@ class Lookup:
         """
         most = min(MOST_NGRAM_NODES, room(MOST_NGRAM_NODES))
         self._drafts = [draft(index, self._rates, most, is_chain=self._is_chain) for index in self._rows]
-        if not any(self._drafts):
+        if all(found is None or len(found) == 1 for found in self._drafts):
             return None
         tree, shares = _tree_of(self._drafts, [index.tokens[-1] for index in self._rows])
         rows, nodes = self._shape

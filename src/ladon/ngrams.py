@@ -131,6 +131,7 @@ _MEASURED = (
         (0.60, 0.70, 0.80),
     ),
 )
+_RARELY = 0.003  # the lowest rate, and how far the greatest is from 1
 _WEIGHT = 12.0  # guesses that a measured rate stands for
 _MOST_WEIGHT = 50.0  # guesses of a kind that are remembered: another text has other rates
 # Share of the heads in a guess in which n-grams have a say too, by class of length: the mixture under which what came
@@ -149,8 +150,8 @@ class Rates:
         self._right = [_WEIGHT * rate for rate in measured]
 
     def of(self, kind: int) -> float:
-        """The rate, above 0 and below 1."""
-        return self._right[kind] / self._weight[kind]
+        """The rate, above 0 and below 1: nothing is for ever, and both logarithms are taken."""
+        return min(max(self._right[kind] / self._weight[kind], _RARELY), 1.0 - _RARELY)
 
     def learn(self, kind: int, *, is_right: bool) -> None:
         """One more guess of this kind."""
@@ -233,7 +234,7 @@ def draft(index: TokenIndex, rates: Rates, num_nodes: int, *, is_chain: bool = F
         is_chain: whether a node may have one child only.
 
     Returns:
-        The tree; None if nothing is to be guessed.
+        The tree, its root alone if no guess is worth a node, which may be learnt from even so; None if nothing matches.
     """
     places: Sequence[Occurrence] = index.occurrences()
     if not places:
@@ -257,7 +258,7 @@ def draft(index: TokenIndex, rates: Rates, num_nodes: int, *, is_chain: bool = F
                 entry = (cost - math.log(rate), next(number), guess.token, node, depth + 1, guess.places)
                 heappush(heap, entry)
             cost -= math.log1p(-rate)  # for the others if this one fails
-    return found if len(found.tokens) > 1 else None
+    return found
 
 
 def _guesses(text: Sequence[int], places: Sequence[Occurrence], depth: int) -> list[_Guess]:
