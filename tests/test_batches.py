@@ -21,6 +21,7 @@ from ladon import engine as engine_module
 from ladon.cache import TreeCache
 from ladon.engine import Engine
 from ladon.errors import InputError
+from ladon.lookup import Lookup
 from ladon.pickers import Picker
 from ladon.proposers import RootProposer
 from ladon.pruning import Pruning
@@ -130,6 +131,7 @@ schedules = st.fixed_dictionaries(
         "sampled": st.booleans(),
         "sizes": st.one_of(st.none(), st.none(), st.integers(0, 9)),  # any size at any step, from this seed
         "keep": st.sampled_from([None, None, 3, "threshold"]),
+        "ngrams": st.booleans(),
     }
 )
 
@@ -143,6 +145,8 @@ def follow(name: str, schedule: dict) -> None:
     options = {"max_rows": schedule["max_rows"], "sampled": schedule["sampled"]}
     if schedule["sizes"] is not None:
         options["budget"] = RandomSizing(schedule["sizes"])
+    if schedule["ngrams"]:
+        options["lookup"] = Lookup()
     if schedule["keep"] is not None:
         options["pruning"] = Pruning(layer=1, keep=schedule["keep"], threshold=0.01)
     engine = made.engine(schedule["kind"], schedule["tree"], **options)

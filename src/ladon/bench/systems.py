@@ -89,8 +89,8 @@ class LadonSystem:
 
         Args:
             model: the target.
-            heads: its heads; not used by mode "plain".
-            mode: plain, chain, fixed, dynamic, auto or pruned.
+            heads: its heads; not used by modes "plain" and "ngrams".
+            mode: one of `ladon.config.BENCH_MODES`.
             budget: nodes per step and row, or "auto".
             fixed_tree: the tree of mode "fixed".
             prune: how mode "pruned" prunes, as for `Decoder`.
@@ -98,14 +98,15 @@ class LadonSystem:
             make: makes the decoder, called as `Decoder` is.
         """
         self.name = mode
-        tree: str | FixedTree = {"plain": "off", "auto": "dynamic", "pruned": "dynamic"}.get(mode, mode)
+        tree: str | FixedTree = {"plain": "off", "chain": "chain"}.get(mode, "dynamic")
         most = {"plain": 1, "chain": heads.num_heads + 1 if heads else 1}.get(mode)
         if mode == "fixed":
             if fixed_tree is None:
                 raise InputError("mode fixed needs a tree; give one with --fixed-tree, or leave the mode out")
             tree, most = fixed_tree, fixed_tree.num_nodes
         options = {"tree": tree, "budget": budget, "prune": prune if mode == "pruned" else OFF, "profile": profile}
-        self._decoder = make(model, None if mode == "plain" else heads, **options)
+        options["ngrams"] = "auto" if mode.endswith("ngrams") else "off"
+        self._decoder = make(model, None if mode in ("plain", "ngrams") else heads, **options)
         if mode == "pruned" and self._decoder.pruning is None:
             raise InputError(
                 "mode pruned: no pruning is known to pay; run ladon calibrate --pruning, or say how (4:16)"

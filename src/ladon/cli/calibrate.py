@@ -107,7 +107,7 @@ def calibrate(
     from ladon.cli.loading import load, require_heads
 
     loaded = load(model, heads, dtype=dtype, device=device, threads=threads, trust_remote_code=trust_remote_code)
-    require_heads(loaded, "dynamic")
+    require_heads(loaded, "dynamic", "off")
     if pruning:
         _check_prunable(loaded)
     with progress_bar() as progress:
