@@ -157,7 +157,11 @@ class Decoder:
         options |= {"prefix_allowed_tokens_fn": prefix_allowed_tokens_fn, "synced_gpus": synced_gpus}
         options["assistant_model"] = assistant_model
         input_ids, options = call_options(self.model, input_ids, options, stopping_criteria or [])
-        own = {"seed": seed, "constraint": constraint, "pasts": kept_rows(options.pop("past_key_values", None))}
+        own: dict[str, Any] = {
+            "seed": seed,
+            "constraint": constraint,
+            "pasts": kept_rows(options.pop("past_key_values", None)),
+        }
         return self._run(self._prepare(input_ids, **own, **options), streamer)
 
     def __call__(

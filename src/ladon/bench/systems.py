@@ -122,22 +122,22 @@ class LadonSystem:
 
     def run(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> Run:
         """Decode a group of prompts together."""
-        recorder = _StepRecorder() if self._profile and len(prompts) == 1 else None
         started = time.perf_counter()
         sequences = self._decoder.generate(
             **_inputs(self._decoder.model, prompts),
             max_new_tokens=max_new_tokens,
             do_sample=False,
-            streamer=recorder,
         )
         seconds = time.perf_counter() - started
+        outputs, steps = _outputs(self._decoder.model, sequences, prompts), self.taken_steps()
+        is_single = self._profile and len(prompts) == 1
         return Run(
-            outputs=_outputs(self._decoder.model, sequences, prompts),
+            outputs=outputs,
             stats=self._decoder.stats,
             seconds=seconds,
             first_token_seconds=seconds - self._decoder.stats.decode_seconds,
-            step_counts=recorder.counts if recorder else [],
-            steps=self.taken_steps(),
+            step_counts=_emitted_by(steps, self._decoder.stats.tokens) if is_single else [],
+            steps=steps,
         )
 
     def taken_steps(self) -> list[StepFacts]:
@@ -217,23 +217,12 @@ class _TokenClock(StoppingCriteria):
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
-class _StepRecorder:
-    """A streamer that keeps how many tokens came with each decode step."""
-
-    def __init__(self) -> None:
-        self._puts: list[int] = []
-
-    def put(self, value: Tensor) -> None:
-        """Called with the prompt, then the prefill's token, then each step's tokens."""
-        self._puts.append(value.numel())
-
-    def end(self) -> None:
-        """Nothing to flush."""
-
-    @property
-    def counts(self) -> list[int]:
-        """Tokens of each decode step."""
-        return self._puts[2:]
+def _emitted_by(steps: Sequence[StepFacts], tokens: int) -> list[int]:
+    """Tokens that a single row took from each step, which are so many in all: it may have ended within the last one."""
+    counts = [int(step.tokens) for step in steps]
+    if counts:
+        counts[-1] -= sum(counts) - tokens
+    return counts
 
 
 def _wait(device: torch.device) -> None:
