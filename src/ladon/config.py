@@ -16,6 +16,8 @@ TREES = {  # the tree options that have a name, and what each means
     "off": "plain decoding",
 }
 
+PRODUCT, MARKOV = "product", "markov"
+JOINTS = ("auto", PRODUCT, MARKOV)
 BENCH_MODES = ("plain", "chain", "fixed", "dynamic", "auto", "pruned")
 
 
@@ -40,7 +42,13 @@ class DecoderOptions:
     num_candidates: int = field(
         default=32, metadata={"help": "candidates kept per head and step; ranks of a fixed tree must be below it"}
     )
-
+    joint: str = field(
+        default="auto",
+        metadata={
+            "help": "how the heads' guesses are joined to paths: product (each head by itself), markov (corrected by "
+            "the token before), or auto (markov if the heads were trained for it)"
+        },
+    )
     prune: str = field(
         default="off",
         metadata={

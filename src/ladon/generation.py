@@ -22,7 +22,7 @@ from ladon.fixed_tree import FixedTree
 from ladon.heads import Heads
 from ladon.laws import Law
 from ladon.override import own_generate
-from ladon.proposers import Proposer, RootProposer, as_chain, check_tree, drafting
+from ladon.proposers import Proposer, RootProposer, as_chain, check_tree, drafting, joint_of
 from ladon.prune_option import Prune, chosen_pruning, still_chosen
 from ladon.requests import (
     Request,
@@ -69,6 +69,7 @@ class Decoder:
         tree: str | FixedTree | TreeSize = _DEFAULTS.tree,
         budget: int | str = _DEFAULTS.budget,
         num_candidates: int = _DEFAULTS.num_candidates,
+        joint: str = _DEFAULTS.joint,
         deterministic: bool = False,
         prune: Prune = _DEFAULTS.prune,
         profile: bool = False,
@@ -85,6 +86,8 @@ class Decoder:
             budget: nodes verified per step and row, root included; "auto" chooses at each step what pays, plain
                 decoding included, and is the size of a fixed tree. A smaller budget cuts a fixed tree.
             num_candidates: candidates kept per head.
+            joint: "product" (each head guesses by itself), "markov" (the token before corrects the guess) or "auto",
+                the latter if the heads have a Markov correction.
             deterministic: let no clock choose, as with LADON_DETERMINISTIC=1 in the environment: automatic sizes depend
                 on the trees and a profile (`ladon calibrate`) alone, and are 16 without one.
             prune: "off"; "auto", what `ladon calibrate --pruning` found to pay, if anything; a `Pruning`; or
@@ -100,7 +103,7 @@ class Decoder:
         if isinstance(tree, TreeSize):
             tree, budget, num_candidates = tree.options(budget)
         self._num_candidates = DecoderOptions(num_candidates=num_candidates).num_candidates  # checked there
-        self._tree = check_tree(tree, heads, self._num_candidates)
+        self._tree, self._joint = check_tree(tree, heads, self._num_candidates), joint_of(heads, joint)
         self._budget, self._profile = check_budget(budget), profile
         self.model = model
         self.heads = None if heads is None else heads.bind(model)
@@ -296,4 +299,4 @@ class Decoder:
             return RootProposer()
         self.heads.bind(self.model, force=True)  # since then another decoder may have bound them to its own model
         tree = self._tree if self._target.supports_trees else as_chain(self._tree)
-        return drafting(self.heads, tree, self._num_candidates, self._budget, clock)
+        return drafting(self.heads, tree, self._num_candidates, self._budget, clock, self._joint)
