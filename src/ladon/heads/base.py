@@ -103,7 +103,7 @@ class Heads(nn.Module, ABC):
 
     def corrected(self, hidden: Tensor, following: Tensor) -> Tensor:
         """Logits as `forward` gives them, with what the token before each guess adds; what training uses."""
-        logits: Tensor = self(hidden, following if self.is_conditioned else None)
+        logits: Tensor = self(hidden, following)
         return logits if self.correction is None else logits + self.correction(following)
 
     def add_correction(self, rank: int) -> MarkovCorrection:
