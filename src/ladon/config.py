@@ -26,7 +26,8 @@ NGRAMS = {  # the n-gram options, and what each means
     "auto": "what followed the last tokens where they stood before is guessed too, in dynamic trees and without heads",
     "off": "heads alone guess",
 }
-
+PRODUCT, MARKOV = "product", "markov"
+JOINTS = ("auto", PRODUCT, MARKOV)
 BENCH_MODES = ("plain", "chain", "fixed", "dynamic", "auto", "pruned", "ngrams", "dynamic+ngrams", "auto+ngrams")
 
 
@@ -51,7 +52,13 @@ class DecoderOptions:
     num_candidates: int = field(
         default=32, metadata={"help": "candidates kept per head and step; ranks of a fixed tree must be below it"}
     )
-
+    joint: str = field(
+        default="auto",
+        metadata={
+            "help": "how the heads' guesses are joined to paths: product (each head by itself), markov (corrected by "
+            "the token before), or auto (markov if the heads were trained for it)"
+        },
+    )
     prune: str = field(
         default="off",
         metadata={

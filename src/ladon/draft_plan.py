@@ -9,7 +9,7 @@ from ladon.budgets import check_budget, make_sizing
 from ladon.config import DecoderOptions
 from ladon.fixed_tree import FixedTree
 from ladon.lookup import Lookup, looks_up
-from ladon.proposers import Proposer, RootProposer, as_chain, check_tree, drafting
+from ladon.proposers import Proposer, RootProposer, as_chain, check_tree, drafting, joint_of
 from ladon.pruning import Pruning
 from ladon.sizing import Sizing
 from ladon.stats import StageClock
@@ -28,12 +28,14 @@ class DraftPlan:
         tree: "dynamic", "chain", "off" or a fixed tree.
         budget: nodes per step and row, or "auto".
         num_candidates: kept per head.
+        joint: "product" or "markov".
         ngrams: whether n-grams draft too.
     """
 
     tree: str | FixedTree
     budget: int | str
     num_candidates: int
+    joint: str
     ngrams: bool
 
     @classmethod
@@ -44,18 +46,22 @@ class DraftPlan:
         budget: int | str,
         num_candidates: int,
         ngrams: str,
+        joint: str,
     ) -> DraftPlan:
         """The options checked; see `Decoder`.
 
         Raises:
             TreeError: an option that is none, or a fixed tree that the heads cannot fill.
+            InputError: an unknown joint.
+            HeadsError: heads that have no Markov correction, and are to be joined by one.
         """
         if isinstance(tree, TreeSize):
             tree, budget, num_candidates = tree.options(budget)
         DecoderOptions(num_candidates=num_candidates, ngrams=ngrams)  # checks them
         tree, budget = check_tree(tree, heads, num_candidates), check_budget(budget)
         with_ngrams = ngrams != "off" and looks_up(tree, heads, budget)
-        return cls(tree=tree, budget=budget, num_candidates=num_candidates, ngrams=with_ngrams)
+        joint = joint_of(heads, joint)
+        return cls(tree=tree, budget=budget, num_candidates=num_candidates, joint=joint, ngrams=with_ngrams)
 
     def fitting(self, target: Target, heads: Heads | None) -> DraftPlan:
         """The plan for this target: heads draft chains where it verifies nothing else.
@@ -78,7 +84,8 @@ class DraftPlan:
         if heads is None or self.tree == "off":
             return RootProposer()
         heads.bind(target.model, force=True)  # since then another decoder may have bound them to its own model
-        return drafting(heads, self.fitting(target, heads).tree, self.num_candidates, self.budget, clock)
+        tree = self.fitting(target, heads).tree
+        return drafting(heads, tree, self.num_candidates, self.budget, clock, self.joint)
 
     def lookup(self, target: Target) -> Lookup | None:
         """The n-grams of one engine; None if they have no part."""

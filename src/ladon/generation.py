@@ -65,6 +65,7 @@ class Decoder:
         tree: str | FixedTree | TreeSize = _DEFAULTS.tree,
         budget: int | str = _DEFAULTS.budget,
         num_candidates: int = _DEFAULTS.num_candidates,
+        joint: str = _DEFAULTS.joint,
         deterministic: bool = False,
         prune: Prune = _DEFAULTS.prune,
         accept: str | Typical | Nucleus = _DEFAULTS.accept,
@@ -83,6 +84,8 @@ class Decoder:
             budget: nodes verified per step and row, root included; "auto" chooses at each step what pays, plain
                 decoding included, and is the size of a fixed tree. A smaller budget cuts a fixed tree.
             num_candidates: candidates kept per head.
+            joint: "product" (each head guesses by itself), "markov" (the token before corrects the guess) or "auto",
+                the latter if the heads have a Markov correction.
             deterministic: let no clock choose, as with LADON_DETERMINISTIC=1 in the environment: automatic sizes depend
                 on the trees and a profile (`ladon calibrate`) alone, and are 16 without one.
             prune: "off"; "auto", what `ladon calibrate --pruning` found to pay, if anything; a `Pruning`; or its layer
@@ -98,7 +101,7 @@ class Decoder:
             TreeError: an unknown tree or n-gram option, a budget below 1, or a fixed tree that the heads cannot fill or
                 that branches where the model verifies chains only.
         """
-        plan = DraftPlan.of(heads, tree, budget, num_candidates, ngrams)
+        plan = DraftPlan.of(heads, tree, budget, num_candidates, ngrams, joint)
         self._profile, self._prune, self._rule = profile, prune, rule_of(accept)
         self.model = model
         self.heads = None if heads is None else heads.bind(model)
