@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 
@@ -143,5 +143,5 @@ def _build(family: str, num_heads: int, hidden_size: int, vocab_size: int, optio
         raise HeadsError(f"{family} heads have no option {', '.join(unknown)}; they take {', '.join(allowed)}")
     heads = FAMILIES[family](num_heads=num_heads, hidden_size=hidden_size, vocab_size=vocab_size, **own)
     if MARKOV_RANK in options:
-        heads.add_correction(options[MARKOV_RANK])
+        heads.add_correction(cast(int, options[MARKOV_RANK]))  # checked there
     return heads
