@@ -18,6 +18,7 @@ import ladon
 from drafts import CANDIDATES, NUM_NODES, PROPOSERS, TREES, RandomSizing, decode, make_proposer
 from families import FAMILIES, VOCAB_SIZE, build
 from ladon import engine as engine_module
+from ladon import revising
 from ladon.cache import TreeCache
 from ladon.engine import Engine
 from ladon.errors import InputError
@@ -270,7 +271,7 @@ def test_cancelled_from_a_stop_rule():
 def test_cancelled_between_verify_and_delivery(monkeypatch):
     made = case("llama")
     rows = [a_row(made, 1), a_row(made, 2)]
-    engine, to_host = made.engine("oracle"), engine_module.to_host
+    engine, to_host = made.engine("oracle"), revising.to_host
     for row in rows:
         engine.submit(row)
     engine.step()
@@ -280,7 +281,7 @@ def test_cancelled_between_verify_and_delivery(monkeypatch):
         engine.cancel(rows[0])
         return table
 
-    monkeypatch.setattr(engine_module, "to_host", cancel_and_read)
+    monkeypatch.setattr(revising, "to_host", cancel_and_read)
     step = engine.step()
     monkeypatch.undo()
     assert step.rows == rows and step.emitted[0] == [] and len(step.emitted[1]) > 1

@@ -137,9 +137,9 @@ def test_a_row_that_leaves_takes_its_text_along(model):
     while any(not row.finished for row in rows):
         before = sum(not row.finished for row in rows)
         engine.step()
-        assert len(engine._lookup._rows) == before
+        assert len(engine._reviser._lookup._rows) == before
     assert engine.step() is None
-    assert engine._lookup._rows == [] and [len(row.tokens) for row in rows] == [12, 4, 12]
+    assert engine._reviser._lookup._rows == [] and [len(row.tokens) for row in rows] == [12, 4, 12]
 
 
 def test_sums_of_merged_trees_reach_the_sizing(model, decoder):

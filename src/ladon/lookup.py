@@ -51,11 +51,11 @@ class Lookup:
         for prompt, tokens in zip(prompts, emitted[first:], strict=True):
             self._rows.append(TokenIndex([*to_host(prompt[None])[0], *tokens]))
 
-    def extended(self, trees: TokenTree, room: Callable[[int], int]) -> TokenTree | None:
+    def extended(self, trees: TokenTree | None, room: Callable[[int], int]) -> TokenTree | None:
         """The heads' trees [B, N] with what n-grams add, all on the host; None if that is nothing.
 
         Args:
-            trees: what heads have drafted, perhaps roots alone.
+            trees: what heads have drafted; None: nothing.
             room: slots to give trees of so many nodes, which may be fewer.
         """
         most = min(MOST_NGRAM_NODES, room(MOST_NGRAM_NODES))
@@ -63,7 +63,7 @@ class Lookup:
         if all(found is None or len(found) == 1 for found in self._drafts):
             return None
         tree, shares = _tree_of(self._drafts, [index.tokens[-1] for index in self._rows])
-        if trees.num_nodes == 1:
+        if trees is None or trees.num_nodes == 1:
             return _with_slots(tree, room(tree.num_nodes))
         return merge(trees, tree, shares, room(trees.num_nodes + tree.num_nodes - 1))
 

@@ -38,7 +38,7 @@ class Reviser:
     def transfer(self, table: Tensor, tree: TokenTree) -> list[list[int]]:
         """A table [b, n] on the host, in the one transfer that a step has; drafts go with it if they are needed."""
         packed, size = self._sizes.pack(table, None if self._is_guided else tree), 0
-        if self._is_guided or self._lookup is not None:
+        if self._is_guided or (self._lookup is not None and tree.num_nodes > 1):
             packed, size = torch.cat([packed, flat(tree)[None]], dim=1), flat_size(tree)
         with self._clock.stage("transfer"):
             values = to_host(packed)[0]
@@ -53,17 +53,16 @@ class Reviser:
             prompts: of the rows that have joined, [T] each.
             rows: all rows, which have taken their tokens.
         """
-        drafted, found = self._drafted, None
-        if drafted is None:
-            return None
+        found = None
         if self._lookup is not None:
             with self._clock.stage("ngrams"):
                 self._lookup.follow(table, prompts)
-                found = self._lookup.extended(drafted, self._sizes.room)
+                found = self._lookup.extended(self._drafted, self._sizes.room)
         if self._is_guided:
+            assert self._drafted is not None  # they were sent
             with self._clock.stage("constraints"):
                 most = self._most if found is None else found.num_nodes
-                found = legal_trees(drafted if found is None else found, rows, most)
+                found = legal_trees(self._drafted if found is None else found, rows, most)
         if found is not None:
             self._sizes.see(found, as_drafted=self._is_guided)
         return found
