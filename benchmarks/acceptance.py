@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,12 @@ from ladon.bench.report import finite
 from ladon.bench.systems import LadonSystem, merged
 from ladon.bench.workloads import demo_workload, prompt_ids
 from ladon.bundled import load_demo
+from ladon.config import JOINTS
 from ladon.environment import environment, load
 from ladon.fixed_tree import best_fixed_tree
+from ladon.generation import Decoder
 from ladon.heads import load_heads
+from ladon.proposers import joint_of
 
 BUDGETS = (8, 16, 32, 64)
 
@@ -61,6 +65,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=100)
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--heads", type=Path, help="other heads of the bundled model, calibrated or not")
+    parser.add_argument("--joint", default="auto", choices=JOINTS, help="how guesses are joined to paths")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--output", type=Path, help="also write the JSON document here")
     arguments = parser.parse_args()
@@ -73,12 +78,13 @@ def main() -> None:
     prompts = [prompt_ids(tokenizer, question, []) for question in workload.questions]
     plain_system = LadonSystem(model, heads, mode="plain", budget=1, profile=True)
     plain = [plain_system.run([ids], arguments.max_new_tokens).outputs[0] for ids in prompts]
-    systems = [plain_system, LadonSystem(model, heads, mode="chain", budget=max(BUDGETS), profile=True)]
+    make = partial(LadonSystem, model, heads, profile=True, make=partial(Decoder, joint=arguments.joint))
+    systems = [plain_system, make(mode="chain", budget=max(BUDGETS))]
     for size in BUDGETS:
         if heads.calibration is not None:
             tree = best_fixed_tree(heads.calibration.hit_rates, size)
-            systems.append(LadonSystem(model, heads, mode="fixed", budget=size, fixed_tree=tree, profile=True))
-        systems.append(LadonSystem(model, heads, mode="dynamic", budget=size, profile=True))
+            systems.append(make(mode="fixed", budget=size, fixed_tree=tree))
+        systems.append(make(mode="dynamic", budget=size))
     rows = []
     for system in systems:
         rows.append(measure(system, prompts, arguments.max_new_tokens, plain))
@@ -88,6 +94,7 @@ def main() -> None:
         "model": "demo",
         "dtype": arguments.dtype,
         "heads": {"family": heads.family, "num": heads.num_heads, "weights": heads.weights_hash},
+        "joint": joint_of(heads, arguments.joint),
         "workload": workload.summary(),
         "max_new_tokens": arguments.max_new_tokens,
         "results": rows,

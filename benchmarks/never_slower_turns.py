@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -52,10 +53,11 @@ class Racer:
         steps: how many it has taken, those that only read prompts included.
     """
 
-    def __init__(self, system: LadonSystem, prompts: Sequence[list[int]], max_new_tokens: int) -> None:
+    def __init__(self, system: LadonSystem, prompts: Sequence[list[int]], max_new_tokens: int, **law: Any) -> None:
+        """`law` are `generate`'s options that say how tokens are picked; greedily if there are none."""
         decoder = system.decoder
         self._system = system
-        self._rows = decoder.rows([torch.tensor(prompt) for prompt in prompts], max_new_tokens=max_new_tokens)
+        self._rows = decoder.rows([torch.tensor(prompt) for prompt in prompts], max_new_tokens=max_new_tokens, **law)
         self._steps = decoder.decode(self._rows)
         self._stats = decoder.stats
         self.steps = 0
@@ -92,11 +94,11 @@ def race(racers: Sequence[Racer]) -> None:
 
 
 def take_turns(
-    makers: Mapping[str, Make], groups: Sequence[Sequence[list[int]]], tokens: int, settings: Settings
+    makers: Mapping[str, Make], groups: Sequence[Sequence[list[int]]], tokens: int, settings: Settings, **law: Any
 ) -> dict[str, list[Run]]:
     """Runs by system and repeat, as many repeats as there is time for; in each one all systems race.
 
-    Each repeat takes the next group of prompts.
+    Each repeat takes the next group of prompts. `law` are `generate`'s options that say how tokens are picked.
     """
     runs: dict[str, list[Run]] = {name: [] for name in makers}
     names, started = list(makers), time.perf_counter()
@@ -105,7 +107,7 @@ def take_turns(
         if time.perf_counter() - started > bound:
             break
         first, prompts = repeat % len(names), groups[repeat % len(groups)]
-        racers = {name: Racer(makers[name](), prompts, tokens) for name in names[first:] + names[:first]}
+        racers = {name: Racer(makers[name](), prompts, tokens, **law) for name in names[first:] + names[:first]}
         race(list(racers.values()))
         for name, racer in racers.items():
             runs[name].append(racer.run())

@@ -46,7 +46,7 @@ SCHEMAS: dict[str, Any] = {
             "maxItems": 6,
         }
     },
-    "text": {"summary": {"type": "string", "minLength": 20, "maxLength": 60}},
+    "text": {"summary": {"type": "string", "pattern": "^[A-Za-z][A-Za-z ,]{18,58}[.]$"}},
     "nested": {
         "function": {
             "type": "object",

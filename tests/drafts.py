@@ -140,7 +140,7 @@ class RandomSizing:
     def reach(self, batch: int, context: float) -> int:
         return self._dice.choice((1, 1, *EDGES))
 
-    def choose(self, sums: Sums | None, batch: int, context: float) -> Size:
+    def choose(self, sums: Sums | None, batch: int, context: float, of_heads: Sums | None = None) -> Size:
         self.sums.append(sums)
         return Size(self._dice.choice(EDGES), self._dice.random() < 0.5)
 

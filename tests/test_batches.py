@@ -18,9 +18,11 @@ import ladon
 from drafts import CANDIDATES, NUM_NODES, PROPOSERS, TREES, RandomSizing, decode, make_proposer
 from families import FAMILIES, VOCAB_SIZE, build
 from ladon import engine as engine_module
+from ladon import revising
 from ladon.cache import TreeCache
 from ladon.engine import Engine
 from ladon.errors import InputError
+from ladon.lookup import Lookup
 from ladon.pickers import Picker
 from ladon.proposers import RootProposer
 from ladon.pruning import Pruning
@@ -130,6 +132,7 @@ schedules = st.fixed_dictionaries(
         "sampled": st.booleans(),
         "sizes": st.one_of(st.none(), st.none(), st.integers(0, 9)),  # any size at any step, from this seed
         "keep": st.sampled_from([None, None, 3, "threshold"]),
+        "ngrams": st.booleans(),
     }
 )
 
@@ -143,6 +146,8 @@ def follow(name: str, schedule: dict) -> None:
     options = {"max_rows": schedule["max_rows"], "sampled": schedule["sampled"]}
     if schedule["sizes"] is not None:
         options["budget"] = RandomSizing(schedule["sizes"])
+    if schedule["ngrams"]:
+        options["lookup"] = Lookup()
     if schedule["keep"] is not None:
         options["pruning"] = Pruning(layer=1, keep=schedule["keep"], threshold=0.01)
     engine = made.engine(schedule["kind"], schedule["tree"], **options)
@@ -266,7 +271,7 @@ def test_cancelled_from_a_stop_rule():
 def test_cancelled_between_verify_and_delivery(monkeypatch):
     made = case("llama")
     rows = [a_row(made, 1), a_row(made, 2)]
-    engine, to_host = made.engine("oracle"), engine_module.to_host
+    engine, to_host = made.engine("oracle"), revising.to_host
     for row in rows:
         engine.submit(row)
     engine.step()
@@ -276,7 +281,7 @@ def test_cancelled_between_verify_and_delivery(monkeypatch):
         engine.cancel(rows[0])
         return table
 
-    monkeypatch.setattr(engine_module, "to_host", cancel_and_read)
+    monkeypatch.setattr(revising, "to_host", cancel_and_read)
     step = engine.step()
     monkeypatch.undo()
     assert step.rows == rows and step.emitted[0] == [] and len(step.emitted[1]) > 1

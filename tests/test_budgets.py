@@ -120,14 +120,16 @@ def test_auto_is_the_default_and_decodes_as_plain_does(tiny_llama: PreTrainedMod
 
 def test_a_chain_has_small_edges(tiny_llama: PreTrainedModel, heads: Heads) -> None:
     assert Decoder(tiny_llama, heads, tree="chain").sizing.edges == (1, 2, 4)
-    assert Decoder(tiny_llama, heads, num_candidates=1).sizing.edges == (1, 2, 4)
+    assert Decoder(tiny_llama, heads, num_candidates=1, ngrams="off").sizing.edges == (1, 2, 4)
     assert Decoder(tiny_llama, heads).sizing.edges == EDGES
+    assert Decoder(tiny_llama).sizing.edges == (1, 2, 4, 8, 16, 24, 32, 48)  # n-grams alone
 
 
 def test_sizes_that_nobody_need_choose(tiny_llama: PreTrainedModel, heads: Heads) -> None:
     tree = FixedTree(((0,), (1,), (0, 0)))
     for decoder, nodes in (
-        (Decoder(tiny_llama), 1),
+        (Decoder(tiny_llama, ngrams="off"), 1),
+        (Decoder(tiny_llama, tree="off"), 1),
         (Decoder(tiny_llama, heads, tree="off"), 1),
         (Decoder(tiny_llama, heads, tree=tree), 4),
         (Decoder(tiny_llama, heads, budget=7), 7),

@@ -210,6 +210,7 @@ def trace_of(logits: Tensor, num_candidates: int) -> LatticeTrace:
         tokens=tokens,
         logits=top,
         log_normalizers=normalizers,
+        roots=torch.zeros(len(logits), dtype=torch.int32),
         truth=torch.zeros(logits.shape[:2], dtype=torch.int32),
         row_starts=torch.tensor([0, len(logits)]),
     )

@@ -339,7 +339,7 @@ MISTAKES = {
     "a file as model": (bad("generate", "--model", "{file}", "--prompt", "a"), "no model folder"),
     "not a model": (bad("generate", "--model", "{folder}", "--prompt", "a"), "cannot load the model"),
     "broken model": (bad("generate", "--model", "{broken}", "--prompt", "a"), "cannot load the model"),
-    "no heads named": (bad("generate", "--model", "{model}", "--prompt", "a"), "give --heads"),
+    "no heads named": (bad("generate", "--model", "{model}", "--prompt", "a", "--ngrams", "off"), "give --heads"),
     "no such heads": (bad("generate", "--model", "{model}", "--heads", "./none", "--prompt", "a"), "./none"),
     "model as heads": (bad("generate", "--model", "{model}", "--heads", "{model}", "--prompt", "a"), "heads"),
     "heads of another model": (
@@ -389,7 +389,10 @@ MISTAKES = {
     "bench tree too deep": (bad("bench", "{tiny}", "--fixed-tree", "{deep}", "--prompts", "{prompts}"), "4 deep"),
     "bench no room": (bad("bench", "{tiny}", "--max-new-tokens", "999", "--prompts", "{prompts}"), "context limit"),
     "bench answers nowhere": (bad("bench", "{tiny}", "--answers", "none/a", "--prompts", "{prompts}"), "no folder"),
-    "bench heads missing": (bad("bench", "--model", "{model}", "--prompts", "{prompts}"), "needs heads"),
+    "bench heads missing": (
+        bad("bench", "--model", "{model}", "--prompts", "{prompts}", "--modes", "dynamic"),
+        "needs heads",
+    ),
     "demo prompts 0": (bad("demo", "--prompts", "0"), "prompts"),
 }
 

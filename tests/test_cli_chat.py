@@ -267,7 +267,7 @@ def test_ctrl_c_in_a_real_process(tiny: Tiny, tmp_path: Path) -> None:
 def test_what_cannot_be_a_chat_is_one_line(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, message in [
         (["--system", "x", *tiny.arguments], "no chat template"),
-        (tiny.arguments[:2], "no heads"),
+        ([*tiny.arguments[:2], "--ngrams", "off"], "no heads"),
         (["--temperature", "-1"], "temperature"),
     ]:
         assert run(["chat", *arguments]) == 2

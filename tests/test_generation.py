@@ -218,8 +218,8 @@ def test_options_of_the_decoder_are_checked(model):
         ladon.Decoder(other, heads)
 
 
-def test_without_heads_decoding_is_plain(model):
-    decoder = ladon.Decoder(model)
+def test_without_heads_and_n_grams_decoding_is_plain(model):
+    decoder = ladon.Decoder(model, ngrams="off")
     assert torch.equal(decoder.generate(PROMPT, max_new_tokens=16), plain(model))
     assert decoder.stats.acceptance_length == 1.0
 

@@ -117,7 +117,7 @@ def test_decoding_is_lossless(model: PreTrainedModel, tree: str | FixedTree, bat
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    decoder = Decoder(model, heads, tree=tree)
+    decoder = Decoder(model, heads, tree=tree, budget=8, ngrams="off")
     output = decoder.generate(prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=40, do_sample=False)
     assert torch.equal(output, text)
     assert decoder.stats.acceptance_length > 1.2

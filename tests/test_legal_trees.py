@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ladon.constraints import Guide
-from ladon.legal_trees import Draft, count_illegal, drafts_of, flat, legal_tree, legal_trees
+from ladon.host_trees import flat, on_host
+from ladon.legal_trees import Draft, count_illegal, drafts_of, legal_tree, legal_trees
 from ladon.rows import Row
 from ladon.stats import DecodeStats
 from ladon.tree import TokenTree, check_tree
@@ -141,9 +142,10 @@ def test_rows_without_a_constraint_keep_their_trees() -> None:
     )
     values = flat(tree).tolist()
     assert all(isinstance(value, int) for value in values)
-    received = drafts_of(values, 2)
-    assert [draft.tokens for draft in received] == tree.tokens.tolist()
-    assert [draft.log_probs for draft in received] == tree.log_probs.tolist()
+    received = on_host(values, tree)
+    for name in ("tokens", "parents", "log_probs"):
+        assert torch.equal(getattr(received, name), getattr(tree, name))
+    assert [draft.tokens for draft in drafts_of(received)] == tree.tokens.tolist()
     rows = [Row(prompt=torch.arange(3), max_new_tokens=5, is_stop=lambda _: False) for _ in range(2)]
     rows[0].guide = Guide(Residues(4, 1, vocab_size=VOCAB))
     found = legal_trees(received, rows, 6)

@@ -182,7 +182,12 @@ def test_a_sizing_decides_step_by_step(model: PreTrainedModel) -> None:
 def test_automatic_sizes_know_what_pruning_does(keep: int | str, learns: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A number of kept nodes makes sizes to choose from; a threshold keeps as many as it likes, always."""
     model, asked = deep_llama(), []
-    monkeypatch.setattr("ladon.budgets.AutoSizing", lambda *given: asked.append(given) or AutoSizing(*given))
+
+    def asked_for(*given: Any, **more: Any) -> AutoSizing:
+        asked.append(given)
+        return AutoSizing(*given, **more)
+
+    monkeypatch.setattr("ladon.budgets.AutoSizing", asked_for)
     heads = ladon.new_heads(model, num_heads=3)
     decoder = ladon.Decoder(model, heads, prune=Pruning(layer=2, keep=keep, threshold=0.1))
     assert [pruned for *_, pruned in asked] == [PrunedSteps(keep=4, share=0.4) if learns else None]

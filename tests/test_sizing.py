@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 import warnings
 from statistics import mean
 
@@ -361,3 +362,45 @@ def test_edges_of_small_trees() -> None:
     assert edges_up_to(5) == (1, 2, 4, 5)
     assert edges_up_to(128) == EDGES
     assert edges_up_to(1) == (1,)
+
+
+def ngram_steps(sizing: AutoSizing, *, promise: float, truth: float, steps: int) -> tuple[float, list[int]]:
+    """Steps without heads whose chains of n-grams promise so many tokens and give others; seconds, and the sizes."""
+    run, dice = sizing.for_run(), random.Random(1)
+    seconds, sizes = 0.0, []
+    sums = [[0.0, *[promise ** (depth + 1)] * (len(run.edges) - 1)] for depth in range(3)]
+    for _ in range(steps):
+        assert run.reach(1, 64.0) == 1
+        size = run.choose(sums, 1, 64.0)
+        tokens = 1
+        while size.nodes > 1 and tokens < 4 and dice.random() < truth:
+            tokens += 1
+        took = float32_cpu(1, size.nodes, 64.0, 1)
+        run.observe(
+            StepRecord(
+                batch=1, context=64.0, nodes=size.nodes, kept=size.nodes, grown=1, seconds=took, tokens=tokens,
+                by_heads=False, expected=[masses[-1] for masses in sums] if size.nodes > 1 else [],
+                accepted=[int(tokens > depth) for depth in (1, 2, 3)] if size.nodes > 1 else [],
+            )
+        )  # fmt: skip
+        seconds += took
+        sizes.append(size.nodes)
+    return seconds, sizes
+
+
+def test_ngrams_alone_are_verified_where_they_promise_enough() -> None:
+    sizing = AutoSizing(48, has_heads=False)
+    _, sizes = ngram_steps(sizing, promise=0.9, truth=0.9, steps=60)
+    assert sizes[:4] == [1, 1, 1, 1] and mean(size > 1 for size in sizes[4:]) > 0.9
+    _, sizes = ngram_steps(AutoSizing(48, has_heads=False), promise=0.02, truth=0.02, steps=60)
+    assert mean(size > 1 for size in sizes) < 0.1
+    assert sizing.expectation.rows_verified == 0  # n-grams say nothing of heads
+    assert AutoSizing(48, has_heads=False).choose(None, 1, 64.0).nodes == 1
+
+
+def test_ngrams_that_promise_too_much_lose_little() -> None:
+    """Never right, always sure: what such steps lose is bounded like any trial."""
+    seconds, sizes = ngram_steps(AutoSizing(48, has_heads=False), promise=0.9, truth=0.0, steps=1000)
+    plain = 1000 * float32_cpu(1, 1, 64.0, 1)
+    assert max(sizes) > 1
+    assert seconds <= 1.02 * plain

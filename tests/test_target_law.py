@@ -142,9 +142,9 @@ class Redrawing(Picking):
 
     again: Tensor
 
-    def after(self, logits: Tensor, tree: TokenTree, ancestors: Tensor) -> Said:
-        said = super().after(logits, tree, ancestors)
-        scores = logits.double() / 0.7
+    def after(self, raw: Tensor, tree: TokenTree, ancestors: Tensor, kept: Tensor | None = None) -> Said:
+        said = super().after(raw, tree, ancestors, kept)
+        scores = raw.double() / 0.7
         noise = -(-torch.rand_like(scores).log()).log()
         Redrawing.again = (scores + noise).argmax(-1)
         return said

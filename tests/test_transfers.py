@@ -22,7 +22,7 @@ import ladon
 from drafts import FIXED, RandomSizing
 from families import FAMILIES, build
 from ladon.constraints import Guide
-from ladon.host import to_host
+from ladon.host import host_values, to_host
 from ladon.prefill import PromptReader
 from ladon.rows import Row
 from ladon.sampling import GREEDY, Sampler
@@ -49,9 +49,9 @@ class Reads:
         self.forbidden: list[str] = []
 
     def note(self, what: str) -> None:
-        """Remember what was done, unless the innermost frame of Ladon or transformers is the model's or `to_host`."""
+        """Remember what was done, unless the innermost frame of ours is the model's or in `ladon.host`."""
         frame = ladon_frame()
-        if frame is not None and frame.f_code is not to_host.__code__:
+        if frame is not None and frame.f_code not in (to_host.__code__, host_values.__code__):
             self.forbidden.append(f"{what} at {frame.f_code.co_filename}:{frame.f_lineno}")
 
 
@@ -155,8 +155,12 @@ def make(name, monkeypatch):
 MODELS = ("llama", "bloom", "gpt_neo", "mistral with eager", "longrope recomputed", "longrope in a window", "indexer")
 
 
-def check_one_read_per_step(model, tree, reads, prune="off", reads_more=False, sizing=None, constraints=None):
-    decoder = ladon.Decoder(model, ladon.new_heads(model, num_heads=3), tree=tree, budget=16, prune=prune)
+def check_one_read_per_step(
+    model, tree, reads, prune="off", reads_more=False, sizing=None, constraints=None, **options
+):
+    """With n-grams each row's prompt is read once more, when it joins."""
+    heads = None if options.pop("alone", False) else ladon.new_heads(model, num_heads=3)
+    decoder = ladon.Decoder(model, heads, tree=tree, budget=16, prune=prune, **options)
     decoder.sizing = sizing or decoder.sizing
     prompts = [torch.arange(3, 9), torch.arange(5, 25), torch.arange(7, 8)]
     rows = [
@@ -171,11 +175,11 @@ def check_one_read_per_step(model, tree, reads, prune="off", reads_more=False, s
     with Net(reads), Copies(reads):
         num_steps = sum(1 for _ in run)
     assert reads.forbidden == []
-    assert num_steps > 5
+    assert num_steps > 3
     if reads_more:  # in every step but those of the root alone
         assert num_steps < reads.allowed <= num_steps + decoder.stats.forwards
     else:
-        assert reads.allowed == num_steps
+        assert reads.allowed == num_steps + (len(rows) if decoder._plan.ngrams else 0)
     assert (decoder.stats.nodes_pruned > 0) == (prune != "off")
     return rows
 
@@ -207,10 +211,16 @@ def test_what_is_kept_and_gone_on_from_takes_no_read(tiny_llama, reads):
         with Net(reads), Copies(reads):
             while engine.step() is not None:
                 num_steps += 1
-        assert reads.forbidden == [] and reads.allowed == num_steps > 2
+        assert reads.forbidden == [] and reads.allowed == num_steps + len(rows)  # n-grams read each prompt
+        assert num_steps > 2
         past = [row.past for row in rows]
         prompts = [torch.tensor([*kept.token_ids, 40, 41]) for kept in past]
     assert [row.stats.reused_tokens for row in rows] == [6 + 8, 20 + 8]
+
+
+@pytest.mark.parametrize("options", [{"ngrams": "off"}, {"alone": True}, {"alone": True, "ngrams": "off"}], ids=str)
+def test_one_read_per_step_with_n_grams_and_without(tiny_llama, reads, options):
+    check_one_read_per_step(tiny_llama, "dynamic", reads, **options)
 
 
 @pytest.mark.parametrize("criterion", ["evidence", "siblings", "top-k"])
@@ -260,7 +270,10 @@ def test_one_read_per_step_of_every_kind_of_model(name, reads, monkeypatch):
 @pytest.mark.parametrize("name", ["llama", "longrope recomputed", "indexer"])
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_rows_that_join_and_leave_add_no_read(name, temperature, reads, monkeypatch):
-    """A step in which prompts come to their end and others decode reads the device once; one without either, never."""
+    """A step in which prompts come to their end and others decode reads the device once; one without either, never.
+
+    For n-grams it also reads the prompts that come to their end.
+    """
     model = make(name, monkeypatch)
     decoder = ladon.Decoder(model, ladon.new_heads(model, num_heads=3), budget=16)
     decoder._target.prefill_chunk = 5
@@ -282,7 +295,7 @@ def test_rows_that_join_and_leave_add_no_read(name, temperature, reads, monkeypa
             step = engine.step()
             if step is None:
                 break
-            assert reads.allowed - before == bool(step.rows)
+            assert reads.allowed - before == bool(step.rows) + len(step.joined)
             kinds.add((step.tree is not None, bool(step.joined)))
     assert reads.forbidden == [] and all(row.finished for row in rows)
     assert kinds == {(True, True), (True, False), (False, True), (False, False)}

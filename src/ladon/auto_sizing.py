@@ -54,14 +54,23 @@ class AutoSizing:
         probes: steps so far that were taken to learn something.
     """
 
-    def __init__(self, most: int, times: Sequence[StepTime] = (), pruned: PrunedSteps | None = None) -> None:
+    def __init__(
+        self,
+        most: int,
+        times: Sequence[StepTime] = (),
+        pruned: PrunedSteps | None = None,
+        *,
+        has_heads: bool = True,
+    ) -> None:
         """Start from what is known.
 
         Args:
             most: nodes of the largest trees.
             times: those of a profile of this machine, if there is one.
             pruned: what the decoder's pruning does; None if it does not prune, or not to a fixed size.
+            has_heads: whether there are any; else n-grams alone draft, which costs next to nothing.
         """
+        self._has_heads = has_heads
         self._begin(Learnt(most, times, pruned))
 
     def _begin(self, learnt: Learnt) -> None:
@@ -69,6 +78,7 @@ class AutoSizing:
         self.edges: Sequence[int] = learnt.edges
         self.probes = 0
         self._curves = Curves(learnt.cost, learnt.options)
+        self._curves_without = Curves(learnt.cost, learnt.options, drafts=False)
         self._pays = False  # whether drafting pays, as far as is known
         self._last = 0  # the option chosen last
         self._is_trial = False  # whether it was chosen to learn something
@@ -97,6 +107,8 @@ class AutoSizing:
 
     def reach(self, batch: int, context: float) -> int:
         """Most nodes worth growing now, for the step after this one; 1: the heads need not run."""
+        if not self._has_heads:
+            return 1
         with self._learnt.lock:
             if self._stands > 0 and batch == self._batch:
                 self._stands -= 1
@@ -106,11 +118,16 @@ class AutoSizing:
                 self._grown = self._widest if self._should_draft(batch, context) else 0
             return self.edges[self._grown]
 
-    def choose(self, sums: Sums | None, batch: int, context: float) -> Size:
+    def choose(self, sums: Sums | None, batch: int, context: float, of_heads: Sums | None = None) -> Size:
         """Size of the next step; see `Sizing.choose`."""
         with self._learnt.lock:
-            self._last = 0 if sums is None or self._grown == 0 else self._best_place(sums, batch, context)
-            if self._last > 0:
+            if sums is None:
+                self._last, self._is_trial = 0, False
+            elif self._grown == 0:
+                self._last = self._best_place_of_ngrams(sums, batch, context)
+            else:
+                self._last = self._best_place(sums, sums if of_heads is None else of_heads, batch, context)
+            if self._last > 0 and self._grown > 0:
                 edge = self._learnt.options[self._last].edge
                 self._widest = self._learnt.widest = min(max(edge + _WIDER, self._widest - 1), len(self.edges) - 1)
             return self._learnt.options[self._last].size
@@ -119,12 +136,13 @@ class AutoSizing:
         """Learn from a step; seconds that were predicted for it, NaN if none were."""
         with self._learnt.lock:
             self._unread.append(record)
-            if self._stands > 0 and self._pays and not self._is_trial:
-                return math.nan  # nothing is asked before the next step: several are cheaper to learn from together
+            can_wait = self._stands > 0 and self._pays if self._has_heads else len(self._unread) <= _STANDS
+            if can_wait and not self._is_trial:
+                return math.nan  # several steps are cheaper to learn from together
             *unread, newest = self._unread
             self._unread = []
             for known in unread:
-                self._learn(known, is_trial=False)
+                self._learn(known, is_trial=not self._has_heads)
             return self._learn(newest, is_trial=self._is_trial or not self._pays)
 
     def _learn(self, record: StepRecord, *, is_trial: bool) -> float:
@@ -134,9 +152,10 @@ class AutoSizing:
         if self._stands > 0 and nodes == 1 and not drafts:
             return math.nan
         if (nodes > 1 or drafts) and is_trial:
-            self.probes += 1
-            plain = self._curve(record.batch, record.context).plain
-            self._learnt.book(record.seconds, record.tokens / record.batch, plain)
+            by_heads = record.by_heads or drafts
+            self.probes += by_heads or self._is_trial
+            plain = self._curve(record.batch, record.context, drafts=by_heads).plain
+            self._learnt.book(record.seconds, record.tokens / record.batch, plain, by_heads=by_heads)
         work = float(nodes) if self._learnt.pruned is None else self._learnt.pruned.work(nodes, record.kept)
         predicted = self.cost.observe(
             StepTime(
@@ -148,7 +167,7 @@ class AutoSizing:
                 pruned=is_cut,
             )
         )
-        if record.expected:
+        if record.expected and record.by_heads:
             self.expectation.learn_outcome(record.expected, record.accepted, record.batch, pruned=is_cut)
         return predicted
 
@@ -190,15 +209,30 @@ class AutoSizing:
         self.probes += _PLAIN_STEPS
         return True
 
-    def _best_place(self, sums: Sums, batch: int, context: float) -> int:
-        """The option with the most expected tokens per second."""
-        count = self._grown + 1
+    def _best_place_of_ngrams(self, sums: Sums, batch: int, context: float) -> int:
+        """The option with the most expected tokens per second, for trees that heads have no part in.
+
+        Their probabilities are learnt from each token where they are made; what such steps may lose is bounded here.
+        """
+        curve = self._curve(batch, context, drafts=False)
+        if self._plain_steps > 0 or not curve.has_plain or not self._learnt.may_lose(curve.plain):
+            return 0
+        tokens = self.expectation.tokens(sums, batch, corrected=False)
+        rates = self._rates(tokens, batch, curve.seconds, len(self.edges))
+        best = max(rates, key=rates.__getitem__)
+        self._is_trial = best not in curve.known
+        return best
+
+    def _best_place(self, sums: Sums, of_heads: Sums, batch: int, context: float) -> int:
+        """The option with the most expected tokens per second, for trees that heads have drafted."""
+        grown = self._grown + 1
+        count = grown if sums is of_heads else len(self.edges)
         if not are_usable(sums):
             self._warn_once()
-            self.expectation.learn_trees([[0.0] * len(self.edges) for _ in sums], batch, count)
+            self.expectation.learn_trees([[0.0] * len(self.edges) for _ in sums], batch, grown)
             return 0
-        if self._stands == 0:
-            self.expectation.learn_trees(sums, batch, count)
+        if self._stands == 0 and are_usable(of_heads):
+            self.expectation.learn_trees(of_heads, batch, grown)
         curve = self._curve(batch, context)
         rates = self._rates(self.expectation.tokens(sums, batch), batch, curve.seconds, count)
         best = max(rates, key=rates.__getitem__)
@@ -231,5 +265,6 @@ class AutoSizing:
                 rates[place] = (batch + kept * (expected - batch) if option.is_cut else expected) / time
         return rates
 
-    def _curve(self, batch: int, context: float) -> Curve:
-        return self._curves.at(batch, context, may_lose=self._learnt.may_lose(self._curves.newest.plain))
+    def _curve(self, batch: int, context: float, *, drafts: bool = True) -> Curve:
+        curves = self._curves if drafts else self._curves_without
+        return curves.at(batch, context, may_lose=self._learnt.may_lose(curves.newest.plain))

@@ -6,7 +6,7 @@ import os
 from typing import TYPE_CHECKING
 
 from ladon.auto_sizing import AutoSizing
-from ladon.config import AUTO_BUDGET, MOST_NODES
+from ladon.config import AUTO_BUDGET, MOST_NGRAM_NODES, MOST_NODES
 from ladon.errors import TreeError
 from ladon.fixed_tree import FixedTree
 from ladon.heads.early_exit import decoder_layers
@@ -30,10 +30,10 @@ def check_budget(budget: int | str) -> int | str:
     return budget
 
 
-def largest_budget(tree: str | FixedTree, heads: Heads | None, num_candidates: int) -> int:
-    """Nodes of the largest tree that such heads can fill, as far as automatic sizes go."""
+def largest_budget(tree: str | FixedTree, heads: Heads | None, num_candidates: int, *, ngrams: bool = False) -> int:
+    """Nodes of the largest tree that such heads, and n-grams, can fill, as far as automatic sizes go."""
     if heads is None or tree == "off":
-        return 1
+        return MOST_NGRAM_NODES if ngrams else 1
     if isinstance(tree, FixedTree):
         return tree.num_nodes
     if tree == "chain":
@@ -41,7 +41,7 @@ def largest_budget(tree: str | FixedTree, heads: Heads | None, num_candidates: i
     width = num_candidates if heads.token_ids is None else min(num_candidates, heads.token_ids.shape[0])
     width = min(width, heads.vocab_size)
     nodes: int = sum(width**depth for depth in range(heads.num_heads + 1))
-    return min(MOST_NODES, nodes)
+    return min(MOST_NODES, nodes + (MOST_NGRAM_NODES if ngrams else 0))
 
 
 def make_sizing(
@@ -50,8 +50,10 @@ def make_sizing(
     model: PreTrainedModel,
     heads: Heads | None,
     num_candidates: int,
-    deterministic: bool,
     pruning: Pruning | None = None,
+    *,
+    deterministic: bool,
+    ngrams: bool,
 ) -> Sizing:
     """Who chooses the sizes of a decoder's trees.
 
@@ -61,19 +63,22 @@ def make_sizing(
         model: the target.
         heads: its heads, bound to it; None for plain decoding.
         num_candidates: candidates kept per head.
-        deterministic: whether no clock may enter; the environment variable LADON_DETERMINISTIC=1 asks for it too.
         pruning: the decoder's. A sizing that learns takes it step by step where it pays, if it keeps a number of nodes;
             else trees are always pruned.
+        deterministic: whether no clock may enter; the environment variable LADON_DETERMINISTIC=1 asks for it too.
+        ngrams: whether n-grams draft too.
     """
     if budget != "auto":
         return FixedSizing(int(budget))
-    most = largest_budget(tree, heads, num_candidates)
-    if heads is None or tree == "off" or isinstance(tree, FixedTree):
+    most = largest_budget(tree, heads, num_candidates, ngrams=ngrams)
+    if most == 1 or isinstance(tree, FixedTree):
         return FixedSizing(most)
-    times = read_profile(place_of(model, heads))
+    times = read_profile(place_of(model, heads)) if heads is not None else []
     if not deterministic and os.environ.get(DETERMINISTIC_VARIABLE, "0") in ("", "0"):
-        return AutoSizing(most, times, _pruned_steps(pruning, model))
-    return FrozenSizing(StepCost(times), most, heads.num_heads) if times else FixedSizing(min(AUTO_BUDGET, most))
+        return AutoSizing(most, times, _pruned_steps(pruning, model), has_heads=heads is not None)
+    if heads is None or not times:
+        return FixedSizing(min(AUTO_BUDGET, most))
+    return FrozenSizing(StepCost(times), most, heads.num_heads)
 
 
 def _pruned_steps(pruning: Pruning | None, model: PreTrainedModel) -> PrunedSteps | None:

@@ -9,6 +9,7 @@ from ladon.errors import TreeError
 
 AUTO_BUDGET = 16  # nodes where one number must stand for "auto": no clock may decide and there is no profile
 MOST_NODES = 128  # nodes of the largest tree that budget="auto" chooses
+MOST_NGRAM_NODES = 48  # nodes of the largest tree that n-grams alone draft
 PICTURE_STEPS = 64  # steps that one PNG picture of a run shows at most
 TREES = {  # the tree options that have a name, and what each means
     "dynamic": "grown anew at each step",
@@ -21,7 +22,13 @@ ACCEPT = {  # which drafted tokens are kept, and what each name means
     "nucleus": "those among the likeliest with a total probability",
 }
 
-BENCH_MODES = ("plain", "chain", "fixed", "dynamic", "auto", "pruned")
+NGRAMS = {  # the n-gram options, and what each means
+    "auto": "what followed the last tokens where they stood before is guessed too, in dynamic trees and without heads",
+    "off": "heads alone guess",
+}
+PRODUCT, MARKOV = "product", "markov"
+JOINTS = ("auto", PRODUCT, MARKOV)
+BENCH_MODES = ("plain", "chain", "fixed", "dynamic", "auto", "pruned", "ngrams", "dynamic+ngrams", "auto+ngrams")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +52,13 @@ class DecoderOptions:
     num_candidates: int = field(
         default=32, metadata={"help": "candidates kept per head and step; ranks of a fixed tree must be below it"}
     )
-
+    joint: str = field(
+        default="auto",
+        metadata={
+            "help": "how the heads' guesses are joined to paths: product (each head by itself), markov (corrected by "
+            "the token before), or auto (markov if the heads were trained for it)"
+        },
+    )
     prune: str = field(
         default="off",
         metadata={
@@ -63,8 +76,16 @@ class DecoderOptions:
         },
     )
 
+    ngrams: str = field(
+        default="auto",
+        metadata={"help": "; ".join(f"{name}: {meaning}" for name, meaning in NGRAMS.items())},
+    )
+
     def __post_init__(self) -> None:
-        """Raise `TreeError` for a number of candidates that is no number of 1 or more."""
+        """Raise `TreeError` for n-grams that are no option, or a number of candidates that is none of 1 or more."""
+        if self.ngrams not in NGRAMS:
+            names = " or ".join(f'"{name}"' for name in NGRAMS)
+            raise TreeError(f"ngrams is {self.ngrams!r}; give {names}")
         count = self.num_candidates
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise TreeError(f"num_candidates is {count!r}; give how many candidates to keep per head, 1 or more")
@@ -78,7 +99,8 @@ class BenchOptions:
         default=("plain", "chain", "fixed", "dynamic", "auto"),
         metadata={
             "help": "some of plain, chain, fixed, dynamic (trees of --budget nodes), auto (a dynamic tree, its size "
-            "chosen at each step) and pruned (auto with early pruning); plain always runs, for comparison"
+            "chosen at each step), pruned (auto with early pruning), ngrams (auto without heads), dynamic+ngrams and "
+            "auto+ngrams (n-grams merged in); plain always runs, for comparison"
         },
     )
     budgets: tuple[int, ...] = field(

@@ -58,11 +58,10 @@ class Curve:
         state: what this holds for.
         plain: seconds that a step of plain decoding takes at the least.
         has_plain: whether enough steps of plain decoding were seen.
-        seconds: that a step which drafts takes at the least, by place of the option; options that may not be taken are
-            left out.
+        seconds: that a step takes at the least, by place of the option; options that may not be taken are left out.
         known: places of which enough steps were seen, with drafting or without.
         likely_plain: seconds that a step of plain decoding is likely to take.
-        likely: seconds that a step which drafts is likely to take, by place of the options that are known.
+        likely: seconds that a step is likely to take, by place of the options that are known.
     """
 
     state: tuple[object, ...] = ()
@@ -78,10 +77,13 @@ Evidence = Mapping[tuple[float, bool, bool], float]  # steps seen by (work, draf
 
 
 class Curves:
-    """Makes curves from what the cost knows, and keeps the newest one until something changes."""
+    """Makes curves from what the cost knows, and keeps the newest one until something changes.
 
-    def __init__(self, cost: StepCost, options: Sequence[Option]) -> None:
-        self._cost, self._options = cost, options
+    They are those of steps in which heads draft the next trees, or of steps in which they do not.
+    """
+
+    def __init__(self, cost: StepCost, options: Sequence[Option], *, drafts: bool = True) -> None:
+        self._cost, self._options, self._drafts = cost, options, drafts
         self.newest = Curve()
 
     def at(self, batch: int, context: float, *, may_lose: bool) -> Curve:
@@ -92,26 +94,24 @@ class Curves:
             known = {place for place, option in enumerate(self._options) if _steps(seen, option) >= _KNOWN}
             self.newest = Curve(
                 state=state,
-                plain=self._least(seen, batch, self._options[0], context, drafts=False),
+                plain=self._least(seen, batch, self._options[0], context, False),
                 has_plain=seen.get((1.0, False, False), 0.0) >= _PLAIN_FIRST,
-                seconds=self._seconds_with_drafting(seen, batch, context, known, may_lose),
+                seconds=self._seconds(seen, batch, context, known, may_lose),
                 known=known,
-                likely_plain=self._likely(batch, self._options[0], context, drafts=False),
-                likely={place: self._likely(batch, self._options[place], context, drafts=True) for place in known},
+                likely_plain=self._likely(batch, self._options[0], context, False),
+                likely={place: self._likely(batch, self._options[place], context, self._drafts) for place in known},
             )
         return self.newest
 
-    def _likely(self, batch: int, option: Option, context: float, *, drafts: bool) -> float:
+    def _likely(self, batch: int, option: Option, context: float, drafts: bool) -> float:
         return self._cost.predict(batch, option.work, context, drafts=drafts, pruned=option.is_cut)
 
-    def _least(self, seen: Evidence, batch: int, option: Option, context: float, *, drafts: bool) -> float:
+    def _least(self, seen: Evidence, batch: int, option: Option, context: float, drafts: bool) -> float:
         """Seconds that a step may take at the least: what is little known is tried for this, and is then known."""
         evidence = max(seen.get((option.work, drafts, option.is_cut), 0.0), 1.0)
-        return self._likely(batch, option, context, drafts=drafts) * (1.0 - self._cost.noise / math.sqrt(evidence))
+        return self._likely(batch, option, context, drafts) * (1.0 - self._cost.noise / math.sqrt(evidence))
 
-    def _seconds_with_drafting(
-        self, seen: Evidence, batch: int, context: float, known: set[int], may_lose: bool
-    ) -> dict[int, float]:
+    def _seconds(self, seen: Evidence, batch: int, context: float, known: set[int], may_lose: bool) -> dict[int, float]:
         """Seconds of a step, by place, of the options that may be taken."""
         found: dict[int, float] = {}
         below = {False: (True, math.inf)}  # of whole and of cut sizes: whether the last one is known, and its seconds
@@ -121,7 +121,7 @@ class Curves:
             if is_new and option.work > _FIRST and not (was_known and may_lose):
                 below[option.is_cut] = False, least
                 continue
-            seconds = self._least(seen, batch, option, context, drafts=True)
+            seconds = self._least(seen, batch, option, context, self._drafts)
             found[place] = min(seconds, least) if is_new else seconds  # at best, time is flat up to a new one
             below[option.is_cut] = not is_new, found[place]
         return found

@@ -14,12 +14,14 @@ from torch import Tensor
 
 from ladon.accept import longest_admitted, longest_match
 from ladon.batch import Batch
-from ladon.host import to_host
-from ladon.legal_trees import WIDER, Draft, count_illegal, drafts_of, flat, legal_trees
+from ladon.host_trees import to_device
+from ladon.legal_trees import count_illegal
+from ladon.lookup import Lookup
 from ladon.lossy import Rule
 from ladon.picking import Picking
 from ladon.proposers import Proposer
 from ladon.pruning import Pruning
+from ladon.revising import Reviser
 from ladon.rows import Row, raise_error_of
 from ladon.sizing import Sizing
 from ladon.stats import DecodeStats, StageClock
@@ -47,6 +49,7 @@ class Engine:
         max_rows: int | None = None,
         pruning: Pruning | None = None,
         rule: Rule | None = None,
+        lookup: Lookup | None = None,
     ) -> None:
         """Make an engine without rows.
 
@@ -59,13 +62,16 @@ class Engine:
             max_rows: rows in flight at most, others wait in the order they came; None for no bound.
             pruning: how trees are pruned while they are verified; None for not at all.
             rule: a lossy rule of acceptance; None for exact acceptance.
+            lookup: adds n-grams to the trees; no other engine may use it. None: nothing is added.
 
         Raises:
             InputError: `max_rows` is below 1.
         """
         self._target, self._proposer = target, proposer
-        self._stats, self._clock, self._pruning, self._rule = stats, clock, pruning, rule
+        self._stats, self._clock = stats, clock
+        self._pruning, self._rule = pruning, rule
         self._sizes = StepSizes(budget, stats, target.device)
+        self._reviser = Reviser(self._sizes, lookup, clock)
         self._batch = Batch(target, max_rows)
         self._tree: TokenTree | None = None
 
@@ -122,8 +128,7 @@ class Engine:
             return self._step() if self._batch.rows else None
         except BaseException:  # an interrupt, too, leaves rows half done
             self._batch.drop()
-            self._tree = None
-            self._proposer.keep([])
+            self._keep([])
             raise
 
     @torch.no_grad()
@@ -131,8 +136,13 @@ class Engine:
         """Rows that have ended leave; those that have read their prompts are among the others now."""
         trees = self._batch.settle()
         if self._tree is not None and trees is not None:
-            self._tree = self._tree.rows(trees) if trees else None
-            self._proposer.keep(trees)
+            self._keep(trees)
+
+    def _keep(self, trees: list[int]) -> None:
+        """Only these trees stay, and what was drafted from."""
+        self._tree = self._tree.rows(trees) if self._tree is not None and trees else None
+        self._proposer.keep(trees)
+        self._reviser.keep(trees)
 
     def _step(self) -> Step:
         """Read prompts on, verify the trees, keep what the target would have said, and grow the next trees."""
@@ -146,25 +156,23 @@ class Engine:
         if not outcomes:
             self._stats.prefill_seconds += prefilled - started
             return Step(rows=[], emitted=[])
+        prompts = [] if read is None else [self._batch.rows[place].prompt for place in read.places]
         if read is not None:
-            self._proposer.join([self._batch.rows[place].prompt for place in read.places], read.hidden)
+            self._proposer.join(prompts, read.hidden)
         hidden, root = _cat([outcome.hidden for outcome in outcomes]), _cat([outcome.root for outcome in outcomes])
         root = root.clamp(min=0)  # the host has yet to see who ends here for want of a token
         self._batch.drafted = [place for outcome in outcomes for place in outcome.places]
         with self._clock.paused(decoded is None):
             lengths = [self._batch.cache.host_lengths[place] for place in self._batch.drafted]
-            most = self._sizes.reach(lengths)
-            guided = any(row.guide is not None for row in self._batch.decoding)
-            self._tree = self._proposer.propose(hidden, root, WIDER * most if guided and most > 1 else most)
-            table, drafts = self._transfer(_stacked([outcome.table for outcome in outcomes]), self._tree, guided)
+            width = self._reviser.width(self._sizes.reach(lengths), self._batch.decoding)
+            self._tree = self._proposer.propose(hidden, root, width)
+            table = self._reviser.transfer(_stacked([outcome.table for outcome in outcomes]), self._tree)
         grown, received = self._tree.num_nodes, time.perf_counter()
         step = self._deliver(table, decoded, outcomes)
         delivered = time.perf_counter()
-        if drafts:
-            with self._clock.paused(decoded is None), self._clock.stage("constraints"):
-                trees = legal_trees(drafts, self._batch.decoding, most)
-                self._sizes.see(trees)
-                self._tree = trees.to(self._target.device)
+        with self._clock.paused(decoded is None):
+            revised = self._reviser.revised(table, prompts, self._batch.decoding)
+            self._tree = self._tree if revised is None else to_device(revised, self._target.device)
         if decoded is not None:
             counts = [count for count, *_ in table[: len(decoded.places)]]
             seconds = received - prefilled + time.perf_counter() - delivered  # callers' stop rules are left out
@@ -173,17 +181,6 @@ class Engine:
         self._stats.prefill_seconds += (ended if decoded is None else prefilled) - started
         self._stats.decode_seconds += 0.0 if decoded is None else ended - prefilled
         return step
-
-    def _transfer(self, table: Tensor, tree: TokenTree, guided: bool) -> tuple[list[list[int]], list[Draft]]:
-        """What the host must know of a step, in the one transfer there is; the drafts, too, if a row is constrained."""
-        num_rows = len(table)
-        packed = torch.cat([table.flatten(), flat(tree)])[None] if guided else self._sizes.pack(table, tree)
-        with self._clock.stage("transfer"):
-            values = to_host(packed)[0]
-        if not guided:
-            return self._sizes.unpack(values, num_rows), []
-        size, width = table.numel(), table.shape[1]
-        return [values[k : k + width] for k in range(0, size, width)], drafts_of(values[size:], num_rows)
 
     def _read(self) -> Outcome | None:
         """Read joining rows' prompts on by a chunk; what is said after those that have come to their end, if any."""

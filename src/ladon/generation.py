@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ladon.budgets import check_budget, make_sizing
 from ladon.config import DecoderOptions
 from ladon.constraints import Constraint
+from ladon.draft_plan import DraftPlan
 from ladon.engine import Engine
 from ladon.errors import InputError
 from ladon.fixed_tree import FixedTree
@@ -24,7 +24,7 @@ from ladon.laws import Law
 from ladon.lossy import Nucleus, Typical, rule_of
 from ladon.override import prepared_by_generate
 from ladon.past import Past
-from ladon.proposers import Proposer, RootProposer, as_chain, check_tree, drafting
+from ladon.proposers import Proposer, RootProposer
 from ladon.prune_option import Prune, chosen_pruning, still_chosen
 from ladon.requests import Request, call_options, kept_rows, make_rows, padded_prompts, refuse_unsupported
 from ladon.rows import Row
@@ -65,50 +65,50 @@ class Decoder:
         tree: str | FixedTree | TreeSize = _DEFAULTS.tree,
         budget: int | str = _DEFAULTS.budget,
         num_candidates: int = _DEFAULTS.num_candidates,
+        joint: str = _DEFAULTS.joint,
         deterministic: bool = False,
         prune: Prune = _DEFAULTS.prune,
         accept: str | Typical | Nucleus = _DEFAULTS.accept,
         profile: bool = False,
+        ngrams: str = _DEFAULTS.ngrams,
     ) -> None:
         """Check the model and the options.
 
         Args:
             model: any causal language model of transformers whose cache can roll back.
-            heads: decoding heads for it; None decodes plainly. Decoders of several models may share heads if they run
-                one after the other.
+            heads: decoding heads for it; None: n-grams alone draft. Decoders of several models may share heads if they
+                run one after the other.
             tree: "dynamic" (grown anew at each step from the heads' joint probabilities), "chain" (each head's best
                 token), "off" (plain decoding), a `FixedTree` or a `TreeSize`. A model that verifies chains but no trees
                 (its self-test says so) gets the chain instead of the dynamic tree.
             budget: nodes verified per step and row, root included; "auto" chooses at each step what pays, plain
                 decoding included, and is the size of a fixed tree. A smaller budget cuts a fixed tree.
             num_candidates: candidates kept per head.
+            joint: "product" (each head guesses by itself), "markov" (the token before corrects the guess) or "auto",
+                the latter if the heads have a Markov correction.
             deterministic: let no clock choose, as with LADON_DETERMINISTIC=1 in the environment: automatic sizes depend
                 on the trees and a profile (`ladon calibrate`) alone, and are 16 without one.
             prune: "off"; "auto", what `ladon calibrate --pruning` found to pay, if anything; a `Pruning`; or its layer
                 and the nodes to keep, such as "4:16".
             accept: "exact"; or, NOT exact where tokens are sampled, "typical" or "nucleus", a `Typical` or a `Nucleus`.
             profile: measure time by stage (waits for the device at each stage).
+            ngrams: "auto": what followed the last tokens earlier joins dynamic trees, and without heads is all; "off".
 
         Raises:
             InputError: an unknown rule of acceptance.
             UnsupportedModelError: the model cannot verify a tree exactly.
             HeadsError: the heads do not belong to the model.
-            TreeError: an unknown tree option, a budget below 1, or a fixed tree that the heads cannot fill or that
-                branches where the model verifies chains only.
+            TreeError: an unknown tree or n-gram option, a budget below 1, or a fixed tree that the heads cannot fill or
+                that branches where the model verifies chains only.
         """
-        if isinstance(tree, TreeSize):
-            tree, budget, num_candidates = tree.options(budget)
-        self._num_candidates = DecoderOptions(num_candidates=num_candidates).num_candidates  # checked there
-        self._tree = check_tree(tree, heads, self._num_candidates)
-        self._budget, self._profile, self._rule = check_budget(budget), profile, rule_of(accept)
+        plan = DraftPlan.of(heads, tree, budget, num_candidates, ngrams, joint)
+        self._profile, self._prune, self._rule = profile, prune, rule_of(accept)
         self.model = model
         self.heads = None if heads is None else heads.bind(model)
         self._target = Target(model)
-        if heads is not None and not self._target.supports_trees:
-            self._tree = as_chain(self._tree)
-        self._prune = prune
-        self.pruning = pruning = chosen_pruning(prune, heads, self._target)
-        self.sizing = make_sizing(budget, self._tree, model, self.heads, self._num_candidates, deterministic, pruning)
+        self._plan = plan.fitting(self._target, self.heads)
+        self.pruning = chosen_pruning(prune, heads, self._target)
+        self.sizing = self._plan.sizing(self._target, self.heads, self.pruning, deterministic=deterministic)
         self.stats = DecodeStats()
         self.seeds: list[int] = []
         self.complete: list[bool | None] = []
@@ -160,7 +160,11 @@ class Decoder:
         options |= {"prefix_allowed_tokens_fn": prefix_allowed_tokens_fn, "synced_gpus": synced_gpus}
         options["assistant_model"] = assistant_model
         input_ids, options = call_options(self.model, input_ids, options, stopping_criteria or [])
-        own = {"seed": seed, "constraint": constraint, "pasts": kept_rows(options.pop("past_key_values", None))}
+        own: dict[str, Any] = {
+            "seed": seed,
+            "constraint": constraint,
+            "pasts": kept_rows(options.pop("past_key_values", None)),
+        }
         return self._run(self._prepare(input_ids, **own, **options), streamer)
 
     def __call__(
@@ -217,18 +221,13 @@ class Decoder:
         """Decode rows whose limits, stops and token ids the caller has checked, in an `engine` of their own."""
         return self.engine(max_rows=max_rows).run(rows)
 
-    def engine(self, *, max_rows: int | None = None) -> Engine:
+    def engine(self, *, max_rows: int | None = None, is_plain: bool = False) -> Engine:
         """An engine for rows that come and go, with statistics of its own, which are `stats` from now on.
 
         Args:
-            max_rows: rows in flight at most, the others wait; None for no bound.
-
-        Raises:
-            InputError: `max_rows` is below 1.
+            max_rows: rows in flight at most, 1 or more (else `InputError`), the others wait; None for no bound.
+            is_plain: draft nothing.
         """
-        return self._engine(max_rows=max_rows)
-
-    def _engine(self, *, max_rows: int | None = None, is_plain: bool = False) -> Engine:
         self._target.check()  # first of all: the model may have changed since the last call
         self.pruning = still_chosen(self.pruning, self._prune, self._target)
         self.stats = DecodeStats()
@@ -242,6 +241,7 @@ class Decoder:
             max_rows=max_rows,
             pruning=self.pruning,
             rule=self._rule,
+            lookup=None if is_plain else self._plan.lookup(self._target),
         )
 
     def _prepare(
@@ -285,7 +285,7 @@ class Decoder:
         self.seeds = [row.seed for row in request.rows]
         is_plain = any(row.picker.is_plain for row in request.rows)
         try:
-            stream(request, self._engine(is_plain=is_plain).run(request.rows), streamer)
+            stream(request, self.engine(is_plain=is_plain).run(request.rows), streamer)
         finally:
             self.complete = [row.complete for row in request.rows]
         from ladon.outputs import pack_output
@@ -293,8 +293,4 @@ class Decoder:
         return pack_output(request, self.stats)
 
     def _proposer(self, clock: StageClock) -> Proposer:
-        if self.heads is None or self._tree == "off":
-            return RootProposer()
-        self.heads.bind(self.model, force=True)  # since then another decoder may have bound them to its own model
-        tree = self._tree if self._target.supports_trees else as_chain(self._tree)
-        return drafting(self.heads, tree, self._num_candidates, self._budget, clock)
+        return self._plan.proposer(self._target, self.heads, clock)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 
@@ -9,3 +11,10 @@ def to_host(values: Tensor) -> list[list[int]]:
     """An int64 table [B, n] as lists. Waits for the device; everything else that decoding does must not."""
     rows: list[list[int]] = values.tolist()
     return rows
+
+
+def host_values(values: Tensor) -> list[Any]:
+    """The numbers of a tensor that the host itself has made, [n] or nested: nothing is waited for."""
+    assert values.device.type == "cpu"
+    found: list[Any] = values.tolist()
+    return found

@@ -10,10 +10,14 @@ before.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+# Tokens before [B, K, R] and guesses [B, K, C] to what the former add to the latter's logits, [B, K, R, C] float32.
+Correction = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,3 +77,48 @@ def from_logits(
     if token_ids is not None:
         tokens = token_ids[tokens]
     return Lattice(tokens=tokens[:, :, None], log_probs=log_probs[:, :, None])
+
+
+def conditioned(
+    candidates: Lattice, root: Tensor, correction: Correction, *, temperatures: Tensor | None = None
+) -> Lattice:
+    """The lattice in which a guess depends on the token before it: rows are the candidates of the depth before.
+
+    No table is V wide: of the tokens that are no candidates only the total probability is known, and it is left as the
+    head gave it, one further cell of the distribution. Temperatures act on that distribution, so that the children of a
+    node never sum to more than 1.
+
+    Args:
+        candidates: independent heads' (R = 1), without temperatures.
+        root: the token picked last, [B] int64.
+        correction: what a token adds to the logits of those that may follow it.
+        temperatures: [K], by which the corrected log-probabilities are divided; None leaves them.
+
+    Returns:
+        A lattice with R = C. The first depth's rows are all after the root; row 0 is the one in use.
+    """
+    tokens, given = candidates.tokens[:, :, 0], candidates.log_probs[:, :, 0]  # [B, K, C]
+    before = torch.cat([root[:, None, None].expand(-1, 1, tokens.shape[2]), tokens[:, :-1]], dim=1)
+    scores = given[:, :, None] + correction(before, tokens)
+    log_probs = within(scores, outside(given)[:, :, None], temperatures)
+    log_probs, order = log_probs.sort(dim=-1, descending=True, stable=True)
+    return Lattice(tokens=tokens[:, :, None].expand_as(order).gather(-1, order), log_probs=log_probs, next_row=order)
+
+
+def outside(log_probs: Tensor) -> Tensor:
+    """Log-probability of all that is no candidate, from the candidates' own [..., C]."""
+    return (1.0 - log_probs.exp().sum(-1)).clamp(min=0.0).log()
+
+
+def within(scores: Tensor, rest: Tensor, temperatures: Tensor | None = None) -> Tensor:
+    """Log-probabilities of candidates beside one cell for all other tokens.
+
+    Args:
+        scores: of the candidates, [B, K, R, C], unnormalised.
+        rest: of the other tokens together, [B, K, R] or as many as broadcast to that.
+        temperatures: [K], by which both are divided; None leaves them.
+    """
+    if temperatures is not None:
+        scores, rest = scores / temperatures[:, None, None], rest / temperatures[:, None]
+    total = torch.logaddexp(scores.logsumexp(-1), rest)
+    return (scores - total[..., None]).nan_to_num(nan=-torch.inf, neginf=-torch.inf).clamp(max=0.0)

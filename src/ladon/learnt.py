@@ -63,13 +63,20 @@ class Learnt:
         if 0.0 < seconds < math.inf:
             self._lost = max(0.0, self._lost - _SHARE * seconds)
 
-    def book(self, seconds: float, tokens: float, plain: float) -> None:
-        """Book what a trial lost against plain decoding, or gained: its seconds, its tokens per row, a plain step's."""
+    def book(self, seconds: float, tokens: float, plain: float, *, by_heads: bool) -> None:
+        """Book what a trial, perhaps of heads, lost against plain decoding, or gained.
+
+        Args:
+            seconds: of the step.
+            tokens: per row.
+            plain: seconds of a plain step.
+            by_heads: whether heads had a part in it.
+        """
         if not (0.0 < plain < math.inf and 0.0 < seconds < math.inf):
             return
         loss = min(seconds, _LONGEST * plain) - tokens * plain
         self._lost = max(0.0, self._lost + loss)
-        if loss < 0.0 and tokens > 1:  # a step may be short by chance as well
+        if by_heads and loss < 0.0 and tokens > 1:  # a step may be short by chance as well
             self.try_heads.end()  # it paid: the next trial need not wait
 
     def may_lose(self, plain: float) -> bool:

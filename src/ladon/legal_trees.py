@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import heapq
 import math
-import struct
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ladon.constraints import Guide, Place
+from ladon.host import host_values
 from ladon.rows import Row
 from ladon.stats import Counts
 from ladon.tree import TokenTree
@@ -37,21 +37,10 @@ class Draft(NamedTuple):
         return Draft(self.tokens[:num_nodes], self.parents[:num_nodes], self.log_probs[:num_nodes])
 
 
-def flat(tree: TokenTree) -> Tensor:
-    """A tree for the transfer to the host, [3 x B x N] int64."""
-    bits = tree.log_probs.float().contiguous().view(torch.int32).long()
-    return torch.stack([tree.tokens, tree.parents, bits]).flatten()
-
-
-def drafts_of(values: Sequence[int], num_rows: int) -> list[Draft]:
-    """The trees of so many rows, from what the host got of `flat`."""
-    size = len(values) // 3
-    width = size // num_rows
-    numbers = struct.unpack(f"={size}f", struct.pack(f"={size}i", *values[2 * size :]))
-    return [
-        Draft(list(values[k : k + width]), list(values[size + k : size + k + width]), list(numbers[k : k + width]))
-        for k in range(0, size, width)
-    ]
+def drafts_of(trees: TokenTree) -> list[Draft]:
+    """The rows' trees, which are on the host."""
+    columns = [host_values(table) for table in (trees.tokens, trees.parents, trees.log_probs)]
+    return [Draft(*row) for row in zip(*columns, strict=True)]
 
 
 class _Candidate(NamedTuple):
@@ -125,11 +114,11 @@ def _children(draft: Draft, node: _Candidate, number: int, place: Place, legal: 
         yield _Candidate(node.cost, node.order, place.only, number, -1, 0.0)
 
 
-def legal_trees(drafts: Sequence[Draft], rows: Sequence[Row], most: int) -> TokenTree:
+def legal_trees(drafted: TokenTree, rows: Sequence[Row], most: int) -> TokenTree:
     """The trees of rows, on the host: legal ones of those that are constrained, the first `most` slots of others."""
     trees = [
         draft.prefix(most) if row.guide is None else legal_tree(draft, row.guide, most)
-        for draft, row in zip(drafts, rows, strict=True)
+        for draft, row in zip(drafts_of(drafted), rows, strict=True)
     ]
     width = max(len(tree.tokens) for tree in trees)
 

@@ -61,6 +61,7 @@ class StepRecord:
         kept: those of them that no pruning took out.
         grown: nodes per row that trees for the next step were grown to; 1 if nothing was drafted.
         seconds: how long it took.
+        by_heads: whether heads had a part in the trees that it verified.
         tokens: what all rows accepted, the roots included, and even where a row ended before.
         expected: path probability of the verified nodes of each depth, summed over rows; only as deep as no row's tree
             was cut after the choice.
@@ -74,6 +75,7 @@ class StepRecord:
     grown: int
     seconds: float
     tokens: int
+    by_heads: bool = True
     expected: Sequence[float] = ()
     accepted: Sequence[int] = ()
 
@@ -95,14 +97,16 @@ class Sizing(Protocol):
     def reach(self, batch: int, context: float) -> int:
         """Most nodes worth growing now, for the step after this one; 1: the heads need not run."""
 
-    def choose(self, sums: Sums | None, batch: int, context: float) -> Size:
+    def choose(self, sums: Sums | None, batch: int, context: float, of_heads: Sums | None = None) -> Size:
         """Size of the next step.
 
         Args:
-            sums: [K][E], path probability of the new trees' nodes of each depth up to each edge, summed over rows; None
+            sums: [D][E], path probability of the new trees' nodes of each depth up to each edge, summed over rows; None
                 if nothing was grown.
             batch: B, rows of the next step.
             context: their cached tokens, the mean.
+            of_heads: [K][E], the same of what heads have drafted alone: other numbers than `sums` if n-grams were
+                merged in; None if heads have drafted nothing.
         """
 
     def observe(self, record: StepRecord) -> float:
@@ -126,7 +130,7 @@ class FixedSizing:
         """The size."""
         return self._nodes
 
-    def choose(self, sums: Sums | None, batch: int, context: float) -> Size:
+    def choose(self, sums: Sums | None, batch: int, context: float, of_heads: Sums | None = None) -> Size:
         """The size."""
         return Size(self._nodes, True)
 
@@ -159,7 +163,7 @@ class FrozenSizing:
         could_pay = [n for n in self.edges[1:] if self._seconds(batch, n, context) < min(n, self._depth + 1) * plain]
         return could_pay[-1] if could_pay else 1
 
-    def choose(self, sums: Sums | None, batch: int, context: float) -> Size:
+    def choose(self, sums: Sums | None, batch: int, context: float, of_heads: Sums | None = None) -> Size:
         """The best edge for these trees."""
         if sums is None or not are_usable(sums):
             return PLAIN

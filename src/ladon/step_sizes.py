@@ -13,7 +13,7 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
-from ladon.host import to_host
+from ladon.host import host_values
 from ladon.sizing import FixedSizing, Size, Sizing, StepRecord
 from ladon.stats import DecodeStats
 from ladon.tree import TokenTree, ancestor_mask, node_depths
@@ -33,19 +33,29 @@ class StepSizes:
         buckets = [place for place, (low, high) in enumerate(pairwise([0, *self._edges])) for _ in range(low, high)]
         self._buckets = torch.tensor(buckets, dtype=torch.long)
         self._bucket_of_node = self._buckets.to(device)
+        self._most = 1  # nodes to be grown
         self._depth = 0  # K of the newest sums
-        self._sums: list[list[float]] | None = None
+        self._sums: list[list[float]] | None = None  # over the trees as they are
+        self._of_heads: list[list[float]] | None = None  # over what heads have drafted
         self._rows = 0  # over how many rows they were summed
         self._expected: list[float] = []
         self._batch, self._context, self._nodes = 0, 0.0, 1
+        self._drafted = False  # whether heads have drafted what is verified now
 
     def reach(self, lengths: Sequence[int]) -> int:
         """Most nodes worth growing now, for rows of so many cached tokens each."""
         with self._timed:
             self._rows = len(lengths)
-            return self._sizing.reach(len(lengths), sum(lengths) / len(lengths))
+            self._most = self._sizing.reach(len(lengths), sum(lengths) / len(lengths))
+            return self._most
 
-    def pack(self, table: Tensor, tree: TokenTree) -> Tensor:
+    def room(self, nodes: int) -> int:
+        """The slots of trees of so many nodes: the smallest size that has them, or the greatest of all."""
+        if not self._edges:
+            return min(nodes, self._most)
+        return next((edge for edge in self._edges if edge >= nodes), self._edges[-1])
+
+    def pack(self, table: Tensor, tree: TokenTree | None) -> Tensor:
         """A table [b, n] for the host together with the sums over the new trees, if they are wanted: [1, m] int64."""
         with self._timed:
             masses = self._masses(tree, self._bucket_of_node)
@@ -56,39 +66,43 @@ class StepSizes:
         size = (self._depth + 1) * len(self._edges) if self._depth else 0
         width = (len(values) - size) // num_rows
         with self._timed:
-            self._keep(values[len(values) - size :])
+            self._sums = self._of_heads = self._sums_of(values[len(values) - size :])
         return [values[row * width : (row + 1) * width] for row in range(num_rows)]
 
-    def see(self, tree: TokenTree) -> None:
-        """Keep the sums over the new trees, which are on the host."""
+    def see(self, tree: TokenTree, *, as_drafted: bool) -> None:
+        """The trees, those on the host, have become these; `as_drafted`: take them for what heads have drafted."""
         with self._timed:
             masses = self._masses(tree, self._buckets)
-            self._keep([] if masses is None else to_host(masses[None])[0])
+            self._sums = None if masses is None else self._sums_of(host_values(masses))
+            if as_drafted:
+                self._of_heads = self._sums
 
-    def _masses(self, tree: TokenTree, bucket_of_node: Tensor) -> Tensor | None:
+    def _masses(self, tree: TokenTree | None, bucket_of_node: Tensor) -> Tensor | None:
         """Path probabilities by depth and bucket; None if they are not wanted."""
-        self._depth = tree.max_depth if self._edges and tree.num_nodes > 1 else 0
-        return path_mass(tree, bucket_of_node, len(self._edges)) if self._depth else None
+        wanted = tree is not None and self._edges and tree.num_nodes > 1
+        self._depth = tree.max_depth if tree is not None and wanted else 0
+        return path_mass(tree, bucket_of_node, len(self._edges)) if tree is not None and self._depth else None
 
-    def _keep(self, masses: list[int]) -> None:
-        """Keep sums, added up from bucket to bucket, if there are any."""
-        num_edges, self._sums = len(self._edges), None
-        if masses:
-            numbers = [value / _ONE if value >= 0 else math.nan for value in masses]
-            starts = range(num_edges, len(masses), num_edges)  # the root's depth is left out
-            self._sums = [list(accumulate(numbers[k : k + num_edges])) for k in starts]
+    def _sums_of(self, masses: Sequence[int]) -> list[list[float]] | None:
+        """Sums by depth, added up from bucket to bucket; None if there are none."""
+        if not masses:
+            return None
+        num_edges = len(self._edges)
+        numbers = [value / _ONE if value >= 0 else math.nan for value in masses]
+        starts = range(num_edges, len(masses), num_edges)  # the root's depth is left out
+        return [list(accumulate(numbers[k : k + num_edges])) for k in starts]
 
     def choose(self, lengths: Sequence[int]) -> Size:
         """What to verify now, of rows of so many cached tokens each; some of those drafted for may have ended."""
         with self._timed:
             self._batch, self._context = len(lengths), sum(lengths) / len(lengths)
-            sums = self._sums
-            if sums is not None and self._batch < self._rows:
-                share = self._batch / self._rows
-                sums = [[share * mass for mass in masses] for masses in sums]
-            size = self._sizing.choose(sums, self._batch, self._context)
+            share = self._batch / self._rows
+            sums = _shared(self._sums, share)
+            of_heads = sums if self._of_heads is self._sums else _shared(self._of_heads, share)
+            size = self._sizing.choose(sums, self._batch, self._context, of_heads)
             place = self._edges.index(size.nodes) if size.nodes in self._edges else 0
             self._expected = [masses[place] for masses in sums] if sums is not None and place > 0 else []
+            self._drafted = of_heads is not None
             return size
 
     def begin(self, nodes: int, *, depth: int) -> None:
@@ -114,6 +128,7 @@ class StepSizes:
                 kept=self._nodes - pruned,
                 grown=grown,
                 seconds=seconds,
+                by_heads=self._drafted,
                 tokens=sum(counts),
                 expected=self._expected,
                 accepted=[sum(count > depth for count in counts) for depth in depths],
@@ -136,6 +151,13 @@ class _Timed:
 
     def __exit__(self, *_: object) -> None:
         self._stats.sizing_seconds += time.perf_counter() - self._started
+
+
+def _shared(sums: list[list[float]] | None, share: float) -> list[list[float]] | None:
+    """The sums over as many of the rows as are left."""
+    if sums is None or share == 1.0:
+        return sums
+    return [[share * mass for mass in masses] for masses in sums]
 
 
 def path_mass(tree: TokenTree, bucket_of_node: Tensor, num_buckets: int) -> Tensor:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from ladon.bench.workloads import Question, prompt_ids
+from ladon.calibrate.drafting import correction_of
+from ladon.calibrate.findings import given_the_truth
 from ladon.calibrate.ranks import hit_rates
 from ladon.calibrate.recording import record
 
@@ -28,4 +30,5 @@ def calibrate(
     """Hit rates over the model's own greedy answers to the first turn of each question."""
     prompts = [torch.tensor(prompt_ids(tokenizer, question, [])) for question in questions]
     trace = record(model, heads, prompts, max_new_tokens=max_new_tokens, progress=progress)
-    return hit_rates(trace.ranks(), trace.num_candidates)
+    given = given_the_truth(trace, correction_of(heads))
+    return hit_rates(given.ranks(), given.num_candidates)

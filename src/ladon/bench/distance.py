@@ -72,7 +72,7 @@ def distance_of(
     """
     name = type(rule).__name__.lower()
     decoder = Decoder(model, heads, **tree, accept=rule)
-    keeping = {"output_scores": True, "return_dict_in_generate": True}
+    keeping: dict[str, Any] = {"output_scores": True, "return_dict_in_generate": True}
     rows = decoder.rows(prompts, max_new_tokens=max_new_tokens, **law, **keeping)
 
     def steps() -> Iterable[Step]:

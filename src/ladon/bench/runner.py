@@ -95,16 +95,16 @@ def _plan(subject: Subject, options: BenchOptions) -> list[_Entry]:
     """Plain decoding first, then each mode; those whose tree grows with the budget once per budget."""
     plan = [_Entry(mode="plain", budget=1)]
     for mode in options.modes:
-        if mode != "plain" and subject.heads is None:
-            raise InputError(f"mode {mode} needs heads; give --heads, or --modes plain")
+        if mode not in ("plain", "ngrams") and subject.heads is None:
+            raise InputError(f"mode {mode} needs heads; give --heads, or --modes plain,ngrams")
         if mode == "chain":
             plan.append(_Entry(mode=mode, budget=max(options.budgets)))
         elif mode == "fixed":
             trees = [(size, subject.fixed_tree(size)) for size in options.budgets]
             plan += [_Entry(mode=mode, budget=min(size, tree.num_nodes), fixed_tree=tree) for size, tree in trees]
-        elif mode == "dynamic":
+        elif mode in ("dynamic", "dynamic+ngrams"):
             plan += [_Entry(mode=mode, budget=size) for size in options.budgets]
-        elif mode in ("auto", "pruned"):
+        elif mode in ("auto", "pruned", "ngrams", "auto+ngrams"):
             plan.append(_Entry(mode=mode, budget="auto", prune=options.prune if mode == "pruned" else OFF))
     return list(dict.fromkeys(plan))  # a fixed tree smaller than two of the budgets is one system
 

@@ -23,7 +23,7 @@ class StepFacts:
         seconds: how long it took.
         predicted_seconds: what the sizing had predicted for it.
         tokens: tokens per row: accepted drafts and the bonus token, even where a row ended before.
-        expected_tokens: what the heads' probabilities, uncorrected, had let expect.
+        expected_tokens: what the trees' probabilities, uncorrected, had let expect.
     """
 
     batch: int
@@ -53,9 +53,9 @@ class NotedSizing:
         """As the sizing says."""
         return self._sizing.reach(batch, context)
 
-    def choose(self, sums: Sums | None, batch: int, context: float) -> Size:
+    def choose(self, sums: Sums | None, batch: int, context: float, of_heads: Sums | None = None) -> Size:
         """As the sizing says."""
-        return self._sizing.choose(sums, batch, context)
+        return self._sizing.choose(sums, batch, context, of_heads)
 
     def observe(self, record: StepRecord) -> float:
         """Let the sizing learn, and keep what happened."""

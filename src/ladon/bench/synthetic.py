@@ -172,6 +172,6 @@ class SyntheticDecoder(Decoder):
         self._drafts = drafts
 
     def _proposer(self, clock: StageClock) -> Proposer:
-        if self.heads is None or self._tree == "off":
+        if self.heads is None or self._plan.tree == "off":
             return super()._proposer(clock)
-        return SyntheticProposer(self._drafts, tree_builder(self._tree), clock, self.heads)
+        return SyntheticProposer(self._drafts, tree_builder(self._plan.tree), clock, self.heads)

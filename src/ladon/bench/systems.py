@@ -89,8 +89,8 @@ class LadonSystem:
 
         Args:
             model: the target.
-            heads: its heads; not used by mode "plain".
-            mode: plain, chain, fixed, dynamic, auto or pruned.
+            heads: its heads; not used by modes "plain" and "ngrams".
+            mode: one of `ladon.config.BENCH_MODES`.
             budget: nodes per step and row, or "auto".
             fixed_tree: the tree of mode "fixed".
             prune: how mode "pruned" prunes, as for `Decoder`.
@@ -98,14 +98,15 @@ class LadonSystem:
             make: makes the decoder, called as `Decoder` is.
         """
         self.name = mode
-        tree: str | FixedTree = {"plain": "off", "auto": "dynamic", "pruned": "dynamic"}.get(mode, mode)
+        tree: str | FixedTree = {"plain": "off", "chain": "chain"}.get(mode, "dynamic")
         most = {"plain": 1, "chain": heads.num_heads + 1 if heads else 1}.get(mode)
         if mode == "fixed":
             if fixed_tree is None:
                 raise InputError("mode fixed needs a tree; give one with --fixed-tree, or leave the mode out")
             tree, most = fixed_tree, fixed_tree.num_nodes
         options = {"tree": tree, "budget": budget, "prune": prune if mode == "pruned" else OFF, "profile": profile}
-        self._decoder = make(model, None if mode == "plain" else heads, **options)
+        options["ngrams"] = "auto" if mode.endswith("ngrams") else "off"
+        self._decoder = make(model, None if mode in ("plain", "ngrams") else heads, **options)
         if mode == "pruned" and self._decoder.pruning is None:
             raise InputError(
                 "mode pruned: no pruning is known to pay; run ladon calibrate --pruning, or say how (4:16)"
@@ -121,22 +122,22 @@ class LadonSystem:
 
     def run(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> Run:
         """Decode a group of prompts together."""
-        recorder = _StepRecorder() if self._profile and len(prompts) == 1 else None
         started = time.perf_counter()
         sequences = self._decoder.generate(
             **_inputs(self._decoder.model, prompts),
             max_new_tokens=max_new_tokens,
             do_sample=False,
-            streamer=recorder,
         )
         seconds = time.perf_counter() - started
+        outputs, steps = _outputs(self._decoder.model, sequences, prompts), self.taken_steps()
+        is_single = self._profile and len(prompts) == 1
         return Run(
-            outputs=_outputs(self._decoder.model, sequences, prompts),
+            outputs=outputs,
             stats=self._decoder.stats,
             seconds=seconds,
             first_token_seconds=seconds - self._decoder.stats.decode_seconds,
-            step_counts=recorder.counts if recorder else [],
-            steps=self.taken_steps(),
+            step_counts=_emitted_by(steps, self._decoder.stats.tokens) if is_single else [],
+            steps=steps,
         )
 
     def taken_steps(self) -> list[StepFacts]:
@@ -216,23 +217,12 @@ class _TokenClock(StoppingCriteria):
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
-class _StepRecorder:
-    """A streamer that keeps how many tokens came with each decode step."""
-
-    def __init__(self) -> None:
-        self._puts: list[int] = []
-
-    def put(self, value: Tensor) -> None:
-        """Called with the prompt, then the prefill's token, then each step's tokens."""
-        self._puts.append(value.numel())
-
-    def end(self) -> None:
-        """Nothing to flush."""
-
-    @property
-    def counts(self) -> list[int]:
-        """Tokens of each decode step."""
-        return self._puts[2:]
+def _emitted_by(steps: Sequence[StepFacts], tokens: int) -> list[int]:
+    """Tokens that a single row took from each step, which are so many in all: it may have ended within the last one."""
+    counts = [int(step.tokens) for step in steps]
+    if counts:
+        counts[-1] -= sum(counts) - tokens
+    return counts
 
 
 def _wait(device: torch.device) -> None:

@@ -82,7 +82,7 @@ def verify_law(
         tree: options of the decoder that uses trees.
         progress: told after each answer.
     """
-    plain, trees = Decoder(model), Decoder(model, heads, **tree)
+    plain, trees = Decoder(model, tree="off"), Decoder(model, heads, **tree)
     options = {"max_new_tokens": max_new_tokens, **law}
     expected, found = plain.rows(prompts, **options), trees.rows(prompts, **options)
     for done, row in enumerate(expected, start=1):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+
 from ladon.config import DecoderOptions
 from ladon.heads import Heads
+from ladon.lattice import Correction
 from ladon.proposers import HeadsProposer, drafting
 from ladon.stats import StageClock
 from ladon.target import Target
@@ -15,3 +18,8 @@ def default_proposer(target: Target, heads: Heads) -> HeadsProposer:
     tree = "dynamic" if target.supports_trees else "chain"
     options = DecoderOptions()
     return drafting(heads.bind(target.model, force=True), tree, options.num_candidates, "auto", clock)
+
+
+def correction_of(heads: Heads) -> Correction | None:
+    """The heads' correction for traces, which lie on the CPU in float32; None if they have none."""
+    return None if heads.correction is None else copy.deepcopy(heads.correction).cpu().float().among

@@ -9,12 +9,14 @@ from typing import Any
 
 from ladon.calibrate.lattice_trace import LatticeTrace
 from ladon.calibrate.ranks import hit_rates, marginal_hit_rates
-from ladon.calibrate.simulate import SimulatedRun, simulate, simulate_budgets
+from ladon.calibrate.simulate import SimulatedRun, simulate_budgets
 from ladon.calibrate.step_times import StepTimes
-from ladon.calibrate.temperatures import BINS, calibration_errors, fit_temperatures
+from ladon.calibrate.temperatures import BINS, CalibrationError, calibration_errors, fit_temperatures
 from ladon.calibration import Calibration
+from ladon.config import MARKOV, PRODUCT
 from ladon.errors import InputError
-from ladon.fixed_tree import best_fixed_tree
+from ladon.fixed_tree import FixedTree, best_fixed_tree
+from ladon.lattice import Correction
 
 SIZES = (8, 16, 32, 64)
 
@@ -24,17 +26,19 @@ class Halves:
     """A trace in two: what is fitted on the one is judged on the other, every second answer each.
 
     Attributes:
-        known: the trace to fit on.
+        known: the trace to fit on, its candidates given the truth before them.
         unseen: the trace to judge on.
         temperatures: fitted on `known`, [K].
+        correction: of the heads' guesses by the token before; None if they have none.
     """
 
     known: LatticeTrace
     unseen: LatticeTrace
     temperatures: list[float]
+    correction: Correction | None = None
 
     @classmethod
-    def of(cls, trace: LatticeTrace) -> Halves:
+    def of(cls, trace: LatticeTrace, correction: Correction | None = None) -> Halves:
         """Split a trace.
 
         Raises:
@@ -46,12 +50,29 @@ class Halves:
                 f"the model's answers to {trace.num_rows} prompts have {trace.num_positions} tokens to guess, too few "
                 "to fit on one half and judge on the other; give 2 prompts or more (about 100) and more new tokens"
             )
-        return cls(known=known, unseen=unseen, temperatures=fit_temperatures(known))
+        known = given_the_truth(known, correction)
+        return cls(known=known, unseen=unseen, temperatures=fit_temperatures(known), correction=correction)
+
+    def errors(self, temperatures: Sequence[float] | None) -> list[CalibrationError]:
+        """The calibration errors on the unseen half."""
+        return calibration_errors(given_the_truth(self.unseen, self.correction), temperatures)
+
+    def simulated(
+        self, tree: str | FixedTree, budgets: Sequence[int], temperatures: Sequence[float] | None = None
+    ) -> list[SimulatedRun]:
+        """What trees of several sizes would do on the unseen half."""
+        return simulate_budgets(self.unseen, tree, budgets, temperatures=temperatures, correction=self.correction)
+
+
+def given_the_truth(trace: LatticeTrace, correction: Correction | None) -> LatticeTrace:
+    """The trace as heads with this correction would have it."""
+    return trace if correction is None else trace.given_the_truth(correction)
 
 
 def calibrate(
     trace: LatticeTrace,
     *,
+    correction: Correction | None = None,
     budgets: Sequence[int] = SIZES,
     step_times: Sequence[StepTimes] = (),
     place: dict[str, Any] | None = None,
@@ -63,6 +84,7 @@ def calibrate(
 
     Args:
         trace: the recorded answers.
+        correction: the heads' own, where they have one; temperatures, hit rates and trees are then those with it.
         budgets: sizes of the simulated trees, root included.
         step_times: measured on this machine; the projection goes by the first. May be empty.
         place: the machine, as `ladon.environment` describes it.
@@ -70,15 +92,15 @@ def calibrate(
     Raises:
         InputError: too little was recorded.
     """
-    halves = Halves.of(trace)
-    ranks = trace.ranks()
-    rates = hit_rates(ranks, trace.num_candidates)
+    halves, given = Halves.of(trace, correction), given_the_truth(trace, correction)
+    rates = hit_rates(given.ranks(), trace.num_candidates)
     trees = {str(size): best_fixed_tree(rates, size) for size in SIZES}
     return Calibration(
         heads=trace.heads,
-        temperatures=fit_temperatures(trace),
+        temperatures=fit_temperatures(given),
+        joint=PRODUCT if correction is None else MARKOV,
         hit_rates=rates,
-        marginal_hit_rates=marginal_hit_rates(ranks, trace.num_candidates),
+        marginal_hit_rates=marginal_hit_rates(trace.ranks(), trace.num_candidates),
         error=_errors(halves),
         fixed_trees={size: [list(path) for path in tree.paths] for size, tree in trees.items()},
         simulated=_simulated(halves, budgets),
@@ -88,8 +110,7 @@ def calibrate(
 
 
 def _errors(halves: Halves) -> dict[str, Any]:
-    before = calibration_errors(halves.unseen)
-    after = calibration_errors(halves.unseen, halves.temperatures)
+    before, after = halves.errors(None), halves.errors(halves.temperatures)
     return {
         "bins": BINS,
         "positions": [error.positions for error in before],
@@ -103,18 +124,14 @@ def _errors(halves: Halves) -> dict[str, Any]:
 
 def _simulated(halves: Halves, budgets: Sequence[int]) -> list[dict[str, Any]]:
     """The chain, then of each budget the fixed tree and the dynamic one, the latter without and with temperatures."""
-    unseen = halves.unseen
-    found = [_entry("chain", False, simulate(unseen, "chain", unseen.num_heads + 1))]
+    found = [_entry("chain", False, *halves.simulated("chain", [halves.unseen.num_heads + 1]))]
     if not budgets:
         return found
     rates = hit_rates(halves.known.ranks(), halves.known.num_candidates)
-    plain, fitted = (
-        simulate_budgets(unseen, "dynamic", budgets, temperatures=temperatures)
-        for temperatures in (None, halves.temperatures)
-    )
+    plain, fitted = (halves.simulated("dynamic", budgets, temperatures) for temperatures in (None, halves.temperatures))
     for budget, without, with_ in zip(budgets, plain, fitted, strict=True):
         tree = best_fixed_tree(rates, budget)
-        found.append(_entry("fixed", False, simulate(unseen, tree, budget)))
+        found.append(_entry("fixed", False, *halves.simulated(tree, [budget])))
         found += [_entry("dynamic", False, without), _entry("dynamic", True, with_)]
     return found
 
@@ -133,8 +150,8 @@ def _times(halves: Halves, measured: Sequence[StepTimes], place: dict[str, Any])
     """Times with their machine, and what the dynamic tree of each size would gain: tokens per step / relative time."""
     if not measured:
         return {}
-    unseen, times = halves.unseen, measured[0]
-    runs = simulate_budgets(unseen, "dynamic", times.nodes, temperatures=halves.temperatures)
+    times = measured[0]
+    runs = halves.simulated("dynamic", times.nodes, halves.temperatures)
     gains = [run.acceptance_length / relative for run, relative in zip(runs, times.relative, strict=True)]
     best = max(range(len(gains)), key=lambda i: gains[i])
     return {

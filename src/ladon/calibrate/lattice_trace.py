@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ladon.errors import InputError
+from ladon.lattice import Correction, outside
 
 FORMAT = "ladon-lattice-trace"
-VERSION = "1"
+VERSION = "2"
 GRID = tuple(2.0 ** (quarter / 4) for quarter in range(-8, 9))  # temperatures 1/4 to 4
-_TENSORS = ("tokens", "logits", "log_normalizers", "truth", "row_starts")
+_TENSORS = ("tokens", "logits", "log_normalizers", "roots", "truth", "row_starts")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,6 +42,7 @@ class LatticeTrace:
         logits: their logits as the head gave them, [P, K, C] float32.
         log_normalizers: log of the sum over the head's vocabulary of exp((logit - greatest logit) / T), for each T of
             `GRID`, [P, K, G] float32.
+        roots: the answer's token at the position, [P] int32.
         truth: the token that the model itself said k places after the root, [P, K] int32; -1 past the answer's end.
         row_starts: first position of each row, and P at the end, [R + 1] int64.
         heads: hash of the heads' weights (`Heads.weights_hash`).
@@ -50,6 +52,7 @@ class LatticeTrace:
     tokens: Tensor
     logits: Tensor
     log_normalizers: Tensor
+    roots: Tensor
     truth: Tensor
     row_starts: Tensor
     heads: str = ""
@@ -104,6 +107,26 @@ class LatticeTrace:
         log_probs = (logits - logits[:, :1] - normalizer[:, None]).clamp(max=0.0)
         return log_probs.nan_to_num(nan=-torch.inf, neginf=-torch.inf)
 
+    def given_the_truth(self, correction: Correction) -> LatticeTrace:
+        """What the heads offer after the true tokens, corrected by the one just before each guess.
+
+        Args:
+            correction: as `ladon.lattice.conditioned` takes it.
+
+        Returns:
+            The same trace with candidates in their corrected order; the normalisers are those of the candidates and
+            one cell for all other tokens. Where the truth is not known, candidates mean nothing.
+        """
+        given = torch.stack([self.log_probs(depth) for depth in range(1, self.num_heads + 1)], dim=1)
+        before = torch.cat([self.roots[:, None], self.truth[:, :-1]], dim=1).clamp(min=0).long()
+        scores = given + correction(before[:, :, None], self.tokens.long())[:, :, 0].cpu()
+        logits, order = scores.sort(dim=-1, descending=True, stable=True)
+        rest, most = outside(given), logits[:, :, 0]
+        grid = torch.tensor(GRID)
+        apart = (logits - most[..., None])[..., None] / grid
+        normalizers = torch.logaddexp(apart.logsumexp(-2), (rest - most)[..., None] / grid)
+        return replace(self, tokens=self.tokens.gather(-1, order), logits=logits, log_normalizers=normalizers)
+
     def of_rows(self, rows: Sequence[int]) -> LatticeTrace:
         """The trace of some rows, in the order given."""
         starts = self.row_starts.tolist()
@@ -113,6 +136,7 @@ class LatticeTrace:
             tokens=self.tokens[index],
             logits=self.logits[index],
             log_normalizers=self.log_normalizers[index],
+            roots=self.roots[index],
             truth=self.truth[index],
             row_starts=torch.tensor([0, *map(len, parts)]).cumsum(0),
             heads=self.heads,

@@ -80,7 +80,7 @@ class _Recorder:
         self._heads, self._num_candidates = heads, min(num_candidates, heads.vocab_size)
         self._rows = torch.arange(0)
         self._joined = 0
-        self.steps: list[list[Tensor]] = []  # of each: rows, tokens, logits, log-normalisers
+        self.steps: list[list[Tensor]] = []  # of each: rows, tokens, logits, log-normalisers, roots
 
     def join(self, prompts: Sequence[Tensor], hidden: Tensor) -> None:
         """Rows are numbered in the order in which they join."""
@@ -90,7 +90,7 @@ class _Recorder:
     def propose(self, hidden: Tensor, root: Tensor, max_nodes: int) -> TokenTree:
         """The root alone; the heads' candidates after it are noted."""
         tables = candidate_tables(self._heads, hidden, root, self._num_candidates)
-        self.steps.append([self._rows, *(table.cpu() for table in tables)])
+        self.steps.append([self._rows, *(table.cpu() for table in tables), root.int().cpu()])
         return root_tree(root)
 
     def observe(self, accepted: Accepted, hidden: Tensor) -> None:
@@ -151,11 +151,12 @@ def _assemble(
     order = rows.argsort(stable=True)
     is_last = torch.ones_like(order, dtype=torch.bool)
     is_last[:-1] = rows[order].diff() > 0
-    tokens, logits, normalizers = (table[order[~is_last]] for table in tables)
+    tokens, logits, normalizers, roots = (table[order[~is_last]] for table in tables)
     return LatticeTrace(
         tokens=tokens,
         logits=logits,
         log_normalizers=normalizers,
+        roots=roots,
         truth=_following(answers, heads.num_heads),
         row_starts=torch.tensor([0, *(len(answer) - 1 for answer in answers)]).cumsum(0),
         heads=heads.weights_hash,

@@ -13,6 +13,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,11 +21,11 @@ from torch import Tensor
 from ladon.calibrate.lattice_trace import LatticeTrace
 from ladon.errors import TreeError
 from ladon.fixed_tree import FixedTree
-from ladon.lattice import Lattice
+from ladon.lattice import Correction, Lattice, conditioned
 from ladon.proposers import candidates_needed, tree_builder
 from ladon.tree import TokenTree
 
-_CHUNK = 2048  # positions whose trees exist at a time
+_CHUNK = 1024  # positions whose trees exist at a time
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,9 +57,11 @@ def simulate(
     *,
     temperatures: Sequence[float] | None = None,
     num_candidates: int | None = None,
+    correction: Correction | None = None,
 ) -> SimulatedRun:
     """Decode all answers of `trace` with a tree, on paper; see `simulate_budgets`."""
-    return simulate_budgets(trace, tree, [budget], temperatures=temperatures, num_candidates=num_candidates)[0]
+    more: dict[str, Any] = {"temperatures": temperatures, "num_candidates": num_candidates, "correction": correction}
+    return simulate_budgets(trace, tree, [budget], **more)[0]
 
 
 def simulate_budgets(
@@ -68,6 +71,7 @@ def simulate_budgets(
     *,
     temperatures: Sequence[float] | None = None,
     num_candidates: int | None = None,
+    correction: Correction | None = None,
 ) -> list[SimulatedRun]:
     """Decode all answers of `trace` with trees of several sizes.
 
@@ -79,6 +83,7 @@ def simulate_budgets(
         budgets: nodes per step and row, root included.
         temperatures: one per depth, [K], by which the heads' logits are divided; None leaves them.
         num_candidates: candidates kept per head, as `Decoder` takes it; None: as many as the trace has.
+        correction: by the token before, as `ladon.lattice.conditioned` takes it; None leaves guesses as they are.
 
     Returns:
         A run for each budget. What a depth cap of the target (some models with long contexts) would cut is not cut.
@@ -96,7 +101,7 @@ def simulate_budgets(
         tree.check_fits(trace.num_heads, num_candidates)
     elif tree not in ("dynamic", "chain"):
         raise TreeError(f'tree is {tree!r}; a trace can be decoded with "dynamic", "chain" or a ladon.FixedTree')
-    slots, largest = _true_slots(trace, tree, max(budgets), temperatures, num_candidates)
+    slots, largest = _true_slots(trace, tree, max(budgets), temperatures, num_candidates, correction)
     return [_walk(trace, (slots < budget).sum(1), min(budget, largest)) for budget in budgets]
 
 
@@ -106,23 +111,28 @@ def _true_slots(
     budget: int,
     temperatures: Sequence[float] | None,
     num_candidates: int,
+    correction: Correction | None,
 ) -> tuple[Tensor, int]:
     """Slot of the true node of each depth in each position's tree, [P, K], at least `budget` where there is none.
 
     The second value is the number of node slots of the trees.
     """
     width = min(candidates_needed(tree, num_candidates, budget), trace.num_candidates)
+    if correction is not None:
+        width = num_candidates
     depths = range(1, trace.num_heads + 1)
-    log_probs = torch.stack(
-        [trace.log_probs(k, 1.0 if temperatures is None else temperatures[k - 1])[:, :width] for k in depths], dim=1
-    )
+    first = [1.0] * trace.num_heads if temperatures is None or correction is not None else temperatures
+    log_probs = torch.stack([trace.log_probs(k, first[k - 1])[:, :width] for k in depths], dim=1)
+    after = None if temperatures is None else torch.tensor(temperatures)
     build = tree_builder(tree)
     slots, num_nodes = [torch.empty(0, trace.num_heads, dtype=torch.long)], min(budget, 1)
     for start in range(0, trace.num_positions, _CHUNK):
         part = slice(start, start + _CHUNK)
         lattice = Lattice(tokens=trace.tokens[part, :, None, :width].long(), log_probs=log_probs[part, :, None])
-        truth = trace.truth[part].long()
-        grown = build(lattice, truth.new_zeros(len(truth)), budget)
+        truth, roots = trace.truth[part].long(), trace.roots[part].long()
+        if correction is not None:
+            lattice = conditioned(lattice, roots, correction, temperatures=after)
+        grown = build(lattice, roots, budget)
         slots.append(_follow(grown, truth, budget))
         num_nodes = grown.num_nodes
     return torch.cat(slots), num_nodes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -141,6 +142,8 @@ def bench(
         trust_remote_code=trust_remote_code,
         ignore_generation_config=ignore_generation_config,
     )
+    if loaded.heads is None and modes == _MODES:
+        plan = replace(plan, modes=("plain", "ngrams"))  # all that there is without heads
     workload = workload_of(loaded, prompts, limit)
     bundled_heads = loaded.is_demo and heads in (None, DEMO)
     with progress_bar() as progress:

@@ -107,7 +107,7 @@ def calibrate(
     from ladon.cli.loading import load, require_heads
 
     loaded = load(model, heads, dtype=dtype, device=device, threads=threads, trust_remote_code=trust_remote_code)
-    require_heads(loaded, "dynamic")
+    require_heads(loaded, "dynamic", "off")
     if pruning:
         _check_prunable(loaded)
     with progress_bar() as progress:
@@ -236,12 +236,15 @@ class _Timed:
 
 
 def _findings(loaded: Loaded, trace: LatticeTrace, budgets: tuple[int, ...], measured: list[StepTimes]) -> Calibration:
+    from ladon.calibrate.drafting import correction_of
     from ladon.calibrate.findings import calibrate as find
     from ladon.cli.loading import dtype_name
     from ladon.environment import environment
 
     place = environment(loaded.model.device) | {"dtype": dtype_name(loaded.model)}
-    return find(trace, budgets=budgets, step_times=measured, place=place)
+    assert loaded.heads is not None  # checked when loaded
+    correction = correction_of(loaded.heads)
+    return find(trace, correction=correction, budgets=budgets, step_times=measured, place=place)
 
 
 def _write(loaded: Loaded, found: Calibration, measured: list[StepTimes], folder: Path) -> Path | None:

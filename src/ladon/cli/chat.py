@@ -46,6 +46,7 @@ def chat(
     tree: options.TreeOption = _DEFAULTS.tree,
     budget: options.BudgetOption = str(_DEFAULTS.budget),
     prune: options.PruneOption = _DEFAULTS.prune,
+    ngrams: options.NgramsOption = _DEFAULTS.ngrams,
     temperature: options.TemperatureOption = _CHAT.temperature,
     top_p: options.TopPOption = _CHAT.top_p,
     top_k: options.TopKOption = _CHAT.top_k,
@@ -84,9 +85,9 @@ def chat(
         trust_remote_code=trust_remote_code,
         ignore_generation_config=ignore_generation_config,
     )
-    require_heads(loaded, shape)
+    require_heads(loaded, shape, ngrams)
     conversation = Conversation(loaded.tokenizer, system)
-    decoder = Decoder(loaded.model, loaded.heads, tree=shape, budget=nodes, prune=prune)
+    decoder = Decoder(loaded.model, loaded.heads, tree=shape, budget=nodes, prune=prune, ngrams=ngrams)
     session = Session(decoder, loaded, conversation, {**law, "max_new_tokens": max_new_tokens}, color_by_depth)
     session.greet()
     for line in _lines():

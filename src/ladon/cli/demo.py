@@ -88,7 +88,7 @@ def _complete(console: Console, loaded: Loaded, prompt: str, plan: BenchOptions)
     from ladon.viz.record import origins
     from ladon.viz.terminal import legend, token_text
 
-    decoder = Decoder(loaded.model, loaded.heads, budget=plan.budgets[0])
+    decoder = Decoder(loaded.model, loaded.heads, budget=plan.budgets[0], ngrams="off")
     ids = encode(loaded.tokenizer, prompt)
     pieces = Detokenizer(loaded.tokenizer, ids.tolist())
     console.print(Rule("dynamic tree, live", align="left", style="dim"))

@@ -56,6 +56,7 @@ def generate(
     budget: options.BudgetOption = str(_DEFAULTS.budget),
     prune: options.PruneOption = _DEFAULTS.prune,
     accept: options.AcceptOption = _DEFAULTS.accept,
+    ngrams: options.NgramsOption = _DEFAULTS.ngrams,
     temperature: options.TemperatureOption = _SAMPLING.temperature,
     top_p: options.TopPOption = _SAMPLING.top_p,
     top_k: options.TopKOption = _SAMPLING.top_k,
@@ -111,10 +112,10 @@ def generate(
         trust_remote_code=trust_remote_code,
         ignore_generation_config=ignore_generation_config,
     )
-    require_heads(loaded, shape)
+    require_heads(loaded, shape, ngrams)
     law["constraint"] = make_constraint(loaded.tokenizer)
     drafting: dict[str, Any] = {"tree": shape, "budget": nodes, "prune": prune, "accept": rule or _DEFAULTS.accept}
-    decoder = Decoder(loaded.model, loaded.heads, profile=stats, **drafting)
+    decoder = Decoder(loaded.model, loaded.heads, ngrams=ngrams, profile=stats, **drafting)
     if is_many:
         rows = _rows(decoder, loaded, questions, max_new_tokens, law)
         document = _answer_many(decoder, loaded, questions, rows, batch, is_silent=as_json)

@@ -104,9 +104,9 @@ def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> PreTrained
     return tokenizer
 
 
-def require_heads(loaded: Loaded, tree: object) -> None:
-    """Raise `InputError` if the tree needs heads and none were named."""
-    if loaded.heads is None and tree != "off":
+def require_heads(loaded: Loaded, tree: object, ngrams: str) -> None:
+    """Raise `InputError` if the tree needs heads and none were named: n-grams alone draft what grows, and chains."""
+    if loaded.heads is None and tree != "off" and (ngrams == "off" or tree not in ("dynamic", "chain")):
         raise InputError(f"no heads for {loaded.name}; give --heads FOLDER, or --tree off for plain decoding")
 
 

@@ -69,6 +69,9 @@ AcceptOption = Annotated[
         "nucleus:top_p=0.8.",
     ),
 ]
+NgramsOption = Annotated[
+    str, Option("--ngrams", metavar="NAME", help=f"{help_of(DecoderOptions, 'ngrams').capitalize()}.")
+]
 NewTokensOption = Annotated[int, Option("--max-new-tokens", metavar="N", min=1, help="Tokens to write at most.")]
 
 

@@ -42,6 +42,7 @@ def trace(
     max_new_tokens: options.NewTokensOption = 32,
     tree: options.TreeOption = _DEFAULTS.tree,
     budget: options.BudgetOption = str(_DEFAULTS.budget),
+    ngrams: options.NgramsOption = _DEFAULTS.ngrams,
     html: _HtmlOption = None,
     png: _PngOption = None,
     png_steps: _PngStepsOption = PICTURE_STEPS,
@@ -80,8 +81,8 @@ def trace(
         trust_remote_code=trust_remote_code,
         ignore_generation_config=ignore_generation_config,
     )
-    require_heads(loaded, shape)
-    decoder = Decoder(loaded.model, loaded.heads, tree=shape, budget=nodes)
+    require_heads(loaded, shape, ngrams)
+    decoder = Decoder(loaded.model, loaded.heads, tree=shape, budget=nodes, ngrams=ngrams)
     ids = encode(loaded.tokenizer, text)
     found = decoder.trace(ids.to(loaded.model.device), max_new_tokens=max_new_tokens)
     steps = list(found)

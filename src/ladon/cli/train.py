@@ -22,7 +22,8 @@ def _option(name: str, metavar: str | None = None) -> Any:
 
 
 def _switch(name: str) -> Any:
-    return Option(f"--{name}/--no-{name}", help=_help(name))
+    option = name.replace("_", "-")
+    return Option(f"--{option}/--no-{option}", help=_help(name))
 
 
 def _help(name: str) -> str:
@@ -60,6 +61,8 @@ def train(
     family: Annotated[str, _option("family")] = _DEFAULTS.family,
     family_option: _FamilyOption = None,
     init_heads: Annotated[str | None, _option("init_heads", "DIR")] = _DEFAULTS.init_heads,
+    markov_rank: Annotated[int, _option("markov_rank")] = _DEFAULTS.markov_rank,
+    freeze_heads: Annotated[bool, _switch("freeze_heads")] = _DEFAULTS.freeze_heads,
     labels: Annotated[str, _option("labels")] = _DEFAULTS.labels,
     label_temperature: Annotated[float, _option("label_temperature")] = _DEFAULTS.label_temperature,
     learn: Annotated[str, _option("learn")] = _DEFAULTS.learn,
@@ -120,10 +123,14 @@ def train(
         torchrun --nproc-per-node 8 -m ladon.cli train answers.jsonl --model path/to/model --out heads
     """
     given = dict(locals())
+    from ladon.bundled import demo_path
+    from ladon.cli.loading import DEMO, load
+
     given["family_options"] = parse_family_options(family_option or [])
+    if init_heads == DEMO:
+        given["init_heads"] = str(demo_path() / "heads")
     chosen = TrainOptions(**{setting.name: given[setting.name] for setting in fields(TrainOptions)})
     placement = _placement(device_map, load_in_4bit, load_in_8bit)
-    from ladon.cli.loading import load
     from ladon.train.rows import read_rows
     from ladon.train.run import train as run
 

@@ -58,6 +58,7 @@ def verify(
     tree: options.TreeOption = _DEFAULTS.tree,
     budget: options.BudgetOption = str(_DEFAULTS.budget),
     prune: options.PruneOption = _DEFAULTS.prune,
+    ngrams: options.NgramsOption = _DEFAULTS.ngrams,
     temperature: _TemperatureOption = 1.0,
     top_p: options.TopPOption = _SAMPLING.top_p,
     top_k: options.TopKOption = _SAMPLING.top_k,
@@ -106,12 +107,12 @@ def verify(
         trust_remote_code=trust_remote_code,
         ignore_generation_config=ignore_generation_config,
     )
-    require_heads(loaded, shape)
+    require_heads(loaded, shape, ngrams)
     name, ids = asked_of(loaded, prompts, limit)
     asked = [torch.tensor(one, device=loaded.model.device) for one in ids]
     laws: dict[str, dict[str, Any]] = {"greedy": {"do_sample": False}, "sampled": drawn}
     common: dict[str, Any] = {"batch": batch, "max_new_tokens": max_new_tokens}
-    common["tree"] = {"tree": shape, "budget": nodes, "prune": prune}
+    common["tree"] = {"tree": shape, "budget": nodes, "prune": prune, "ngrams": ngrams}
     with progress_bar() as progress:
         verdicts = [
             verify_law(loaded.model, loaded.heads, asked, law, name=named, progress=progress, **common)

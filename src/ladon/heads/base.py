@@ -14,12 +14,16 @@ from torch import Tensor, nn
 from ladon.calibration import Calibration
 from ladon.errors import HeadsError
 from ladon.heads.checkpoint import HeadsConfig, write_heads
+from ladon.heads.correction import MarkovCorrection
 from ladon.heads.ends import input_embedding_module, output_projection
 from ladon.heads.fingerprint import MIN_AGREEMENT, Fingerprint, agreement, differing, fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from typing_extensions import Self
+
+
+MARKOV_RANK = "markov_rank"  # the option that all families share
 
 
 class Heads(nn.Module, ABC):
@@ -39,6 +43,7 @@ class Heads(nn.Module, ABC):
         base_fingerprint: samples of the target's weights, to recognise it again; None if never bound.
         training_record: how the heads were trained, as JSON values; saved with them.
         is_conditioned: whether head k looks at the tokens between the one it reads and the one it guesses.
+        correction: what the token before each guess adds to its logits, if that was trained; None for nothing.
         calibration: what `ladon calibrate` found for these heads on their model; None if it never ran.
         folder: the folder they were loaded from, where an early exit may lie beside them; None for new ones.
     """
@@ -59,6 +64,7 @@ class Heads(nn.Module, ABC):
         self.training_record: dict[str, Any] = {}
         self.calibration: Calibration | None = None
         self.folder: Path | None = None
+        self.correction: MarkovCorrection | None = None
         # In tuples, so that the target's modules are no submodules: not saved, not trained, not moved with the heads.
         self._projection: tuple[nn.Module, ...] = ()
         self._embedding: tuple[nn.Module, ...] = ()
@@ -91,6 +97,30 @@ class Heads(nn.Module, ABC):
         return logits
 
     @property
+    def reads_following(self) -> bool:
+        """Whether the tokens between change what is guessed, in the heads or in their correction."""
+        return self.is_conditioned or self.correction is not None
+
+    def corrected(self, hidden: Tensor, following: Tensor) -> Tensor:
+        """Logits as `forward` gives them, with what the token before each guess adds; what training uses."""
+        logits: Tensor = self(hidden, following)
+        return logits if self.correction is None else logits + self.correction(following)
+
+    def add_correction(self, rank: int) -> MarkovCorrection:
+        """Give heads that have none a Markov correction of this rank, its numbers not yet set.
+
+        Raises:
+            HeadsError: they have one, read the tokens before their guesses themselves, or have a vocabulary of their
+                own; or the rank is not 1 to V.
+        """
+        if self.is_conditioned or self.token_ids is not None or self.correction is not None:
+            reason = "have one" if self.correction is not None else "read the tokens before their guesses themselves"
+            reason = "have a vocabulary of their own" if self.token_ids is not None else reason
+            raise HeadsError(f"these {self.family} heads take no Markov correction: they {reason}. Leave it out")
+        self.correction = MarkovCorrection(num_heads=self.num_heads, vocab_size=self.vocab_size, rank=rank)
+        return self.correction.to(next(self.parameters()))
+
+    @property
     def token_ids(self) -> Tensor | None:
         """The token of each entry of the logits, [D] int64, for heads with a vocabulary of their own; None: D = V."""
         return None
@@ -107,8 +137,9 @@ class Heads(nn.Module, ABC):
 
     @property
     def options(self) -> dict[str, int | str]:
-        """The family's own settings, as its constructor takes them."""
-        return {name: getattr(self, name) for name in self.option_names}
+        """The family's own settings, as its constructor takes them, and the rank of the correction if there is one."""
+        own = {name: getattr(self, name) for name in self.option_names}
+        return own if self.correction is None else own | {MARKOV_RANK: self.correction.rank}
 
     @abstractmethod
     def initialise(self, model: PreTrainedModel, seed: int) -> None:

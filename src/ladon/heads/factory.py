@@ -5,13 +5,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 
 from ladon.calibration import CALIBRATION_FILE, Calibration, read_calibration
 from ladon.errors import HeadsError
-from ladon.heads.base import Heads, check_token_ids
+from ladon.heads.base import MARKOV_RANK, Heads, check_token_ids
 from ladon.heads.checkpoint import find_heads, is_own, read_config, read_tensors
 from ladon.heads.ends import output_projection
 from ladon.heads.formats.detect import detect
@@ -41,7 +41,7 @@ def new_heads(
             "lowrank" (a wide MLP and a thin projection per head; options `expansion`, 2, and `rank`, 64) or "hydra"
             (each head reads the tokens before the one it guesses; option `num_blocks`, 1).
         seed: decides the random start values.
-        **options: the family's own settings.
+        **options: the family's own settings; and `markov_rank`, for a Markov correction of this rank.
 
     Returns:
         Heads whose logits equal the target's until they are trained.
@@ -52,6 +52,8 @@ def new_heads(
     projection = output_projection(model)
     heads = _build(family, num_heads, projection.hidden_size, projection.vocab_size, options)
     heads.initialise(model, seed)
+    if heads.correction is not None:
+        heads.correction.initialise(seed)
     heads.remember_base(model)
     return heads.bind(model, force=True)
 
@@ -134,7 +136,12 @@ def _build(family: str, num_heads: int, hidden_size: int, vocab_size: int, optio
     if family not in FAMILIES:
         raise HeadsError(f"head family {family!r} is unknown; known: {', '.join(FAMILIES)}")
     allowed = FAMILIES[family].option_names
-    unknown = sorted(options.keys() - set(allowed))
+    own = {name: value for name, value in options.items() if name != MARKOV_RANK}
+    unknown = sorted(own.keys() - set(allowed))
     if unknown:
+        allowed = (*allowed, MARKOV_RANK)
         raise HeadsError(f"{family} heads have no option {', '.join(unknown)}; they take {', '.join(allowed)}")
-    return FAMILIES[family](num_heads=num_heads, hidden_size=hidden_size, vocab_size=vocab_size, **options)
+    heads = FAMILIES[family](num_heads=num_heads, hidden_size=hidden_size, vocab_size=vocab_size, **own)
+    if MARKOV_RANK in options:
+        heads.add_correction(cast(int, options[MARKOV_RANK]))  # checked there
+    return heads

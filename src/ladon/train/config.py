@@ -25,6 +25,10 @@ class TrainOptions:
     family: str = _setting("shared", "head family: shared, medusa or lowrank, among others")
     family_options: tuple[tuple[str, int | str], ...] = _setting((), "a setting of the family; may be repeated")
     init_heads: str | None = _setting(None, "folder of heads to go on from, instead of new ones")
+    markov_rank: int = _setting(
+        0, "rank of a Markov correction that is trained too, 64 for small models, 256 for large ones; 0: none"
+    )
+    freeze_heads: bool = _setting(False, "train the correction alone, on heads as --init-heads has them")
     labels: str = _setting(
         "text",
         "what is learned: text (the tokens of the rows) or target (the model's own probabilities at their places)",
@@ -126,5 +130,6 @@ _LEAST: dict[str, float] = {
     **dict.fromkeys(("weight_decay", "warmup", "clip", "chunk_rows", "heads_warmup_steps", "heads_weight"), 0),
     **dict.fromkeys(("lora_dropout", "eval_every", "seed"), 0),
     "early_exit": 1,
+    "markov_rank": 0,
     "length": 3,  # one token that is read, the next, and the one that head 1 guesses
 }

@@ -17,7 +17,7 @@ from ladon import lattice
 from ladon.accept import longest_match
 from ladon.calibrate.step_times import measure_step_times
 from ladon.config import AUTO_BUDGET, DecoderOptions
-from ladon.growth import grow_dynamic
+from ladon.growth import grow_chain, grow_dynamic
 from ladon.heads import Heads
 from ladon.heads.ends import input_embedding_module, output_projection
 from ladon.train.losses import rows_per_chunk
@@ -126,7 +126,7 @@ def evaluate(
 def _add(sums: _Sums, heads: Heads, hidden: Tensor, rows: Mapping[str, Tensor], budget: int) -> None:
     """Count some positions: hidden states [c, H], and `labels`, `mask`, `following` [c, K] of their goals."""
     following, mask, labels = rows["following"], rows["mask"], rows["labels"]
-    logits = heads(hidden, following)
+    logits = heads.corrected(hidden, following)
     weights = mask.double()
     losses = functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none")
     sums.loss += (losses.view(labels.shape).double() * weights).nan_to_num().sum(0)
@@ -136,16 +136,19 @@ def _add(sums: _Sums, heads: Heads, hidden: Tensor, rows: Mapping[str, Tensor], 
     sums.hits += (hits * weights[..., None]).sum(0)
 
     known = mask.all(-1) if heads.token_ids is None else mask.any(-1)
-    if heads.is_conditioned:
+    if heads.reads_following:
         logits = heads.draft(hidden, following[:, 0])
     # In the heads' own vocabulary, where the roots have no name and need none.
     found = lattice.from_logits(logits[known], DecoderOptions().num_candidates)
+    if heads.correction is not None:
+        found = lattice.conditioned(found, following[known, 0], heads.correction.among)
     truth = labels.masked_fill(~mask, -1)[known]
     tree = grow_dynamic(found, truth.new_zeros(len(truth)), budget)
+    chain = grow_chain(found, truth.new_zeros(len(truth)), heads.num_heads + 1).tokens[:, 1:]
     ancestors = ancestor_mask(tree.parents, tree.max_depth)
     picks = functional.pad(truth, (0, 1), value=-1).gather(1, node_depths(ancestors))
     sums.steps += len(truth)
-    sums.chain += len(truth) + (found.tokens[:, :, 0, 0] == truth).cumprod(1).sum()
+    sums.chain += len(truth) + (chain == truth).cumprod(1).sum()
     sums.tree += longest_match(tree, picks, ancestors).count.sum()
 
 

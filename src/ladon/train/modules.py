@@ -153,7 +153,7 @@ class HeadsModule(nn.Module):
     def heads_loss(self, hidden: Tensor, batch: Batch, counts: Tensor) -> Tensor:
         """The sum over heads of decay ** k times the mean loss of head k, from hidden states [B T, H]."""
         heads = self.heads
-        following = batch["following"] if heads.is_conditioned else None
+        following = batch["following"] if heads.reads_following else None
         labels: Labels = TokenLabels(batch["labels"])
         if self.loss_options.soft:
             depths = torch.arange(1, heads.num_heads + 1, device=hidden.device)
@@ -162,7 +162,7 @@ class HeadsModule(nn.Module):
             labels = SoftLabels(heads.project, hidden.detach(), places, heads.token_ids, temperature)
         with self.autocast():
             outcome = chunked_loss(
-                lambda rows, which: heads(rows, None if following is None else following[which]),
+                lambda rows, which: heads(rows) if following is None else heads.corrected(rows, following[which]),
                 hidden[batch["rows"]],
                 labels,
                 batch["mask"] * (self._depth_weights / counts[:-1].clamp(min=1)),

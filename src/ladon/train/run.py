@@ -144,6 +144,13 @@ def start_heads(model: PreTrainedModel, options: TrainOptions) -> Heads:
         heads.calibration = None  # of what they were
     else:
         heads = new_heads(model, options.num_heads, options.family, seed=options.seed, **dict(options.family_options))
+    if options.markov_rank and heads.correction is None:
+        heads.add_correction(options.markov_rank).initialise(options.seed)
+    if options.freeze_heads:
+        if heads.correction is None or options.init_heads is None:
+            raise InputError("--freeze-heads trains a correction on given heads: add --markov-rank and --init-heads")
+        heads.requires_grad_(False)
+        heads.correction.requires_grad_(True)
     return heads.to(_master(model))
 
 

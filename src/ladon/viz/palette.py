@@ -20,6 +20,9 @@ _MODES = {
     "dynamic": "#2f9e77",
     "auto": "#5b3fa8",
     "pruned": "#c2447f",
+    "ngrams": "#8a6d1d",
+    "dynamic+ngrams": "#1b6ca8",
+    "auto+ngrams": "#241a52",
 }
 
 
