@@ -230,6 +230,30 @@ def test_families_and_labels(tiny_llama: PreTrainedModel, tmp_path: Path) -> Non
     assert load_heads(tmp_path / "more").family == "medusa"
 
 
+def test_a_correction_is_trained_on_frozen_heads(tiny_llama: PreTrainedModel, tmp_path: Path) -> None:
+    run(tiny_llama, tmp_path / "heads", steps=2)
+    said: list[str] = []
+    options = {"init_heads": str(tmp_path / "heads"), "markov_rank": 8, "freeze_heads": True, "held_out": "0"}
+    run(tiny_llama, tmp_path / "corrected", said, steps=60, learning_rate=0.05, log_every=10, **options)
+    before, after = load_heads(tmp_path / "heads", tiny_llama), load_heads(tmp_path / "corrected", tiny_llama)
+    assert before.correction is None and after.correction is not None
+    assert torch.equal(before.up_weight, after.up_weight) and torch.equal(before.down_weight, after.down_weight)
+    assert after.correction.after.abs().sum() > 0 and after.options["markov_rank"] == 8
+    losses = [float(line.split("loss ")[1].split(" ")[0]) for line in said if line.startswith("step")]
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_heads_and_their_correction_learn_together(tiny_llama: PreTrainedModel, tmp_path: Path) -> None:
+    run(tiny_llama, tmp_path, markov_rank=4, steps=3)
+    heads = load_heads(tmp_path, tiny_llama)
+    assert heads.correction is not None and heads.correction.after.abs().sum() > 0
+    assert heads.down_weight.abs().sum() > 0
+    with pytest.raises(InputError, match="--freeze-heads trains a correction on given heads"):
+        run(tiny_llama, tmp_path / "none", markov_rank=4, freeze_heads=True)
+    with pytest.raises(InputError, match="markov_rank is -1; give 0 or more"):
+        run(tiny_llama, tmp_path / "none", markov_rank=-1)
+
+
 def test_bfloat16_products_leave_float32_weights(tiny_llama: PreTrainedModel, tmp_path: Path) -> None:
     model = tiny_llama.to(torch.bfloat16)
     run(model, tmp_path, precision="bf16", steps=2)

@@ -57,6 +57,7 @@ def generate(
     prune: options.PruneOption = _DEFAULTS.prune,
     accept: options.AcceptOption = _DEFAULTS.accept,
     ngrams: options.NgramsOption = _DEFAULTS.ngrams,
+    joint: options.JointOption = _DEFAULTS.joint,
     temperature: options.TemperatureOption = _SAMPLING.temperature,
     top_p: options.TopPOption = _SAMPLING.top_p,
     top_k: options.TopKOption = _SAMPLING.top_k,
@@ -115,7 +116,8 @@ def generate(
     require_heads(loaded, shape, ngrams)
     law["constraint"] = make_constraint(loaded.tokenizer)
     drafting: dict[str, Any] = {"tree": shape, "budget": nodes, "prune": prune, "accept": rule or _DEFAULTS.accept}
-    decoder = Decoder(loaded.model, loaded.heads, ngrams=ngrams, profile=stats, **drafting)
+    drafting |= {"ngrams": ngrams, "joint": joint}
+    decoder = Decoder(loaded.model, loaded.heads, profile=stats, **drafting)
     if is_many:
         rows = _rows(decoder, loaded, questions, max_new_tokens, law)
         document = _answer_many(decoder, loaded, questions, rows, batch, is_silent=as_json)

@@ -60,6 +60,9 @@ BudgetOption = Annotated[
 PruneOption = Annotated[
     str, Option("--prune", metavar="NAME", help=f"{help_of(DecoderOptions, 'prune').capitalize()}.")
 ]
+JointOption = Annotated[
+    str, Option("--joint", metavar="NAME", help=f"{help_of(DecoderOptions, 'joint').capitalize()}.")
+]
 AcceptOption = Annotated[
     str,
     Option(
