@@ -215,7 +215,7 @@ class AutoSizing:
         Their probabilities are learnt from each token where they are made; what such steps may lose is bounded here.
         """
         curve = self._curve(batch, context, drafts=False)
-        if self._plain_steps > 0 or not curve.has_plain or not self._learnt.may_lose(curve.plain):
+        if self._plain_steps > 0 or not curve.has_plain or not self._learnt.may_lose(curve.plain, by_heads=False):
             return 0
         tokens = self.expectation.tokens(sums, batch, corrected=False)
         rates = self._rates(tokens, batch, curve.seconds, len(self.edges))
@@ -267,4 +267,4 @@ class AutoSizing:
 
     def _curve(self, batch: int, context: float, *, drafts: bool = True) -> Curve:
         curves = self._curves if drafts else self._curves_without
-        return curves.at(batch, context, may_lose=self._learnt.may_lose(curves.newest.plain))
+        return curves.at(batch, context, may_lose=self._learnt.may_lose(curves.newest.plain, by_heads=drafts))

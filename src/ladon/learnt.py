@@ -1,7 +1,8 @@
 """What a decoder has learnt about sizes: its runs share it, in several threads if need be.
 
-Besides what steps cost and heads achieve, that is an account: what trials may lose against plain decoding is bounded,
-a few plain steps at a time and a small share of the time gone by, whoever runs them.
+Besides what steps cost and heads achieve, that is an account for heads and one for n-grams: what trials of either may
+lose against plain decoding is bounded, a few plain steps at a time and a small share of the time gone by, whoever runs
+them. Neither pays for what the other one loses.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _PLAIN_AFTER, _PLAIN_AFTER_MOST = 64, 2048  # drafting steps between two looks a
 
 
 class Learnt:
-    """The knowledge and the account. Whoever touches it holds the lock.
+    """The knowledge and the accounts. Whoever touches it holds the lock.
 
     Attributes:
         lock: of all the rest.
@@ -51,7 +52,7 @@ class Learnt:
         self.try_heads = Wait(_PROBE_AFTER, _PROBE_AFTER_MOST)
         self.try_plain = Wait(_PLAIN_AFTER, _PLAIN_AFTER_MOST)
         self.has_warned = False
-        self._lost = 0.0  # seconds that trials have lost against plain decoding, less what time has made good
+        self._heads, self._ngrams = Account(_SHARE), Account(_SHARE)
 
     @property
     def is_new(self) -> bool:
@@ -60,8 +61,8 @@ class Learnt:
 
     def make_good(self, seconds: float) -> None:
         """A step took so long, which makes some of the losses good."""
-        if 0.0 < seconds < math.inf:
-            self._lost = max(0.0, self._lost - _SHARE * seconds)
+        self._heads.make_good(seconds)
+        self._ngrams.make_good(seconds)
 
     def book(self, seconds: float, tokens: float, plain: float, *, by_heads: bool) -> None:
         """Book what a trial, perhaps of heads, lost against plain decoding, or gained.
@@ -72,16 +73,40 @@ class Learnt:
             plain: seconds of a plain step.
             by_heads: whether heads had a part in it.
         """
-        if not (0.0 < plain < math.inf and 0.0 < seconds < math.inf):
-            return
-        loss = min(seconds, _LONGEST * plain) - tokens * plain
-        self._lost = max(0.0, self._lost + loss)
+        loss = (self._heads if by_heads else self._ngrams).book(seconds, tokens, plain)
         if by_heads and loss < 0.0 and tokens > 1:  # a step may be short by chance as well
             self.try_heads.end()  # it paid: the next trial need not wait
 
-    def may_lose(self, plain: float) -> bool:
+    def may_lose(self, plain: float, *, by_heads: bool = True) -> bool:
         """Whether a trial that loses one more plain step stays within what trials may lose."""
-        return self._lost + plain <= (_ALLOWANCE if self.is_new else _ALLOWANCE_LATER) * plain
+        if not by_heads:
+            return self._ngrams.may_lose(plain, _ALLOWANCE)
+        return self._heads.may_lose(plain, _ALLOWANCE if self.is_new else _ALLOWANCE_LATER)
+
+
+class Account:
+    """Seconds that trials have lost against plain decoding, less what time has made good."""
+
+    def __init__(self, share: float) -> None:
+        """`share` of the time gone by makes losses good."""
+        self._share, self._lost = share, 0.0
+
+    def make_good(self, seconds: float) -> None:
+        """A step took so long."""
+        if 0.0 < seconds < math.inf:
+            self._lost = max(0.0, self._lost - self._share * seconds)
+
+    def book(self, seconds: float, tokens: float, plain: float) -> float:
+        """Book a trial of so many seconds and tokens per row, where a plain step takes `plain`; what it lost."""
+        if not (0.0 < plain < math.inf and 0.0 < seconds < math.inf):
+            return 0.0
+        loss = min(seconds, _LONGEST * plain) - tokens * plain
+        self._lost = max(0.0, self._lost + loss)
+        return loss
+
+    def may_lose(self, plain: float, allowance: float) -> bool:
+        """Whether one more plain step stays within so many of them."""
+        return self._lost + plain <= allowance * plain
 
 
 class Wait:
