@@ -132,6 +132,7 @@ class RandomSizing:
         self.probes = 0
         self.records: list[StepRecord] = []
         self.sums: list[Sums | None] = []
+        self.of_heads: list[Sums | None] = []
         self._dice = random.Random(seed)
 
     def for_run(self) -> RandomSizing:
@@ -142,6 +143,7 @@ class RandomSizing:
 
     def choose(self, sums: Sums | None, batch: int, context: float, of_heads: Sums | None = None) -> Size:
         self.sums.append(sums)
+        self.of_heads.append(of_heads)
         return Size(self._dice.choice(EDGES), self._dice.random() < 0.5)
 
     def observe(self, record: StepRecord) -> float:

@@ -215,6 +215,45 @@ def test_a_law_that_leaves_nothing_legal_ends_the_row(decoder):
     assert rows[0].tokens == [7, 8] and rows[0].complete and "min_new_tokens" in str(rows[0].error)
 
 
+@pytest.mark.parametrize("law", [{}, {"do_sample": True, "seed": 1}], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("suppressed", [0, 11])
+def test_a_law_that_leaves_nothing_legal_ends_no_other_row(decoder, law, suppressed):
+    """Token 0, too, which stands first where all scores are -inf."""
+    script = Script.of({10}, {suppressed})
+    prompts = [torch.tensor([5, 6, 7])] * 2
+    options = {"max_new_tokens": 8, "suppress_tokens": [suppressed], "eos_token_id": 96, **law}
+    rows = decoder.rows(prompts, constraint=[script, None], **options)
+    for _ in decoder.decode(rows):
+        pass
+    assert rows[0].tokens == [10] and isinstance(rows[0].error, ConstraintError)
+    assert rows[1].error is None and not rows[1].cancelled and len(rows[1].tokens) > 1
+
+
+def test_plain_decoding_drafts_no_forced_tokens(tiny_llama):
+    script = Script.of(*[{10 + place} for place in range(20)])
+    prompt = torch.tensor([[5, 6, 7]])
+    plain = ladon.Decoder(tiny_llama, tree="off", budget=16)
+    expected = plain.generate(prompt, max_new_tokens=20, constraint=script)
+    assert plain.stats.acceptance_length == 1.0
+    drafting = ladon.Decoder(tiny_llama, budget=16)
+    assert torch.equal(drafting.generate(prompt, max_new_tokens=20, constraint=script), expected)
+    assert drafting.stats.acceptance_length > 5
+
+
+def test_n_grams_of_constrained_rows_are_not_taken_for_heads(tiny_llama):
+    """Steps that n-grams alone have drafted say nothing of heads, constrained or not."""
+    prompt = torch.tensor([5, 6, 7, 8, 9] * 8)
+    for heads in (None, ladon.new_heads(tiny_llama, num_heads=3)):
+        decoder = ladon.Decoder(tiny_llama, heads)
+        decoder.sizing = sizing = RandomSizing(3)
+        rows = decoder.rows([prompt], max_new_tokens=40, constraint=Residues(1, 1, ends=False))
+        for _ in decoder.decode(rows):
+            pass
+        drafted = [record for record in sizing.records if record.nodes > 1]
+        assert drafted and (heads is not None or not any(record.by_heads for record in drafted))
+        assert all(len(sums) <= 3 for sums in sizing.of_heads if sums is not None)
+
+
 def test_one_constraint_or_one_for_each_row():
     one = Residues(5, 2)
     assert row_constraints(None, 2) == [None, None] and row_constraints(one, 2) == [one, one]

@@ -142,6 +142,9 @@ def test_a_format_that_cannot_hold_the_heads_says_why(tiny_llama: PreTrainedMode
         export_heads(make_heads(tiny_llama, draft_vocab_size=5), "tgi", out)
     with pytest.raises(HeadsError, match="have biases, and vllm has no place"):
         export_heads(make_heads(tiny_llama, projection_bias=1), "vllm", out)
+    corrected = new_heads(tiny_llama, 2, "medusa", markov_rank=2)
+    with pytest.raises(HeadsError, match="have a Markov correction, and vllm has no place"):
+        export_heads(corrected, "vllm", out)
     with pytest.raises(HeadsError, match="'gguf' is unknown; known: own, medusa"):
         export_heads(wide, "gguf", out)
     assert not out.exists() and not list(tmp_path.iterdir())

@@ -68,6 +68,8 @@ def make_sizing(
         deterministic: whether no clock may enter; the environment variable LADON_DETERMINISTIC=1 asks for it too.
         ngrams: whether n-grams draft too.
     """
+    if tree == "off":
+        return FixedSizing(1)
     if budget != "auto":
         return FixedSizing(int(budget))
     most = largest_budget(tree, heads, num_candidates, ngrams=ngrams)

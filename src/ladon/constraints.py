@@ -89,7 +89,7 @@ class Place:
     def allows(self, token: int) -> bool:
         """Whether this token may come next."""
         byte, mask = token // 8, self.allowed
-        return byte < len(mask) and bool(mask[byte] >> token % 8 & 1)
+        return 0 <= byte < len(mask) and bool(mask[byte] >> token % 8 & 1)
 
     def after(self, token: int) -> Place:
         """The place after a token that is allowed."""

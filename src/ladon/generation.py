@@ -95,7 +95,7 @@ class Decoder:
             ngrams: "auto": what followed the last tokens earlier joins dynamic trees, and without heads is all; "off".
 
         Raises:
-            InputError: an unknown rule of acceptance.
+            InputError: an unknown rule of acceptance, or joint.
             UnsupportedModelError: the model cannot verify a tree exactly.
             HeadsError: the heads do not belong to the model.
             TreeError: an unknown tree or n-gram option, a budget below 1, or a fixed tree that the heads cannot fill or

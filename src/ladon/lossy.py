@@ -104,7 +104,9 @@ class Admitted(NamedTuple):
 def admitted(rule: Rule, scores: Tensor, tree: TokenTree) -> Admitted:
     """The nodes of rows that draw from the softmax of `scores` [b, N, V]; never one that the law excludes."""
     law = scores.log_softmax(-1)
-    own = law.flatten(1).gather(1, _parents(tree) * law.shape[-1] + tree.tokens)
+    is_known = tree.tokens < law.shape[-1]  # a prompt may hold tokens that the model never says
+    own = law.flatten(1).gather(1, _parents(tree) * law.shape[-1] + tree.tokens.clamp(max=law.shape[-1] - 1))
+    own = own.masked_fill(~is_known, -torch.inf)
     return Admitted(rule.admits(law, own, tree) & (own > -torch.inf), own)
 
 

@@ -15,6 +15,7 @@ from ladon.constraints import Guide
 from ladon.tree import TokenTree, node_depths
 
 NO_TOKEN = -1  # the pick where a law is none, as that of NaN logits: equal to no node's token
+DEAD_END = -2  # the pick where a law leaves nothing of what a row's constraint allows
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

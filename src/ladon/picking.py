@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ladon.lossy import Admitted, Rule, admitted, admitted_by_picks
-from ladon.pickers import NO_TOKEN, Context, Nodes, Picker, Sequenced
+from ladon.pickers import DEAD_END, NO_TOKEN, Context, Nodes, Picker, Sequenced
 from ladon.sampling import first_best, noisy
 from ladon.token_masks import TokenMasks
 from ladon.tree import TokenTree, ancestor_mask, root_tree
@@ -42,7 +42,10 @@ class Picking:
         self._groups: list[tuple[Picker, Context]] = []
         self._keeps = any(row.keeps for row in rows)
         guides = [row.guide for row in rows]
-        self._masks = None if all(guide is None for guide in guides) else TokenMasks(guides, num_nodes, device)
+        self._masks = self._guided = None
+        if any(guide is not None for guide in guides):
+            self._masks = TokenMasks(guides, num_nodes, device)
+            self._guided = torch.tensor([guide is not None for guide in guides], device=device)
         places: dict[Picker, list[int]] = {}
         for place, row in enumerate(rows):
             places.setdefault(row.picker, []).append(place)
@@ -70,13 +73,14 @@ class Picking:
         if len(self._groups) == 1:
             ((picker, context),) = self._groups
             scores = picker.law(logits, context, nodes)
-            picks = _picked(_drawn(picker, scores, context, nodes), is_drawn=picker.draws)
+            picks = _picked(_drawn(picker, scores, context, nodes), self._guided, is_drawn=picker.draws)
             return Said(picks, raw, scores if self._keeps else None, self._admitted(picker, scores, picks, tree))
         picks, found, judged = torch.empty_like(tree.tokens), None, None
         for (picker, context), index in zip(self._groups, self._places, strict=True):
             own = _of_rows(nodes, index)
             scores = picker.law(logits[index], context, own)
-            picks[index] = said = _picked(_drawn(picker, scores, context, own), is_drawn=picker.draws)
+            guided = None if self._guided is None else self._guided[index]
+            picks[index] = said = _picked(_drawn(picker, scores, context, own), guided, is_drawn=picker.draws)
             if self._keeps:
                 found = torch.empty_like(logits, dtype=scores.dtype) if found is None else found
                 found[index] = scores.to(found.dtype)
@@ -94,11 +98,15 @@ class Picking:
         return admitted(self._rule, scores, tree) if picker.draws else admitted_by_picks(tree, picks)
 
 
-def _picked(scores: Tensor, *, is_drawn: bool) -> Tensor:
-    """The tokens of the greatest scores; `NO_TOKEN` after NaN, and where a draw finds no token that is allowed."""
+def _picked(scores: Tensor, guided: Tensor | None, *, is_drawn: bool) -> Tensor:
+    """The tokens of the greatest scores; `NO_TOKEN` after NaN, and where a draw finds no token that is allowed.
+
+    Rows that are `guided` [b] by a constraint get `DEAD_END` where none is left.
+    """
     picks = first_best(scores)
     best = scores.gather(-1, picks[..., None])[..., 0]  # NaN, if there is one: it counts as the greatest
-    return picks.masked_fill(~best.isfinite() if is_drawn else best.isnan(), NO_TOKEN)
+    picks = picks.masked_fill(~best.isfinite() if is_drawn else best.isnan(), NO_TOKEN)
+    return picks if guided is None else picks.masked_fill((best == -torch.inf) & guided[:, None], DEAD_END)
 
 
 def _drawn(picker: Picker, scores: Tensor, context: Context, nodes: Nodes) -> Tensor:

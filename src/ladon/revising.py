@@ -61,10 +61,13 @@ class Reviser:
         if self._is_guided:
             assert self._drafted is not None  # they were sent
             with self._clock.stage("constraints"):
+                is_merged = found is not None
                 most = self._most if found is None else found.num_nodes
                 found = legal_trees(self._drafted if found is None else found, rows, most)
+            of_heads = self._drafted.prefix(self._most) if is_merged else found
+            self._sizes.credit(of_heads if self._drafted.num_nodes > 1 else None)
         if found is not None:
-            self._sizes.see(found, as_drafted=self._is_guided)
+            self._sizes.see(found)
         return found
 
     def keep(self, trees: Sequence[int]) -> None:

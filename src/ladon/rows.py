@@ -82,7 +82,7 @@ class Row:
     def take(self, tokens: Sequence[int]) -> list[int]:
         """Append tokens one by one, as if they came alone, up to the first stop or the limit; return those taken.
 
-        `NO_TOKEN` cancels the row, which keeps what it has.
+        `NO_TOKEN`, and `DEAD_END` in a row with a constraint, cancels the row, which keeps what it has.
         """
         taken: list[int] = []
         for token in tokens:

@@ -69,13 +69,19 @@ class StepSizes:
             self._sums = self._of_heads = self._sums_of(values[len(values) - size :])
         return [values[row * width : (row + 1) * width] for row in range(num_rows)]
 
-    def see(self, tree: TokenTree, *, as_drafted: bool) -> None:
-        """The trees, those on the host, have become these; `as_drafted`: take them for what heads have drafted."""
+    def see(self, tree: TokenTree) -> None:
+        """The trees, those on the host, have become these."""
         with self._timed:
-            masses = self._masses(tree, self._buckets)
-            self._sums = None if masses is None else self._sums_of(host_values(masses))
-            if as_drafted:
-                self._of_heads = self._sums
+            self._sums = self._on_host(tree)
+
+    def credit(self, tree: TokenTree | None) -> None:
+        """Heads have drafted this, which is on the host, and not what was packed; None: nothing."""
+        with self._timed:
+            self._of_heads = None if tree is None else self._on_host(tree)
+
+    def _on_host(self, tree: TokenTree) -> list[list[float]] | None:
+        masses = self._masses(tree, self._buckets)
+        return None if masses is None else self._sums_of(host_values(masses))
 
     def _masses(self, tree: TokenTree | None, bucket_of_node: Tensor) -> Tensor | None:
         """Path probabilities by depth and bucket; None if they are not wanted."""

@@ -159,6 +159,8 @@ def _check_same_kind(options: TrainOptions, heads: Heads) -> None:
     usual, own = TrainOptions(), {"num_heads": heads.num_heads, "family": heads.family}
     wrong = [name for name, value in own.items() if getattr(options, name) not in (value, getattr(usual, name))]
     wrong += [name for name, value in options.family_options if heads.options.get(name) != value]
+    if options.markov_rank and heads.correction is not None and heads.correction.rank != options.markov_rank:
+        wrong.append("markov_rank")
     if wrong:
         raise InputError(
             f"{options.init_heads} holds {heads.num_heads} {heads.family} heads {heads.options}; training goes on with "

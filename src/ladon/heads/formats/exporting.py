@@ -189,6 +189,10 @@ def _as_medusa(heads: Heads, name: str) -> MedusaHeads:
             f"these heads guess {heads.draft_vocab_size} of {heads.vocab_size} tokens, and {name} cannot say which. "
             "Use --format vllm or own"
         )
+    if heads.correction is not None:
+        raise HeadsError(
+            f"these heads have a Markov correction, and {name} has no place for it; it would be lost. Use --format own"
+        )
     if heads.own_bias is not None and heads.own_bias.any():
         raise HeadsError(
             f"the projections of these heads have biases, and {name} has no place for them; they would be lost. Use "
