@@ -170,14 +170,14 @@ def kept_rows(cache: Any, *, prepared: bool = False) -> Sequence[Past]:
 
     `prepared`: `generate` has been there, and has made an empty cache if the user gave none.
     """
+    if isinstance(cache, KeptCache):  # first of all: not every transformers 5 marks it as the user's
+        return cache.rows
     if cache is None or (prepared and not getattr(cache, "_is_user_defined", False) and cache.get_seq_length() == 0):
         return ()
-    if not isinstance(cache, KeptCache):
-        raise InputError(
-            f"past_key_values is a {type(cache).__name__}; give what an earlier call returned as past_key_values "
-            "(return_dict_in_generate=True), or leave it out: the whole prompt goes in as input_ids in any case"
-        )
-    return cache.rows
+    raise InputError(
+        f"past_key_values is a {type(cache).__name__}; give what an earlier call returned as past_key_values "
+        "(return_dict_in_generate=True), or leave it out: the whole prompt goes in as input_ids in any case"
+    )
 
 
 def _refuse_inputs(input_ids: Tensor, model_kwargs: dict[str, Any]) -> None:
