@@ -34,7 +34,7 @@ class StepSizes:
         self._buckets = torch.tensor(buckets, dtype=torch.long)
         self._bucket_of_node = self._buckets.to(device)
         self._most = 1  # nodes to be grown
-        self._depth = 0  # K of the newest sums
+        self._depth = 0  # K of the sums on their way to the host
         self._sums: list[list[float]] | None = None  # over the trees as they are
         self._of_heads: list[list[float]] | None = None  # over what heads have drafted
         self._rows = 0  # over how many rows they were summed
@@ -58,7 +58,8 @@ class StepSizes:
     def pack(self, table: Tensor, tree: TokenTree | None) -> Tensor:
         """A table [b, n] for the host together with the sums over the new trees, if they are wanted: [1, m] int64."""
         with self._timed:
-            masses = self._masses(tree, self._bucket_of_node)
+            masses = None if tree is None else self._masses(tree, self._bucket_of_node)
+            self._depth = 0 if tree is None or masses is None else tree.max_depth
             return table.reshape(1, -1) if masses is None else torch.cat([table.flatten(), masses])[None]
 
     def unpack(self, values: list[int], num_rows: int) -> list[list[int]]:
@@ -83,11 +84,11 @@ class StepSizes:
         masses = self._masses(tree, self._buckets)
         return None if masses is None else self._sums_of(host_values(masses))
 
-    def _masses(self, tree: TokenTree | None, bucket_of_node: Tensor) -> Tensor | None:
-        """Path probabilities by depth and bucket; None if they are not wanted."""
-        wanted = tree is not None and self._edges and tree.num_nodes > 1
-        self._depth = tree.max_depth if tree is not None and wanted else 0
-        return path_mass(tree, bucket_of_node, len(self._edges)) if tree is not None and self._depth else None
+    def _masses(self, tree: TokenTree, bucket_of_node: Tensor) -> Tensor | None:
+        """Path probabilities by depth and bucket; None if they are not wanted, or there is nothing below the roots."""
+        if not self._edges or tree.num_nodes == 1 or tree.max_depth == 0:
+            return None
+        return path_mass(tree, bucket_of_node, len(self._edges))
 
     def _sums_of(self, masses: Sequence[int]) -> list[list[float]] | None:
         """Sums by depth, added up from bucket to bucket; None if there are none."""

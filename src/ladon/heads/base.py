@@ -113,10 +113,13 @@ class Heads(nn.Module, ABC):
             HeadsError: they have one, read the tokens before their guesses themselves, or have a vocabulary of their
                 own; or the rank is not 1 to V.
         """
-        if self.is_conditioned or self.token_ids is not None or self.correction is not None:
-            reason = "have one" if self.correction is not None else "read the tokens before their guesses themselves"
-            reason = "have a vocabulary of their own" if self.token_ids is not None else reason
-            raise HeadsError(f"these {self.family} heads take no Markov correction: they {reason}. Leave it out")
+        for stands_against, reason in (
+            (self.correction is not None, "have one"),
+            (self.is_conditioned, "read the tokens before their guesses themselves"),
+            (self.token_ids is not None, "have a vocabulary of their own"),
+        ):
+            if stands_against:
+                raise HeadsError(f"these {self.family} heads take no Markov correction: they {reason}. Leave it out")
         self.correction = MarkovCorrection(num_heads=self.num_heads, vocab_size=self.vocab_size, rank=rank)
         return self.correction.to(next(self.parameters()))
 
