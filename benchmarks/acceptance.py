@@ -29,7 +29,7 @@ from ladon.environment import environment, load
 from ladon.fixed_tree import best_fixed_tree
 from ladon.generation import Decoder
 from ladon.heads import load_heads
-from ladon.proposers import joint_of
+from ladon.joints import joint_of
 
 BUDGETS = (8, 16, 32, 64)
 

@@ -19,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import ladon
 from ladon.engine import Engine
 from ladon.growth import grow_dynamic
+from ladon.joints import product
 from ladon.proposers import HeadsProposer
 from ladon.rows import Row
 from ladon.stats import DecodeStats, StageClock
@@ -59,7 +60,9 @@ def measure(num_layers: int, vocab_size: int, batch: int, context: int, budget: 
     target = Target(model, self_test=False)
     stats = DecodeStats()
     clock = StageClock(stats.stage_seconds, enabled=False, device=target.device)
-    engine = Engine(target, HeadsProposer(heads, grow_dynamic, 32, clock), budget=budget, stats=stats, clock=clock)
+    engine = Engine(
+        target, HeadsProposer(product(heads, 32), grow_dynamic, clock), budget=budget, stats=stats, clock=clock
+    )
     prompts = torch.randint(0, vocab_size, (batch, context))
     rows = [Row(prompt=prompt, max_new_tokens=64, is_stop=lambda token: False) for prompt in prompts]
     steps = engine.run(rows)

@@ -16,6 +16,7 @@ from ladon.engine import Engine
 from ladon.expectation import Sums
 from ladon.fixed_tree import FixedTree
 from ladon.generation import Decoder
+from ladon.joints import product
 from ladon.lattice import Lattice
 from ladon.pickers import Picker
 from ladon.proposers import HeadsProposer, Proposer, RootProposer, tree_builder
@@ -159,7 +160,7 @@ def make_proposer(
     if kind == "heads":
         assert heads is not None
         clock = StageClock({}, enabled=False, device=torch.device("cpu"))
-        return HeadsProposer(heads, tree_builder(tree), CANDIDATES, clock)
+        return HeadsProposer(product(heads, CANDIDATES), tree_builder(tree), clock)
     return DraftedLattice(kind, truth, vocab_size, tree)
 
 

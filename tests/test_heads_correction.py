@@ -26,7 +26,7 @@ from ladon.errors import HeadsError, InputError
 from ladon.growth import grow_chain, grow_dynamic
 from ladon.heads import Heads
 from ladon.heads.correction import MarkovCorrection
-from ladon.proposers import joint_of
+from ladon.joints import joint_of
 
 
 @pytest.fixture

@@ -41,6 +41,7 @@ MODEL_SIDE = [
     "profiles",
     "budgets",
     "prune_option",
+    "joints",
     "proposers",
     "lookup",
     "revising",

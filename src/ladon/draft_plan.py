@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 from ladon.budgets import check_budget, make_sizing
 from ladon.config import DecoderOptions
 from ladon.fixed_tree import FixedTree
+from ladon.joints import joint_of
 from ladon.lookup import Lookup, looks_up
-from ladon.proposers import Proposer, RootProposer, as_chain, check_tree, drafting, joint_of
+from ladon.proposers import Proposer, RootProposer, as_chain, check_tree, drafting
 from ladon.pruning import Pruning
 from ladon.sizing import Sizing
 from ladon.stats import StageClock

@@ -9,15 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
-from ladon import growth, lattice
+from ladon import growth
 from ladon.accept import Accepted
-from ladon.config import JOINTS, MARKOV, MOST_NODES, PRODUCT, TREES
-from ladon.errors import HeadsError, InputError, TreeError
+from ladon.config import MOST_NODES, TREES
+from ladon.errors import TreeError
 from ladon.fixed_tree import FixedTree
 from ladon.heads import Heads
+from ladon.joints import Joint, joint_of, make_joint
 from ladon.lattice import Lattice
 from ladon.stats import StageClock
 from ladon.tree import TokenTree, root_tree
@@ -65,23 +65,16 @@ class RootProposer(_Stateless):
 class HeadsProposer(_Stateless):
     """Drafts with decoding heads: one hidden row per sequence -> lattice -> tree."""
 
-    def __init__(
-        self, heads: Heads, build: TreeBuilder, num_candidates: int, clock: StageClock, joint: str = PRODUCT
-    ) -> None:
+    def __init__(self, joint: Joint, build: TreeBuilder, clock: StageClock) -> None:
         """Draft with heads.
 
         Args:
-            heads: bound to their model.
-            build: turns the lattice of the heads' calibrated guesses into a tree.
-            num_candidates: of each head.
+            joint: makes the lattice.
+            build: turns it into a tree.
             clock: times the parts.
-            joint: "product" or "markov".
         """
-        self._heads = heads
-        self._correction = heads.correction if joint == MARKOV else None
-        self._temperatures = calibrated_temperatures(heads, joint)
+        self._joint = joint
         self._build = build
-        self._num_candidates = num_candidates
         self._clock = clock
 
     def propose(self, hidden: Tensor, root: Tensor, max_nodes: int) -> TokenTree:
@@ -89,15 +82,7 @@ class HeadsProposer(_Stateless):
         if max_nodes == 1:
             return root_tree(root)
         with self._clock.stage("heads"):
-            candidates = lattice.from_logits(
-                self._heads.draft(hidden, root),
-                self._num_candidates,
-                temperatures=None if self._correction else self._temperatures,
-                token_ids=self._heads.token_ids,
-            )
-            if self._correction is not None:
-                correction = self._correction.among
-                candidates = lattice.conditioned(candidates, root, correction, temperatures=self._temperatures)
+            candidates = self._joint(hidden, root)
         with self._clock.stage("growth"):
             return self._build(candidates, root, max_nodes)
 
@@ -111,35 +96,9 @@ def drafting(
     joint: str = "auto",
 ) -> HeadsProposer:
     """Heads that draft trees of a kind with at most `num_candidates` each, for a budget, which may be "auto"."""
-    joint = joint_of(heads, joint)
     most = budget if isinstance(budget, int) else MOST_NODES
     needed = candidates_needed(tree, num_candidates, most)
-    if joint == MARKOV:  # a correction brings forward what was further behind
-        needed = max(needed, min(num_candidates, heads.vocab_size))
-    return HeadsProposer(heads, tree_builder(tree), needed, clock, joint)
-
-
-def joint_of(heads: Heads | None, joint: str) -> str:
-    """What the `joint` option means for these heads: "product" or "markov".
-
-    Raises:
-        InputError: an unknown option.
-        HeadsError: "markov" for heads without a correction.
-    """
-    if joint not in JOINTS:
-        raise InputError(f"joint is {joint!r}; give {', '.join(map(repr, JOINTS))}")
-    has_correction = heads is not None and heads.correction is not None
-    if joint == MARKOV and not has_correction:
-        raise HeadsError('joint is "markov", but the heads have no Markov correction; train one, or give "auto"')
-    return MARKOV if has_correction and joint != PRODUCT else PRODUCT
-
-
-def calibrated_temperatures(heads: Heads, joint: str) -> Tensor | None:
-    """The temperatures of the heads' calibration, [K] on their device; None if they have none for this joint."""
-    if heads.calibration is None or heads.calibration.joint != joint:
-        return None
-    device = next(heads.parameters()).device
-    return torch.tensor(heads.calibration.temperatures, dtype=torch.float32, device=device)
+    return HeadsProposer(make_joint(heads, joint_of(heads, joint), needed, num_candidates), tree_builder(tree), clock)
 
 
 def tree_builder(tree: str | FixedTree) -> TreeBuilder:
