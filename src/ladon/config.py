@@ -28,6 +28,7 @@ NGRAMS = {  # the n-gram options, and what each means
 }
 PRODUCT, MARKOV = "product", "markov"
 JOINTS = ("auto", PRODUCT, MARKOV)
+MARKOV_ROWS = 16  # candidates of a head whose children it knows; more change nothing up to 64 nodes
 BENCH_MODES = ("plain", "chain", "fixed", "dynamic", "auto", "pruned", "ngrams", "dynamic+ngrams", "auto+ngrams")
 
 

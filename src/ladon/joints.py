@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ladon.config import JOINTS, MARKOV, PRODUCT
+from ladon.config import JOINTS, MARKOV, MARKOV_ROWS, PRODUCT
 from ladon.errors import HeadsError, InputError
 from ladon.heads import Heads
 from ladon.heads.correction import MarkovCorrection
@@ -64,11 +64,26 @@ def product(heads: Heads, num_candidates: int, temperatures: Tensor | None = Non
 def markov(
     heads: Heads, correction: MarkovCorrection, num_candidates: int, temperatures: Tensor | None = None
 ) -> Joint:
-    """Each head's guesses corrected by the token before them."""
+    """Each head's guesses corrected by the token before them, and its successors where the correction has some."""
 
     def guess(hidden: Tensor, root: Tensor) -> Lattice:
-        candidates = from_logits(heads.draft(hidden, root), num_candidates)
-        return conditioned(candidates, root, correction.among, temperatures=temperatures)
+        logits = heads.draft(hidden, root)
+        candidates = from_logits(logits, num_candidates)
+
+        def successors(before: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            guesses, added = correction.following(before)
+            normalizer = logits.gather(2, candidates.tokens[:, :, 0, :1]) - candidates.log_probs[:, :, 0, :1]
+            own = logits.gather(2, guesses.flatten(2)) - normalizer
+            return guesses, own.float().view_as(added), added
+
+        return conditioned(
+            candidates,
+            root,
+            correction.among,
+            temperatures=temperatures,
+            num_rows=MARKOV_ROWS,
+            successors=successors if correction.num_successors else None,
+        )
 
     return guess
 

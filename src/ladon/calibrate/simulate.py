@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ladon.calibrate.lattice_trace import LatticeTrace
+from ladon.config import MARKOV_ROWS
 from ladon.errors import TreeError
 from ladon.fixed_tree import FixedTree
 from ladon.lattice import Correction, Lattice, conditioned
@@ -83,7 +84,8 @@ def simulate_budgets(
         budgets: nodes per step and row, root included.
         temperatures: one per depth, [K], by which the heads' logits are divided; None leaves them.
         num_candidates: candidates kept per head, as `Decoder` takes it; None: as many as the trace has.
-        correction: by the token before, as `ladon.lattice.conditioned` takes it; None leaves guesses as they are.
+        correction: by the token before, as `ladon.lattice.conditioned` takes it; None leaves guesses as they are. Its
+            successors are not simulated: a trace does not hold what heads said of them.
 
     Returns:
         A run for each budget. What a depth cap of the target (some models with long contexts) would cut is not cut.
@@ -131,7 +133,7 @@ def _true_slots(
         lattice = Lattice(tokens=trace.tokens[part, :, None, :width].long(), log_probs=log_probs[part, :, None])
         truth, roots = trace.truth[part].long(), trace.roots[part].long()
         if correction is not None:
-            lattice = conditioned(lattice, roots, correction, temperatures=after)
+            lattice = conditioned(lattice, roots, correction, temperatures=after, num_rows=MARKOV_ROWS)
         grown = build(lattice, roots, budget)
         slots.append(_follow(grown, truth, budget))
         num_nodes = grown.num_nodes

@@ -62,6 +62,7 @@ def train(
     family_option: _FamilyOption = None,
     init_heads: Annotated[str | None, _option("init_heads", "DIR")] = _DEFAULTS.init_heads,
     markov_rank: Annotated[int, _option("markov_rank")] = _DEFAULTS.markov_rank,
+    markov_successors: Annotated[int, _option("markov_successors")] = _DEFAULTS.markov_successors,
     markov_start: Annotated[str, _option("markov_start")] = _DEFAULTS.markov_start,
     freeze_heads: Annotated[bool, _switch("freeze_heads")] = _DEFAULTS.freeze_heads,
     labels: Annotated[str, _option("labels")] = _DEFAULTS.labels,

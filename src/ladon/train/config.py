@@ -28,6 +28,9 @@ class TrainOptions:
     markov_rank: int = _setting(
         0, "rank of a Markov correction that is trained too, 64 for small models, 256 for large ones; 0: none"
     )
+    markov_successors: int = _setting(
+        0, "tokens that a new correction adds to the heads' own guesses after each token; 0: none"
+    )
     markov_start: str = _setting(
         "zero", "of a new correction: zero (it changes nothing at first) or bigrams (what pairs in the rows say)"
     )
@@ -139,6 +142,6 @@ _LEAST: dict[str, float] = {
     **dict.fromkeys(("weight_decay", "warmup", "clip", "chunk_rows", "heads_warmup_steps", "heads_weight"), 0),
     **dict.fromkeys(("lora_dropout", "eval_every", "seed", "variation"), 0),
     "early_exit": 1,
-    "markov_rank": 0,
+    **dict.fromkeys(("markov_rank", "markov_successors"), 0),
     "length": 3,  # one token that is read, the next, and the one that head 1 guesses
 }

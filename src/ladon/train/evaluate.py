@@ -16,7 +16,7 @@ from torch.nn import functional
 from ladon import lattice
 from ladon.accept import longest_match
 from ladon.calibrate.step_times import measure_step_times
-from ladon.config import AUTO_BUDGET, DecoderOptions
+from ladon.config import AUTO_BUDGET, MARKOV_ROWS, DecoderOptions
 from ladon.growth import grow_chain, grow_dynamic
 from ladon.heads import Heads
 from ladon.heads.ends import input_embedding_module, output_projection
@@ -141,7 +141,7 @@ def _add(sums: _Sums, heads: Heads, hidden: Tensor, rows: Mapping[str, Tensor], 
     # In the heads' own vocabulary, where the roots have no name and need none.
     found = lattice.from_logits(logits[known], DecoderOptions().num_candidates)
     if heads.correction is not None:
-        found = lattice.conditioned(found, following[known, 0], heads.correction.among)
+        found = lattice.conditioned(found, following[known, 0], heads.correction.among, num_rows=MARKOV_ROWS)
     truth = labels.masked_fill(~mask, -1)[known]
     tree = grow_dynamic(found, truth.new_zeros(len(truth)), budget)
     chain = grow_chain(found, truth.new_zeros(len(truth)), heads.num_heads + 1).tokens[:, 1:]

@@ -122,6 +122,8 @@ class HeadsModule(nn.Module):
     def finish(self, out: Path, tokenizer: PreTrainedTokenizerBase, record: dict[str, Any]) -> None:
         """Save what was trained in `out`, the heads in float32, with a record of how."""
         self.heads.training_record = record
+        if self.heads.correction is not None:
+            self.heads.correction.find_successors()
         self.heads.save(out)
         if self.early_exit is None:
             for name in EARLY_EXIT_FILES:  # of an earlier training: it would be taken for these heads'
