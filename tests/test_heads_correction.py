@@ -21,7 +21,7 @@ from ladon.calibrate.findings import given_the_truth
 from ladon.calibrate.recording import record
 from ladon.calibrate.simulate import simulate_budgets
 from ladon.calibration import Calibration
-from ladon.config import JOINTS, MARKOV, MARKOV_ROWS
+from ladon.config import MARKOV, MARKOV_ROWS, PRODUCT
 from ladon.errors import HeadsError, InputError
 from ladon.growth import grow_chain, grow_dynamic
 from ladon.heads import Heads
@@ -150,7 +150,7 @@ def test_successors_are_guessed_beside_the_heads_own_candidates(model: PreTraine
     for token in (0, 7):
         assert set(correction.successors[token].tolist()) == set(products[token].topk(5).indices.tolist())
     hidden, root = torch.randn(1, heads.hidden_size, dtype=model.dtype), torch.tensor([3])
-    found = make_joint(heads, MARKOV, 2, 2)(hidden, root)
+    found = make_joint(heads, MARKOV, 2, 2, "dynamic", 8)(hidden, root)
     base = heads.draft(hidden, root).float().log_softmax(-1)[0]
     first = base[0].topk(2).indices.tolist()
     expected = {*first, *(v for v in correction.successors[3].tolist() if base[0, v] < base[0].topk(2).values[-1])}
@@ -200,7 +200,7 @@ def test_decoding_is_exact_and_uses_it(model: PreTrainedModel) -> None:
     heads = corrected_heads(model)
     ids = torch.tensor([[5, 6, 7, 8]])
     plain = model.generate(ids, max_new_tokens=24, do_sample=False)
-    for joint in JOINTS:
+    for joint in ("auto", PRODUCT, MARKOV):
         for tree in ("dynamic", "chain"):
             decoder = ladon.Decoder(model, heads, budget=12, tree=tree, joint=joint)
             assert torch.equal(decoder.generate(ids, max_new_tokens=24, do_sample=False), plain)

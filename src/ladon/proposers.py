@@ -98,7 +98,8 @@ def drafting(
     """Heads that draft trees of a kind with at most `num_candidates` each, for a budget, which may be "auto"."""
     most = budget if isinstance(budget, int) else MOST_NODES
     needed = candidates_needed(tree, num_candidates, most)
-    return HeadsProposer(make_joint(heads, joint_of(heads, joint), needed, num_candidates), tree_builder(tree), clock)
+    guess = make_joint(heads, joint_of(heads, joint), needed, num_candidates, tree, most)
+    return HeadsProposer(guess, tree_builder(tree), clock)
 
 
 def tree_builder(tree: str | FixedTree) -> TreeBuilder:
