@@ -36,7 +36,10 @@ class Builds(Protocol):
 
 
 class DiagnosedDecoder(Decoder):
-    """A decoder from which one may take what its newest trees were grown from. It decodes as any other."""
+    """A decoder from which one may take what its newest trees were grown from. It decodes as any other.
+
+    With n-grams there is nothing to take: what is merged into the trees comes from no lattice.
+    """
 
     _newest: tuple[Lattice, TokenTree] | None = None
 
@@ -47,7 +50,7 @@ class DiagnosedDecoder(Decoder):
 
     def _proposer(self, clock: StageClock) -> Proposer:
         proposer = super()._proposer(clock)
-        if isinstance(proposer, Builds):
+        if isinstance(proposer, Builds) and not self._plan.ngrams:
             proposer.build = self._noting(proposer.build)
         return proposer
 
