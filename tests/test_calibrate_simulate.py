@@ -22,6 +22,10 @@ NEW_TOKENS = 40
 
 @pytest.fixture
 def heads(tiny_llama: PreTrainedModel) -> Heads:
+    return taught(tiny_llama)
+
+
+def taught(tiny_llama: PreTrainedModel, updates: int = 60) -> Heads:
     """Heads that learned the model's own answers, a little: some guesses are right at every depth."""
     tiny_llama.generation_config.eos_token_id = 61  # ends some of the answers
     heads = new_heads(tiny_llama, 3)
@@ -32,7 +36,7 @@ def heads(tiny_llama: PreTrainedModel) -> Heads:
         )
         hidden = tiny_llama.model(rows).last_hidden_state[:, : NEW_TOKENS - 4]
     optimizer = torch.optim.Adam(heads.parameters(), lr=3e-3)
-    for _ in range(60):
+    for _ in range(updates):
         targets = torch.stack([rows[:, k : k + NEW_TOKENS - 4] for k in (2, 3, 4)], dim=2)
         loss = torch.nn.functional.cross_entropy(heads(hidden).flatten(0, 2), targets.flatten())
         optimizer.zero_grad()

@@ -34,6 +34,8 @@ class Calibration:
         fixed_trees: rank paths of the best fixed tree per number of nodes, root included.
         simulated: acceptance length of several trees on the half of `error`, each {"tree", "nodes", "temperatures",
             "acceptance_length", "accepted"}; the last is the share of steps that emitted a draft of each depth.
+        prefixes: how far lattices and dynamic trees follow the truth on the half of `error`, as `docs/metrics.md`
+            defines it.
         step_times: milliseconds of a decode step per number of nodes, with the machine they were measured on, and the
             budget that they and `simulated` would make the fastest.
         pruning: what early pruning would gain by layer, criterion and kept size, and what is best, if that was asked
@@ -52,6 +54,7 @@ class Calibration:
     pruning: Mapping[str, Any] = field(default_factory=dict)
     measured_on: Mapping[str, Any] = field(default_factory=dict)
     joint: str = PRODUCT
+    prefixes: Mapping[str, Any] = field(default_factory=dict)
 
     def save(self, folder: str | Path) -> None:
         """Write `calibration.json` into the folder of the heads; whoever looks sees the old file or the new one.
@@ -111,7 +114,7 @@ def read_calibration(folder: Path) -> Calibration | None:
 
 _KINDS = {
     "heads": str,
-    **dict.fromkeys(("error", "fixed_trees", "step_times", "pruning", "measured_on"), dict),
+    **dict.fromkeys(("error", "fixed_trees", "step_times", "pruning", "measured_on", "prefixes"), dict),
     "simulated": list,
 }
 

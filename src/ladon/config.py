@@ -119,6 +119,13 @@ class BenchOptions:
             "help": "how mode pruned prunes: auto, or a layer and the nodes that are kept after it, such as 4:16"
         },
     )
+    diagnose: bool = field(
+        default=False,
+        metadata={
+            "help": "also decode once more, untimed, to see where tokens are lost: whether the truth is in the lattice "
+            "and in the tree, whether it is accepted, and how true the heads' probabilities are; not with n-grams"
+        },
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

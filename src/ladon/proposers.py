@@ -63,7 +63,11 @@ class RootProposer(_Stateless):
 
 
 class HeadsProposer(_Stateless):
-    """Drafts with decoding heads: one hidden row per sequence -> lattice -> tree."""
+    """Drafts with decoding heads: one hidden row per sequence -> lattice -> tree.
+
+    Attributes:
+        build: turns the lattice into the tree.
+    """
 
     def __init__(self, joint: Joint, build: TreeBuilder, clock: StageClock) -> None:
         """Draft with heads.
@@ -74,7 +78,7 @@ class HeadsProposer(_Stateless):
             clock: times the parts.
         """
         self._joint = joint
-        self._build = build
+        self.build = build
         self._clock = clock
 
     def propose(self, hidden: Tensor, root: Tensor, max_nodes: int) -> TokenTree:
@@ -84,7 +88,7 @@ class HeadsProposer(_Stateless):
         with self._clock.stage("heads"):
             candidates = self._joint(hidden, root)
         with self._clock.stage("growth"):
-            return self._build(candidates, root, max_nodes)
+            return self.build(candidates, root, max_nodes)
 
 
 def drafting(

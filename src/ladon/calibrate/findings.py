@@ -9,7 +9,7 @@ from typing import Any
 
 from ladon.calibrate.lattice_trace import LatticeTrace
 from ladon.calibrate.ranks import hit_rates, marginal_hit_rates
-from ladon.calibrate.simulate import SimulatedRun, simulate_budgets
+from ladon.calibrate.simulate import SimulatedRun, simulate_budgets, simulate_prefixes
 from ladon.calibrate.step_times import StepTimes
 from ladon.calibrate.temperatures import BINS, CalibrationError, calibration_errors, fit_temperatures
 from ladon.calibration import Calibration
@@ -63,6 +63,10 @@ class Halves:
         """What trees of several sizes would do on the unseen half."""
         return simulate_budgets(self.unseen, tree, budgets, temperatures=temperatures, correction=self.correction)
 
+    def prefixes(self, budgets: Sequence[int]) -> dict[str, Any]:
+        """How far lattices and dynamic trees of several sizes, with temperatures, follow the truth of that half."""
+        return simulate_prefixes(self.unseen, budgets, temperatures=self.temperatures, correction=self.correction)
+
 
 def given_the_truth(trace: LatticeTrace, correction: Correction | None) -> LatticeTrace:
     """The trace as heads with this correction would have it."""
@@ -79,8 +83,8 @@ def calibrate(
 ) -> Calibration:
     """Everything that `ladon calibrate` finds out.
 
-    Temperatures, hit rates and fixed trees are those of the whole trace. Calibration errors and simulated runs are
-    honest: they are those of half of the answers, with temperatures and fixed trees of the other half.
+    Temperatures, hit rates and fixed trees are those of the whole trace. Calibration errors, simulated runs and
+    prefixes are honest: they are those of half of the answers, with temperatures and fixed trees of the other half.
 
     Args:
         trace: the recorded answers.
@@ -104,6 +108,7 @@ def calibrate(
         error=_errors(halves),
         fixed_trees={size: [list(path) for path in tree.paths] for size, tree in trees.items()},
         simulated=_simulated(halves, budgets),
+        prefixes=halves.prefixes(SIZES),
         step_times=_times(halves, step_times, place or {}),
         measured_on={**trace.about, "answers": trace.num_rows, "positions": trace.num_positions},
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from rich.console import RenderableType
@@ -29,6 +30,13 @@ def summary(calibration: Calibration) -> Iterable[RenderableType]:
         yield Text.assemble((f"best fixed tree of {size} nodes  ", "bold"), outline(tree))
     if calibration.simulated:
         yield _acceptance(calibration.simulated)
+    if calibration.prefixes:
+        yield _prefixes(calibration.prefixes)
+        yield Text(
+            "known: the answer goes on; oracle: its tokens are in the lattice (else: coverage); selected: in the tree "
+            "(else: ranking); top-1: they are the best candidates, the chain",
+            "dim",
+        )
     if calibration.step_times:
         yield from _times(calibration.step_times)
     if calibration.pruning:
@@ -72,6 +80,23 @@ def _acceptance(simulated: Sequence[Mapping[str, Any]]) -> Table:
 
 def _length(entry: Mapping[str, Any] | None) -> str:
     return "" if entry is None or entry["acceptance_length"] is None else f"{entry['acceptance_length']:.2f}"
+
+
+def _prefixes(prefixes: Mapping[str, Any]) -> Table:
+    """One line per stage with what it loses against the one above: coverage, then ranking; and the chain beside it."""
+    selected = sorted(prefixes["selected"].items(), key=lambda item: -int(item[0]))
+    stages = [("known", prefixes["known"]), ("oracle", prefixes["oracle"])]
+    stages += [(f"selected, {size} nodes", found) for size, found in selected]
+    title = f"How far the truth is followed, from {prefixes['positions']} positions left out of the fit"
+    table = Table(title=title, title_justify="left")
+    depths = [f"depth {depth}" for depth in range(1, len(prefixes["known"]["shares"]) + 1)]
+    for name in ("prefix", "mean", "lost", *depths):
+        table.add_column(name, justify="left" if name == "prefix" else "right")
+    means = [found["mean"] for _, found in stages]
+    losses = ["", *(f"{above - mean:.2f}" for above, mean in pairwise(means)), ""]
+    for (name, found), lost in zip([*stages, ("top-1", prefixes["top"])], losses, strict=True):
+        table.add_row(name, f"{found['mean']:.2f}", lost, *(f"{share:.1%}" for share in found["shares"]))
+    return table
 
 
 def _times(step_times: Mapping[str, Any]) -> Iterable[RenderableType]:
