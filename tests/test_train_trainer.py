@@ -252,6 +252,11 @@ def test_heads_and_their_correction_learn_together(tiny_llama: PreTrainedModel, 
         run(tiny_llama, tmp_path / "none", markov_rank=4, freeze_heads=True)
     with pytest.raises(InputError, match="markov_rank is -1; give 0 or more"):
         run(tiny_llama, tmp_path / "none", markov_rank=-1)
+    with pytest.raises(InputError, match="give markov_rank too"):
+        run(tiny_llama, tmp_path / "none", markov_successors=2)
+    with pytest.raises(InputError, match="leave out markov-successors, markov-start"):
+        again = {"init_heads": str(tmp_path), "markov_rank": 4, "markov_start": "bigrams"}
+        run(tiny_llama, tmp_path / "none", markov_successors=2, **again)
     with pytest.raises(InputError, match=r"variation is 0\.5; give 0 to 1, with labels target"):
         run(tiny_llama, tmp_path / "none", variation=0.5)
 

@@ -112,14 +112,15 @@ def conditioned(
     tokens, given = candidates.tokens[:, :, 0], candidates.log_probs[:, :, 0]  # [B, K, C]
     num_rows = min(num_rows or tokens.shape[2], tokens.shape[2])
     before = torch.cat([root[:, None, None].expand(-1, 1, num_rows), tokens[:, :-1, :num_rows]], dim=1)
-    scores = given[:, :, None] + correction(before, tokens)
-    rest, tokens = outside(given)[:, :, None], tokens[:, :, None].expand_as(scores)
+    given, added = given[:, :, None], correction(before, tokens)  # [B, K, 1, C], [B, K, R, C]
+    tokens = tokens[:, :, None].expand_as(added)
     if successors is not None:
-        more, own, added = successors(before)
-        own = own.masked_fill(own >= given[:, :, None, -1:], -torch.inf)  # candidates already, or as good as the last
-        scores, tokens = torch.cat([scores, own + added], dim=-1), torch.cat([tokens, more], dim=-1)
-        rest = torch.log1p(-(given.exp().sum(-1)[:, :, None] + own.exp().sum(-1)).clamp(max=1.0))
-    log_probs, order = within(scores, rest, temperatures).sort(dim=-1, descending=True, stable=True)
+        more, own, own_added = successors(before)
+        own = own.masked_fill(own >= given[..., -1:], -torch.inf)  # candidates already, or as good as the last
+        given, added = torch.cat([given.expand_as(added), own], dim=-1), torch.cat([added, own_added], dim=-1)
+        tokens = torch.cat([tokens, more], dim=-1)
+    log_probs = within(given + added, outside(given), temperatures)
+    log_probs, order = log_probs.sort(dim=-1, descending=True, stable=True)
     next_row = order.masked_fill(order >= num_rows, -1)
     return Lattice(tokens=tokens.gather(-1, order), log_probs=log_probs, next_row=next_row)
 

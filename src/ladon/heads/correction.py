@@ -27,10 +27,11 @@ class MarkovCorrection(nn.Module):
         before: W1, a row for each token that may stand before the guess, [V, r].
         after: W2, a row for each token that may be guessed, [V, r].
         strength: a, one per depth, [K].
-        successors: the m tokens that each token speaks for most, [V, m] int64, guesses though no head offers them.
+        successors: the m tokens that each token speaks for most, [V, m] int64, guesses though no head offers them; None
+            for none.
     """
 
-    successors: Tensor
+    successors: Tensor | None
 
     def __init__(self, *, num_heads: int, vocab_size: int, rank: int, num_successors: int = 0) -> None:
         super().__init__()
@@ -40,7 +41,8 @@ class MarkovCorrection(nn.Module):
         self.before = nn.Parameter(torch.empty(vocab_size, rank))
         self.after = nn.Parameter(torch.empty(vocab_size, rank))
         self.strength = nn.Parameter(torch.empty(num_heads))
-        self.register_buffer("successors", torch.zeros(vocab_size, num_successors, dtype=torch.int64))
+        successors = torch.zeros(vocab_size, num_successors, dtype=torch.int64) if num_successors else None
+        self.register_buffer("successors", successors)
 
     @property
     def rank(self) -> int:
@@ -50,7 +52,7 @@ class MarkovCorrection(nn.Module):
     @property
     def num_successors(self) -> int:
         """M, further guesses after each token."""
-        return self.successors.shape[1]
+        return 0 if self.successors is None else self.successors.shape[1]
 
     @property
     def options(self) -> dict[str, int]:
@@ -80,7 +82,9 @@ class MarkovCorrection(nn.Module):
 
     @torch.no_grad()
     def find_successors(self) -> None:
-        """Set `successors` to what the numbers say now; training does so at its end."""
+        """Set `successors`, if there are to be any, to what the numbers say now; training does so at its end."""
+        if self.successors is None:
+            return
         for start in range(0, len(self.before), _ROWS):
             part = slice(start, start + _ROWS)
             products = nn.functional.linear(self.before[part], self.after)
@@ -89,6 +93,7 @@ class MarkovCorrection(nn.Module):
     @torch.no_grad()
     def following(self, before: Tensor) -> tuple[Tensor, Tensor]:
         """The successors of tokens [B, K, R], and what is added to their logits, float32: [B, K, R, m] both."""
+        assert self.successors is not None  # whoever has none does not ask
         guesses = self.successors[before]
         rows = self.before[before] * self.strength[:, None, None]
         return guesses, (self.after[guesses] @ rows[..., None])[..., 0].float()

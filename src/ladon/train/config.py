@@ -103,6 +103,8 @@ class TrainOptions:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise InputError(f"{name} is {value}; give a number above 0")
+        if not self.markov_rank and (self.markov_successors or self.markov_start != "zero"):
+            raise InputError("markov_successors and markov_start are of a Markov correction; give markov_rank too")
         if self.variation > 1 or (self.variation and self.labels != "target"):
             raise InputError(f"variation is {self.variation}; give 0 to 1, with labels target")
         if self.warmup >= 1:

@@ -161,11 +161,13 @@ def start_heads(model: PreTrainedModel, options: TrainOptions, documents: Sequen
 
 def _check_same_kind(options: TrainOptions, heads: Heads) -> None:
     """Raise `InputError` if settings ask for other heads than those to go on from."""
-    usual, own = TrainOptions(), {"num_heads": heads.num_heads, "family": heads.family}
+    usual = TrainOptions()
+    own: dict[str, Any] = {"num_heads": heads.num_heads, "family": heads.family}
+    if heads.correction is not None:
+        own |= {"markov_rank": heads.correction.rank, "markov_successors": heads.correction.num_successors}
+        own["markov_start"] = usual.markov_start  # it has started
     wrong = [name for name, value in own.items() if getattr(options, name) not in (value, getattr(usual, name))]
     wrong += [name for name, value in options.family_options if heads.options.get(name) != value]
-    if options.markov_rank and heads.correction is not None and heads.correction.rank != options.markov_rank:
-        wrong.append("markov_rank")
     if wrong:
         raise InputError(
             f"{options.init_heads} holds {heads.num_heads} {heads.family} heads {heads.options}; training goes on with "
