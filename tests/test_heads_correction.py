@@ -214,9 +214,8 @@ def test_it_is_saved_with_the_heads(model: PreTrainedModel, tmp_path: Path) -> N
     assert loaded.correction is not None and loaded.weights_hash == heads.weights_hash
     assert torch.equal(loaded.correction.after, heads.correction.after)
     assert loaded.options["markov_rank"] == 4
-    assert not any(
-        "successors" in name for name in heads.state_dict()
-    )  # files of corrections without any stay readable
+    # Files of corrections that were saved before there were successors stay readable.
+    assert not any("successors" in name for name in heads.state_dict())
 
 
 def test_training_sees_the_token_before(model: PreTrainedModel) -> None:
