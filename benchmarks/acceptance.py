@@ -24,7 +24,6 @@ from ladon.bench.report import finite
 from ladon.bench.systems import LadonSystem, merged
 from ladon.bench.workloads import demo_workload, prompt_ids
 from ladon.bundled import load_demo
-from ladon.config import JOINTS
 from ladon.environment import environment, load
 from ladon.fixed_tree import best_fixed_tree
 from ladon.generation import Decoder
@@ -65,7 +64,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=100)
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--heads", type=Path, help="other heads of the bundled model, calibrated or not")
-    parser.add_argument("--joint", default="auto", choices=JOINTS, help="how guesses are joined to paths")
+    parser.add_argument("--joint", default="auto", help="how guesses are joined to paths, as `Decoder` takes it")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--output", type=Path, help="also write the JSON document here")
     arguments = parser.parse_args()

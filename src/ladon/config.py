@@ -57,9 +57,9 @@ class DecoderOptions:
         default="auto",
         metadata={
             "help": "how the heads' guesses are joined to paths: product (each head by itself), markov (corrected by "
-            "the token before), paths (each guess after the path so far, for heads that read it; paths:16 follows the "
-            f"16 best paths of each depth, else it is {PATH_ROWS}), or auto (markov or paths if the heads were trained "
-            "for it)"
+            "the token before), paths (each guess after the path so far, of heads that read it; in dynamic trees after "
+            f"the {PATH_ROWS} best paths of each depth, or as many as paths:16 says), or auto (markov or paths for "
+            "heads that were made for it)"
         },
     )
     prune: str = field(
