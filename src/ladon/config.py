@@ -28,7 +28,7 @@ NGRAMS = {  # the n-gram options, and what each means
 }
 PRODUCT, MARKOV, PATHS = "product", "markov", "paths"
 JOINTS = ("auto", PRODUCT, MARKOV, PATHS)
-PATH_ROWS = 8  # partial paths per depth that joint="paths" follows in a dynamic tree
+PATH_ROWS = 4  # partial paths per depth that joint="paths" follows in a dynamic tree
 BENCH_MODES = ("plain", "chain", "fixed", "dynamic", "auto", "pruned", "ngrams", "dynamic+ngrams", "auto+ngrams")
 
 
