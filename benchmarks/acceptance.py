@@ -29,7 +29,6 @@ from ladon.bench.systems import LadonSystem, merged
 from ladon.bench.verification import difference_of
 from ladon.bench.workloads import prompt_ids
 from ladon.bundled import load_demo
-from ladon.config import JOINTS
 from ladon.environment import environment, load
 from ladon.fixed_tree import best_fixed_tree
 from ladon.generation import Decoder
@@ -88,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--prompts", type=int, default=100)
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--heads", type=Path, help="other heads of the bundled model, calibrated or not")
-    parser.add_argument("--joint", default="auto", choices=JOINTS, help="how guesses are joined to paths")
+    parser.add_argument("--joint", default="auto", help="how guesses are joined to paths, as `Decoder` takes it")
     parser.add_argument("--workload", default="code", choices=TASKS, help="held-out code, or code to write again")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy; above it, answers are sampled")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])

@@ -22,7 +22,7 @@ PREFIXES = ("known", "oracle", "selected", "accepted")
 
 @pytest.fixture
 def heads(tiny_llama: PreTrainedModel) -> Heads:
-    return taught(tiny_llama, updates=200)
+    return taught(tiny_llama, new_heads(tiny_llama, 3), updates=200)
 
 
 def diagnosed(decoder: DiagnosedDecoder, batch: int, **law: Any) -> tuple[dict[str, Any], list[list[int]]]:

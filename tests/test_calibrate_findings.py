@@ -130,6 +130,19 @@ def test_summary(trace: LatticeTrace) -> None:
         assert part in text
 
 
+def test_heads_that_read_the_path_so_far_have_no_simulated_dynamic_trees(trace: LatticeTrace) -> None:
+    read = calibrate(replace(trace, joint="paths"), budgets=(4, 16), step_times=[TIMES], place={"cpu": "x"})
+    alone = calibrate(trace, budgets=(4, 16), step_times=[TIMES], place={"cpu": "x"})
+    assert (read.joint, alone.joint) == ("paths", "product")
+    assert (read.temperatures, read.hit_rates, read.error) == (alone.temperatures, alone.hit_rates, alone.error)
+    assert read.simulated == [run for run in alone.simulated if run["tree"] != "dynamic"]
+    assert len(read.simulated) == 3
+    assert read.step_times == {name: found for name, found in alone.step_times.items() if name != "projected"}
+    text = shown(read)
+    assert "no dynamic trees are simulated: a trace has what heads guess after the true tokens" in text
+    assert "projected" not in text and "40.00" in text
+
+
 def shown(calibration: object) -> str:
     console = Console(width=160)
     with console.capture() as capture:

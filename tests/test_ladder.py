@@ -128,7 +128,7 @@ def test_rungs_of_heads_with_a_correction(
 
 
 def test_probabilities_among_the_candidates_alone(rungs: ModuleType, tiny_llama: PreTrainedModel) -> None:
-    heads = taught(tiny_llama)
+    heads = taught(tiny_llama, new_heads(tiny_llama, 3))
     decoder = rungs.DiagnosedAmongCandidates(tiny_llama, heads, budget=4, ngrams="off")
     (row,) = decoder.rows(PROMPTS[:1], max_new_tokens=3)
     next(decoder.decode([row]))
@@ -143,7 +143,7 @@ def test_probabilities_among_the_candidates_alone(rungs: ModuleType, tiny_llama:
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_every_text_is_compared(acceptance: ModuleType, tiny_llama: PreTrainedModel, temperature: float) -> None:
-    heads = taught(tiny_llama, updates=200)
+    heads = taught(tiny_llama, new_heads(tiny_llama, 3), updates=200)
     prompts = [prompt.tolist() for prompt in PROMPTS]
     plain = acceptance.plain_rows(tiny_llama, prompts, 20, temperature)
     decoder = acceptance.DiagnosedDecoder(tiny_llama, heads, budget=16, ngrams="off")

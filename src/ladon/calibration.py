@@ -28,7 +28,8 @@ class Calibration:
         joint: how guesses were joined to paths, which the temperatures belong to: "product", "markov" or
             "paths".
         hit_rates: [K][ranks]: how often each rank is right, given that the shallower depths' candidates held the truth.
-        marginal_hit_rates: [K][ranks]: the same over all positions.
+        marginal_hit_rates: [K][ranks]: the same over all positions; of heads that read the tokens before their guesses,
+            after the true ones.
         error: calibration error per depth without and with temperatures, as `docs/metrics.md` defines it, on half of
             the prompts; the temperatures were fitted on the other half for this.
         fixed_trees: rank paths of the best fixed tree per number of nodes, root included.
@@ -37,7 +38,8 @@ class Calibration:
         prefixes: how far lattices and dynamic trees follow the truth on the half of `error`, as `docs/metrics.md`
             defines it.
         step_times: milliseconds of a decode step per number of nodes, with the machine they were measured on, and the
-            budget that they and `simulated` would make the fastest.
+            budget that they and `simulated` would make the fastest; without the latter where dynamic trees cannot be
+            simulated.
         pruning: what early pruning would gain by layer, criterion and kept size, and what is best, if that was asked
             for (`ladon.calibrate.pruning`).
         measured_on: model, prompts, positions and settings behind the numbers.

@@ -29,7 +29,7 @@ NGRAMS = {  # the n-gram options, and what each means
 PRODUCT, MARKOV, PATHS = "product", "markov", "paths"
 JOINTS = ("auto", PRODUCT, MARKOV, PATHS)
 MARKOV_ROWS = 16  # candidates of a head whose children it knows; more change nothing up to 64 nodes
-PATH_ROWS = 8  # partial paths per depth that joint="paths" follows in a dynamic tree
+PATH_ROWS = 4  # partial paths per depth that joint="paths" follows in a dynamic tree
 BENCH_MODES = ("plain", "chain", "fixed", "dynamic", "auto", "pruned", "ngrams", "dynamic+ngrams", "auto+ngrams")
 
 
@@ -58,9 +58,9 @@ class DecoderOptions:
         default="auto",
         metadata={
             "help": "how the heads' guesses are joined to paths: product (each head by itself), markov (corrected by "
-            "the token before), paths (each guess after the path so far, for heads that read it; paths:16 follows the "
-            f"16 best paths of each depth, else it is {PATH_ROWS}), or auto (markov or paths if the heads were trained "
-            "for it)"
+            "the token before), paths (each guess after the path so far, of heads that read it; in dynamic trees after "
+            f"the {PATH_ROWS} best paths of each depth, or as many as paths:16 says), or auto (markov or paths for "
+            "heads that were made for it)"
         },
     )
     prune: str = field(

@@ -4,6 +4,9 @@ The answers of a lossless decoder do not depend on its trees, so one trace holds
 at its root, and the tokens that the model says after it. Trees are grown by the same builders as in decoding, then each
 answer is walked from step to step.
 
+Of heads that read the tokens before their guesses a trace holds the guesses after the true ones. By these alone a chain
+and a fixed tree accept what they accept; which paths a dynamic tree has room for depends on guesses after others.
+
 Shapes: P positions, K depths, C candidates, N nodes (root included).
 """
 
@@ -20,12 +23,16 @@ from torch import Tensor
 
 from ladon.calibrate.lattice_trace import LatticeTrace
 from ladon.calibrate.prefixes import reached, true_rows, true_slots
-from ladon.config import MARKOV_ROWS
+from ladon.config import MARKOV_ROWS, PATHS
 from ladon.errors import TreeError
 from ladon.fixed_tree import FixedTree
 from ladon.lattice import Correction, Lattice, conditioned
 from ladon.proposers import candidates_needed, tree_builder
 
+NOT_SIMULATED = (
+    "a trace has what heads guess after the true tokens, and trees of heads that read the tokens before their guesses "
+    "depend on what they guess after others: `ladon bench` runs them"
+)
 _CHUNK = 1024  # positions whose trees exist at a time
 
 
@@ -91,8 +98,8 @@ def simulate_budgets(
         A run for each budget. What a depth cap of the target (some models with long contexts) would cut is not cut.
 
     Raises:
-        TreeError: an unknown tree, a budget below 1, more candidates than were recorded, or a fixed tree that the heads
-            or the candidates cannot fill.
+        TreeError: an unknown tree, a budget below 1, more candidates than were recorded, a fixed tree that the heads or
+            the candidates cannot fill, or a dynamic one of heads that read the tokens before their guesses.
     """
     if not budgets or min(budgets) < 1:
         raise TreeError(f"budgets are {list(budgets)!r}; give numbers of nodes, 1 or more (the root is one of them)")
@@ -103,6 +110,8 @@ def simulate_budgets(
         tree.check_fits(trace.num_heads, num_candidates)
     elif tree not in ("dynamic", "chain"):
         raise TreeError(f'tree is {tree!r}; a trace can be decoded with "dynamic", "chain" or a ladon.FixedTree')
+    elif tree == "dynamic" and trace.joint == PATHS:
+        raise TreeError(f'tree is "dynamic"; {NOT_SIMULATED}; give "chain" or a ladon.FixedTree')
     slots, largest = _true_slots(trace, tree, max(budgets), temperatures, num_candidates, correction)
     return [_walk(trace, (slots < budget).sum(1), min(budget, largest)) for budget in budgets]
 

@@ -10,7 +10,9 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from ladon.calibrate.simulate import NOT_SIMULATED
 from ladon.calibration import Calibration
+from ladon.config import PATHS
 from ladon.fixed_tree import FixedTree
 from ladon.viz.outline import outline
 
@@ -37,6 +39,8 @@ def summary(calibration: Calibration) -> Iterable[RenderableType]:
             "(else: ranking); top-1: they are the best candidates, the chain",
             "dim",
         )
+    if calibration.joint == PATHS:
+        yield Text(f"no dynamic trees are simulated: {NOT_SIMULATED}", "dim")
     if calibration.step_times:
         yield from _times(calibration.step_times)
     if calibration.pruning:
@@ -100,18 +104,18 @@ def _prefixes(prefixes: Mapping[str, Any]) -> Table:
 
 
 def _times(step_times: Mapping[str, Any]) -> Iterable[RenderableType]:
-    measured, projected, place = step_times["measured"][0], step_times["projected"], step_times["place"]
+    measured, projected, place = step_times["measured"][0], step_times.get("projected"), step_times["place"]
     table = Table(title=f"A decode step at {measured['context']} tokens of context", title_justify="left")
-    for name in ("nodes", "ms", "of a plain step", "tokens per step", "projected speed-up"):
+    for name in ("nodes", "ms", "of a plain step", *(("tokens per step", "projected speed-up") if projected else ())):
         table.add_column(name, justify="right")
-    rows = zip(
-        *(measured[name] for name in ("nodes", "ms", "relative")),
-        *(projected[name] for name in ("acceptance_length", "speedup")),
-        strict=True,
-    )
-    for nodes, ms, relative, length, speedup in rows:
-        bold = "bold" if nodes == projected["best_budget"] else ""
-        table.add_row(str(nodes), f"{ms:.2f}", f"{relative:.2f}x", f"{length:.2f}", f"{speedup:.2f}x", style=bold)
+    rows = zip(*(measured[name] for name in ("nodes", "ms", "relative")), strict=True)
+    for line, (nodes, ms, relative) in enumerate(rows):
+        cells, bold = [str(nodes), f"{ms:.2f}", f"{relative:.2f}x"], ""
+        if projected:
+            length, speedup = (projected[name][line] for name in ("acceptance_length", "speedup"))
+            cells += [f"{length:.2f}", f"{speedup:.2f}x"]
+            bold = "bold" if nodes == projected["best_budget"] else ""
+        table.add_row(*cells, style=bold)
     yield table
     for other in step_times["measured"][1:]:
         relative = ", ".join(f"{n}: {r:.2f}x" for n, r in zip(other["nodes"], other["relative"], strict=True))
