@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ladon.config import MARKOV, PRODUCT
+from ladon.config import JOINTS, PRODUCT
 from ladon.errors import HeadsError
 from ladon.files import write_whole
 
@@ -25,9 +25,10 @@ class Calibration:
     Attributes:
         heads: hash of the heads' weights that were measured (`Heads.weights_hash`).
         temperatures: one per depth, [K]: head k's logits are divided by it before the softmax.
-        joint: how guesses were joined to paths, which the temperatures belong to: "product" or "markov".
+        joint: how guesses were joined to paths, which the temperatures belong to: "product", "markov" or
+            "hidden".
         hit_rates: [K][ranks]: how often each rank is right, given that the shallower depths' candidates held the truth.
-        marginal_hit_rates: [K][ranks]: the same over all positions.
+        marginal_hit_rates: [K][ranks]: the same over all positions; with a hidden correction given the tokens before.
         error: calibration error per depth without and with temperatures, as `docs/metrics.md` defines it, on half of
             the prompts; the temperatures were fitted on the other half for this.
         fixed_trees: rank paths of the best fixed tree per number of nodes, root included.
@@ -99,7 +100,7 @@ def read_calibration(folder: Path) -> Calibration | None:
         if not all(isinstance(row, list) and all(map(_is_share, row)) for row in getattr(found, name)):
             raise HeadsError(f"{path}: {name} must hold shares from 0 to 1 for each head. {again}")
     wrong = [name for name, kind in _KINDS.items() if not isinstance(getattr(found, name), kind)]
-    if not wrong and found.joint not in (PRODUCT, MARKOV):
+    if not wrong and found.joint not in JOINTS[1:]:
         wrong = ["joint"]
     if not wrong and not _is_pruning(found.pruning):
         wrong = ["pruning"]

@@ -26,8 +26,9 @@ NGRAMS = {  # the n-gram options, and what each means
     "auto": "what followed the last tokens where they stood before is guessed too, in dynamic trees and without heads",
     "off": "heads alone guess",
 }
-PRODUCT, MARKOV = "product", "markov"
-JOINTS = ("auto", PRODUCT, MARKOV)
+PRODUCT, MARKOV, HIDDEN = "product", "markov", "hidden"
+JOINTS = ("auto", PRODUCT, MARKOV, HIDDEN)
+HIDDEN_ROWS = 8  # tokens of a depth after which a hidden correction guesses on; what follows others is not guessed
 BENCH_MODES = ("plain", "chain", "fixed", "dynamic", "auto", "pruned", "ngrams", "dynamic+ngrams", "auto+ngrams")
 
 
@@ -55,8 +56,8 @@ class DecoderOptions:
     joint: str = field(
         default="auto",
         metadata={
-            "help": "how the heads' guesses are joined to paths: product (each head by itself), markov (corrected by "
-            "the token before), or auto (markov if the heads were trained for it)"
+            "help": "how the heads' guesses are joined to paths: product (each head by itself), markov or hidden "
+            "(corrected by the token before, as the heads were trained for), or auto (corrected if they were)"
         },
     )
     prune: str = field(

@@ -29,7 +29,7 @@ class DraftPlan:
         tree: "dynamic", "chain", "off" or a fixed tree.
         budget: nodes per step and row, or "auto".
         num_candidates: kept per head.
-        joint: "product" or "markov".
+        joint: as `joint_of` gives it.
         ngrams: whether n-grams draft too.
     """
 
@@ -54,7 +54,7 @@ class DraftPlan:
         Raises:
             TreeError: an option that is none, or a fixed tree that the heads cannot fill.
             InputError: an unknown joint.
-            HeadsError: heads that have no Markov correction, and are to be joined by one.
+            HeadsError: heads that do not have the correction by which they are to be joined.
         """
         if isinstance(tree, TreeSize):
             tree, budget, num_candidates = tree.options(budget)

@@ -62,6 +62,7 @@ def train(
     family_option: _FamilyOption = None,
     init_heads: Annotated[str | None, _option("init_heads", "DIR")] = _DEFAULTS.init_heads,
     markov_rank: Annotated[int, _option("markov_rank")] = _DEFAULTS.markov_rank,
+    hidden_correction: Annotated[int, _option("hidden_correction")] = _DEFAULTS.hidden_correction,
     freeze_heads: Annotated[bool, _switch("freeze_heads")] = _DEFAULTS.freeze_heads,
     labels: Annotated[str, _option("labels")] = _DEFAULTS.labels,
     label_temperature: Annotated[float, _option("label_temperature")] = _DEFAULTS.label_temperature,

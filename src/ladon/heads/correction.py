@@ -9,9 +9,12 @@ Shapes: K depths, V vocabulary, r rank.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
+from ladon.config import MARKOV
 from ladon.errors import HeadsError
 
 
@@ -26,10 +29,14 @@ class MarkovCorrection(nn.Module):
         strength: a, one per depth, [K].
     """
 
+    joint: ClassVar[str] = MARKOV
+    option: ClassVar[str] = "markov_rank"
+    title: ClassVar[str] = "Markov correction"
+
     def __init__(self, *, num_heads: int, vocab_size: int, rank: int) -> None:
         super().__init__()
         if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= vocab_size:
-            raise HeadsError(f"markov_rank is {rank!r}; give 1 to {vocab_size}, the size of the vocabulary")
+            raise HeadsError(f"{self.option} is {rank!r}; give 1 to {vocab_size}, the size of the vocabulary")
         self.before = nn.Parameter(torch.empty(vocab_size, rank))
         self.after = nn.Parameter(torch.empty(vocab_size, rank))
         self.strength = nn.Parameter(torch.empty(num_heads))
@@ -38,6 +45,11 @@ class MarkovCorrection(nn.Module):
     def rank(self) -> int:
         """R, numbers per token."""
         return self.before.shape[1]
+
+    @property
+    def options(self) -> dict[str, int | str]:
+        """What makes one of the same size, as `new_heads` takes it."""
+        return {self.option: self.rank}
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:

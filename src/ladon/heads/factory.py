@@ -11,11 +11,13 @@ import torch
 
 from ladon.calibration import CALIBRATION_FILE, Calibration, read_calibration
 from ladon.errors import HeadsError
-from ladon.heads.base import MARKOV_RANK, Heads, check_token_ids
-from ladon.heads.checkpoint import find_heads, is_own, read_config, read_tensors
+from ladon.heads.base import CORRECTIONS, Heads
+from ladon.heads.checkpoint import check_token_ids, find_heads, is_own, read_config, read_tensors
+from ladon.heads.correction import MarkovCorrection
 from ladon.heads.ends import output_projection
 from ladon.heads.formats.detect import detect
 from ladon.heads.formats.reading import open_checkpoint
+from ladon.heads.hidden_correction import HiddenCorrection
 from ladon.heads.hydra import HydraHeads
 from ladon.heads.lowrank import LowRankHeads
 from ladon.heads.medusa import MedusaHeads
@@ -41,7 +43,8 @@ def new_heads(
             "lowrank" (a wide MLP and a thin projection per head; options `expansion`, 2, and `rank`, 64) or "hydra"
             (each head reads the tokens before the one it guesses; option `num_blocks`, 1).
         seed: decides the random start values.
-        **options: the family's own settings; and `markov_rank`, for a Markov correction of this rank.
+        **options: the family's own settings; and `markov_rank` or `hidden_correction`, for a correction by the token
+            before each guess, of this rank or inner width.
 
     Returns:
         Heads whose logits equal the target's until they are trained.
@@ -136,12 +139,14 @@ def _build(family: str, num_heads: int, hidden_size: int, vocab_size: int, optio
     if family not in FAMILIES:
         raise HeadsError(f"head family {family!r} is unknown; known: {', '.join(FAMILIES)}")
     allowed = FAMILIES[family].option_names
-    own = {name: value for name, value in options.items() if name != MARKOV_RANK}
+    own = {name: value for name, value in options.items() if name not in CORRECTIONS}
     unknown = sorted(own.keys() - set(allowed))
     if unknown:
-        allowed = (*allowed, MARKOV_RANK)
+        allowed = (*allowed, *CORRECTIONS)
         raise HeadsError(f"{family} heads have no option {', '.join(unknown)}; they take {', '.join(allowed)}")
     heads = FAMILIES[family](num_heads=num_heads, hidden_size=hidden_size, vocab_size=vocab_size, **own)
-    if MARKOV_RANK in options:
-        heads.add_correction(cast(int, options[MARKOV_RANK]))  # checked there
+    if MarkovCorrection.option in options:
+        heads.add_correction(cast(int, options[MarkovCorrection.option]))  # checked there
+    if HiddenCorrection.option in options:
+        heads.add_hidden_correction(cast(int, options[HiddenCorrection.option]))
     return heads

@@ -28,6 +28,9 @@ class TrainOptions:
     markov_rank: int = _setting(
         0, "rank of a Markov correction that is trained too, 64 for small models, 256 for large ones; 0: none"
     )
+    hidden_correction: int = _setting(
+        0, "inner width of a hidden correction that is trained too, about the model's hidden size; 0: none"
+    )
     freeze_heads: bool = _setting(False, "train the correction alone, on heads as --init-heads has them")
     labels: str = _setting(
         "text",
@@ -94,6 +97,10 @@ class TrainOptions:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise InputError(f"{name} is {value}; give a number above 0")
+        if self.markov_rank and self.hidden_correction:
+            raise InputError(
+                "markov_rank and hidden_correction are both given; heads take one correction, leave one out"
+            )
         if self.warmup >= 1:
             raise InputError(f"warmup is {self.warmup}; give a share of the updates, below 1")
 
@@ -130,6 +137,6 @@ _LEAST: dict[str, float] = {
     **dict.fromkeys(("weight_decay", "warmup", "clip", "chunk_rows", "heads_warmup_steps", "heads_weight"), 0),
     **dict.fromkeys(("lora_dropout", "eval_every", "seed"), 0),
     "early_exit": 1,
-    "markov_rank": 0,
+    **dict.fromkeys(("markov_rank", "hidden_correction"), 0),
     "length": 3,  # one token that is read, the next, and the one that head 1 guesses
 }

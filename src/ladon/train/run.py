@@ -13,6 +13,7 @@ from transformers import set_seed
 
 from ladon.errors import HeadsError, InputError
 from ladon.heads import Heads, load_heads, new_heads
+from ladon.heads.base import CORRECTIONS
 from ladon.heads.early_exit import new_early_exit
 from ladon.heads.ends import output_projection
 from ladon.train.batches import Collator, RowOrder
@@ -144,11 +145,16 @@ def start_heads(model: PreTrainedModel, options: TrainOptions) -> Heads:
         heads.calibration = None  # of what they were
     else:
         heads = new_heads(model, options.num_heads, options.family, seed=options.seed, **dict(options.family_options))
-    if options.markov_rank and heads.correction is None:
+    if heads.correction is None and options.markov_rank:
         heads.add_correction(options.markov_rank).initialise(options.seed)
+    if heads.correction is None and options.hidden_correction:
+        heads.add_hidden_correction(options.hidden_correction).initialise(options.seed)
     if options.freeze_heads:
         if heads.correction is None or options.init_heads is None:
-            raise InputError("--freeze-heads trains a correction on given heads: add --markov-rank and --init-heads")
+            raise InputError(
+                "--freeze-heads trains a correction on given heads: add --init-heads, and --markov-rank or "
+                "--hidden-correction"
+            )
         heads.requires_grad_(False)
         heads.correction.requires_grad_(True)
     return heads.to(_master(model))
@@ -159,8 +165,9 @@ def _check_same_kind(options: TrainOptions, heads: Heads) -> None:
     usual, own = TrainOptions(), {"num_heads": heads.num_heads, "family": heads.family}
     wrong = [name for name, value in own.items() if getattr(options, name) not in (value, getattr(usual, name))]
     wrong += [name for name, value in options.family_options if heads.options.get(name) != value]
-    if options.markov_rank and heads.correction is not None and heads.correction.rank != options.markov_rank:
-        wrong.append("markov_rank")
+    if heads.correction is not None:
+        asked = {name: getattr(options, name) for name in CORRECTIONS}
+        wrong += [name for name, size in asked.items() if size and heads.options.get(name) != size]
     if wrong:
         raise InputError(
             f"{options.init_heads} holds {heads.num_heads} {heads.family} heads {heads.options}; training goes on with "
