@@ -84,7 +84,8 @@ def calibrate(
 
     Args:
         trace: the recorded answers.
-        correction: the heads' own, where they have one; temperatures, hit rates and trees are then those with it.
+        correction: the heads' Markov correction, where they have one; temperatures, hit rates and trees are then those
+            with it. Of heads with a hidden correction the trace has it in it, and nothing is simulated.
         budgets: sizes of the simulated trees, root included.
         step_times: measured on this machine; the projection goes by the first. May be empty.
         place: the machine, as `ladon.environment` describes it.
@@ -98,7 +99,7 @@ def calibrate(
     return Calibration(
         heads=trace.heads,
         temperatures=fit_temperatures(given),
-        joint=PRODUCT if correction is None else MARKOV,
+        joint=trace.joint if correction is None else MARKOV,
         hit_rates=rates,
         marginal_hit_rates=marginal_hit_rates(trace.ranks(), trace.num_candidates),
         error=_errors(halves),
@@ -124,6 +125,8 @@ def _errors(halves: Halves) -> dict[str, Any]:
 
 def _simulated(halves: Halves, budgets: Sequence[int]) -> list[dict[str, Any]]:
     """The chain, then of each budget the fixed tree and the dynamic one, the latter without and with temperatures."""
+    if halves.unseen.joint != PRODUCT:
+        return []
     found = [_entry("chain", False, *halves.simulated("chain", [halves.unseen.num_heads + 1]))]
     if not budgets:
         return found
@@ -147,16 +150,21 @@ def _entry(tree: str, temperatures: bool, run: SimulatedRun) -> dict[str, Any]:
 
 
 def _times(halves: Halves, measured: Sequence[StepTimes], place: dict[str, Any]) -> dict[str, Any]:
-    """Times with their machine, and what the dynamic tree of each size would gain: tokens per step / relative time."""
+    """Times with their machine, and what the dynamic tree of each size would gain: tokens per step / relative time.
+
+    What it would gain is left out where no tree can be simulated.
+    """
     if not measured:
         return {}
-    times = measured[0]
+    relative = [{**asdict(found), "relative": [round(r, 3) for r in found.relative]} for found in measured]
+    times, known = measured[0], {"place": place, "measured": relative}
+    if halves.unseen.joint != PRODUCT:
+        return known
     runs = halves.simulated("dynamic", times.nodes, halves.temperatures)
     gains = [run.acceptance_length / relative for run, relative in zip(runs, times.relative, strict=True)]
     best = max(range(len(gains)), key=lambda i: gains[i])
     return {
-        "place": place,
-        "measured": [{**asdict(found), "relative": [round(r, 3) for r in found.relative]} for found in measured],
+        **known,
         "projected": {
             "acceptance_length": [_finite(run.acceptance_length) for run in runs],
             "speedup": [_finite(gain) for gain in gains],

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ladon.config import PRODUCT
 from ladon.errors import InputError
 from ladon.lattice import Correction, outside
 
@@ -47,6 +48,9 @@ class LatticeTrace:
         row_starts: first position of each row, and P at the end, [R + 1] int64.
         heads: hash of the heads' weights (`Heads.weights_hash`).
         about: what was recorded: model, dtype, prompts; JSON values.
+        joint: "product" if the candidates are what each head guesses by itself; "hidden" if they are what heads with a
+            hidden correction guess after the true tokens. Of these no trees can be simulated: what heads would have
+            guessed after other tokens is not known.
     """
 
     tokens: Tensor
@@ -57,6 +61,7 @@ class LatticeTrace:
     row_starts: Tensor
     heads: str = ""
     about: Mapping[str, Any] = field(default_factory=dict)
+    joint: str = PRODUCT
 
     @property
     def num_positions(self) -> int:
@@ -132,22 +137,22 @@ class LatticeTrace:
         starts = self.row_starts.tolist()
         parts = [torch.arange(starts[row], starts[row + 1]) for row in rows]
         index = torch.cat([torch.arange(0), *parts])
-        return LatticeTrace(
+        return replace(
+            self,
             tokens=self.tokens[index],
             logits=self.logits[index],
             log_normalizers=self.log_normalizers[index],
             roots=self.roots[index],
             truth=self.truth[index],
             row_starts=torch.tensor([0, *map(len, parts)]).cumsum(0),
-            heads=self.heads,
-            about=self.about,
         )
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file; whoever looks sees the old file or the new one."""
         target = Path(path)
         partial = target.with_name(f"{target.name}.partial")
-        about = {"format": FORMAT, "version": VERSION, "heads": self.heads, "about": json.dumps(dict(self.about))}
+        about = {"format": FORMAT, "version": VERSION, "heads": self.heads, "joint": self.joint}
+        about["about"] = json.dumps(dict(self.about))
         try:
             save_file({name: getattr(self, name).contiguous() for name in _TENSORS}, partial, metadata=about)
             partial.replace(target)
@@ -171,7 +176,8 @@ class LatticeTrace:
             raise InputError(f"cannot read the trace {path}: {error}; {again}") from error
         if (metadata.get("format"), metadata.get("version")) != (FORMAT, VERSION) or tensors.keys() != set(_TENSORS):
             raise InputError(f"{path} is no {FORMAT} file of version {VERSION}; {again}")
-        return cls(**tensors, heads=metadata["heads"], about=json.loads(metadata["about"]))
+        about, joint = json.loads(metadata["about"]), metadata.get("joint", PRODUCT)
+        return cls(**tensors, heads=metadata["heads"], about=about, joint=joint)
 
 
 def _cubic_weights(temperature: float) -> Tensor:

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from ladon.accept import Accepted
 from ladon.calibrate.lattice_trace import GRID, LatticeTrace
-from ladon.config import DecoderOptions
+from ladon.config import HIDDEN, PRODUCT, DecoderOptions
 from ladon.engine import Engine
 from ladon.errors import InputError
 from ladon.heads import Heads
+from ladon.heads.hidden_correction import HiddenCorrection
 from ladon.requests import end_ids
 from ladon.rows import Row
 from ladon.stats import DecodeStats, StageClock
@@ -37,6 +38,9 @@ def record(
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> LatticeTrace:
     """Let `model` answer the prompts greedily, one token per step, and note the heads' candidates at every step.
+
+    Of heads with a hidden correction the candidates are those after the true tokens, which are known when the answers
+    are: until then the hidden rows are kept, on the host.
 
     The hidden rows are those of decoding itself, so no text is read twice; logits over the vocabulary exist for one
     step of one batch at a time.
@@ -70,17 +74,21 @@ def record(
             progress("recording the heads' guesses", done, len(rows))
     place_of = {row: place for place, row in enumerate(rows)}
     places = torch.tensor([place_of[row] for row in joined])
-    return _assemble(recorder, places, [row.tokens for row in rows], heads, about or {})
+    return _assemble(recorder, places, [row.tokens for row in rows], about or {}, batch_size)
 
 
 class _Recorder:
-    """A proposer that drafts nothing, and keeps the candidates that heads would have drafted from."""
+    """A proposer that drafts nothing, and keeps the candidates that heads would have drafted from.
+
+    With a hidden correction it keeps what they will be made from, the hidden rows.
+    """
 
     def __init__(self, heads: Heads, num_candidates: int) -> None:
-        self._heads, self._num_candidates = heads, min(num_candidates, heads.vocab_size)
+        self.heads, self.num_candidates = heads, min(num_candidates, heads.vocab_size)
+        self.joint = HIDDEN if isinstance(heads.correction, HiddenCorrection) else PRODUCT
         self._rows = torch.arange(0)
         self._joined = 0
-        self.steps: list[list[Tensor]] = []  # of each: rows, tokens, logits, log-normalisers, roots
+        self.steps: list[list[Tensor]] = []  # of each: rows; tokens, logits, log-normalisers, or hidden rows; roots
 
     def join(self, prompts: Sequence[Tensor], hidden: Tensor) -> None:
         """Rows are numbered in the order in which they join."""
@@ -89,7 +97,10 @@ class _Recorder:
 
     def propose(self, hidden: Tensor, root: Tensor, max_nodes: int) -> TokenTree:
         """The root alone; the heads' candidates after it are noted."""
-        tables = candidate_tables(self._heads, hidden, root, self._num_candidates)
+        if self.joint == HIDDEN:
+            tables: Sequence[Tensor] = [hidden]
+        else:
+            tables = candidate_tables(self.heads, hidden, root, self.num_candidates)
         self.steps.append([self._rows, *(table.cpu() for table in tables), root.int().cpu()])
         return root_tree(root)
 
@@ -113,11 +124,38 @@ def candidate_tables(heads: Heads, hidden: Tensor, root: Tensor, num_candidates:
     Returns:
         tokens [B, K, C] int32, logits [B, K, C] float32, log-normalisers [B, K, G] float32.
     """
-    logits = heads.draft(hidden, root).float()
+    return _tables(heads.draft(hidden, root), heads.token_ids, num_candidates)
+
+
+@torch.no_grad()
+def tables_after_truth(
+    heads: Heads, hidden: Tensor, roots: Tensor, truth: Tensor, num_candidates: int, batch_size: int
+) -> list[Tensor]:
+    """What `candidate_tables` gives, of guesses corrected by the true token before each.
+
+    Args:
+        heads: bound to their model.
+        hidden: [P, H], on the host.
+        roots: [P].
+        truth: what followed them, [P, K]; -1 where nothing did, and guesses after that mean nothing.
+        num_candidates: C.
+        batch_size: positions whose logits are in memory together.
+    """
+    device = next(heads.parameters()).device
+    following = torch.cat([roots[:, None], truth[:, :-1]], dim=1).clamp(min=0).long()
+    parts = [
+        _tables(heads.corrected(rows.to(device), tokens.to(device)), heads.token_ids, num_candidates)
+        for rows, tokens in zip(torch.split(hidden, batch_size), torch.split(following, batch_size), strict=True)
+    ]
+    return [torch.cat([table.cpu() for table in tables]) for tables in zip(*parts, strict=True)]
+
+
+def _tables(logits: Tensor, token_ids: Tensor | None, num_candidates: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens, logits and log-normalisers of the best candidates, from logits [B, K, D]."""
+    logits = logits.float()
     top, entries = logits.topk(min(num_candidates, logits.shape[-1]), dim=-1)
     logits = logits - top[..., :1]
     normalizers = torch.stack([(logits / temperature).exp().sum(-1).log() for temperature in GRID], dim=-1)
-    token_ids = heads.token_ids
     return (entries if token_ids is None else token_ids[entries]).int(), top, normalizers
 
 
@@ -140,7 +178,7 @@ def row_of(index: int, prompt: Tensor, max_new_tokens: int, target: Target) -> R
 
 
 def _assemble(
-    recorder: _Recorder, places: Tensor, answers: Sequence[Sequence[int]], heads: Heads, about: Mapping[str, Any]
+    recorder: _Recorder, places: Tensor, answers: Sequence[Sequence[int]], about: Mapping[str, Any], batch_size: int
 ) -> LatticeTrace:
     """Sort the steps by row and add what was said; a row's last token had nothing to follow it and is left out.
 
@@ -151,16 +189,21 @@ def _assemble(
     order = rows.argsort(stable=True)
     is_last = torch.ones_like(order, dtype=torch.bool)
     is_last[:-1] = rows[order].diff() > 0
-    tokens, logits, normalizers, roots = (table[order[~is_last]] for table in tables)
+    *tables, roots = (table[order[~is_last]] for table in tables)
+    heads, truth = recorder.heads, _following(answers, recorder.heads.num_heads)
+    if recorder.joint == HIDDEN:
+        tables = tables_after_truth(heads, tables[0], roots, truth, recorder.num_candidates, batch_size)
+    tokens, logits, normalizers = tables
     return LatticeTrace(
         tokens=tokens,
         logits=logits,
         log_normalizers=normalizers,
         roots=roots,
-        truth=_following(answers, heads.num_heads),
+        truth=truth,
         row_starts=torch.tensor([0, *(len(answer) - 1 for answer in answers)]).cumsum(0),
         heads=heads.weights_hash,
         about=about,
+        joint=recorder.joint,
     )
 
 

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from ladon.calibrate.lattice_trace import LatticeTrace
-from ladon.errors import TreeError
+from ladon.config import PRODUCT
+from ladon.errors import InputError, TreeError
 from ladon.fixed_tree import FixedTree
 from ladon.lattice import Correction, Lattice, conditioned
 from ladon.proposers import candidates_needed, tree_builder
@@ -91,7 +92,10 @@ def simulate_budgets(
     Raises:
         TreeError: an unknown tree, a budget below 1, more candidates than were recorded, or a fixed tree that the heads
             or the candidates cannot fill.
+        InputError: the trace is of heads with a hidden correction.
     """
+    if trace.joint != PRODUCT:
+        raise InputError(f'no tree can be simulated on a trace of the joint "{trace.joint}"; measure with ladon bench')
     if not budgets or min(budgets) < 1:
         raise TreeError(f"budgets are {list(budgets)!r}; give numbers of nodes, 1 or more (the root is one of them)")
     num_candidates = trace.num_candidates if num_candidates is None else num_candidates

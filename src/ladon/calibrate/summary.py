@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ladon.calibration import Calibration
+from ladon.config import HIDDEN
 from ladon.fixed_tree import FixedTree
 from ladon.viz.outline import outline
 
@@ -29,6 +30,12 @@ def summary(calibration: Calibration) -> Iterable[RenderableType]:
         yield Text.assemble((f"best fixed tree of {size} nodes  ", "bold"), outline(tree))
     if calibration.simulated:
         yield _acceptance(calibration.simulated)
+    if calibration.joint == HIDDEN:
+        yield Text(
+            "hit rates are those after the true tokens; no trees are simulated, as guesses after other tokens are not "
+            "recorded: `ladon bench` measures them",
+            "dim",
+        )
     if calibration.step_times:
         yield from _times(calibration.step_times)
     if calibration.pruning:
@@ -75,18 +82,21 @@ def _length(entry: Mapping[str, Any] | None) -> str:
 
 
 def _times(step_times: Mapping[str, Any]) -> Iterable[RenderableType]:
-    measured, projected, place = step_times["measured"][0], step_times["projected"], step_times["place"]
+    measured, projected, place = step_times["measured"][0], step_times.get("projected"), step_times["place"]
     table = Table(title=f"A decode step at {measured['context']} tokens of context", title_justify="left")
-    for name in ("nodes", "ms", "of a plain step", "tokens per step", "projected speed-up"):
+    columns = {
+        "nodes": map(str, measured["nodes"]),
+        "ms": (f"{ms:.2f}" for ms in measured["ms"]),
+        "of a plain step": (f"{relative:.2f}x" for relative in measured["relative"]),
+    }
+    if projected:
+        columns["tokens per step"] = (f"{length:.2f}" for length in projected["acceptance_length"])
+        columns["projected speed-up"] = (f"{speedup:.2f}x" for speedup in projected["speedup"])
+    for name in columns:
         table.add_column(name, justify="right")
-    rows = zip(
-        *(measured[name] for name in ("nodes", "ms", "relative")),
-        *(projected[name] for name in ("acceptance_length", "speedup")),
-        strict=True,
-    )
-    for nodes, ms, relative, length, speedup in rows:
-        bold = "bold" if nodes == projected["best_budget"] else ""
-        table.add_row(str(nodes), f"{ms:.2f}", f"{relative:.2f}x", f"{length:.2f}", f"{speedup:.2f}x", style=bold)
+    best = str(projected["best_budget"]) if projected else ""
+    for row in zip(*columns.values(), strict=True):
+        table.add_row(*row, style="bold" if row[0] == best else "")
     yield table
     for other in step_times["measured"][1:]:
         relative = ", ".join(f"{n}: {r:.2f}x" for n, r in zip(other["nodes"], other["relative"], strict=True))
