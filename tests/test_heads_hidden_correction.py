@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -48,7 +51,7 @@ def corrected_heads(model: PreTrainedModel, num_heads: int = 3, seed: int = 0, f
     heads = ladon.new_heads(model, num_heads, family, hidden_correction=5, **options)
     generator = torch.Generator().manual_seed(seed)
     for parameter in heads.parameters():
-        parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.5)
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.25)
     return heads
 
 
@@ -188,7 +191,7 @@ def test_the_more_rows_the_less_is_lost(model: PreTrainedModel) -> None:
         few, some, all_ = (
             hidden_rows(heads, heads.correction, 97, num_rows=rows)(hidden, roots).leaf_mass() for rows in (2, 10, 97)
         )
-    assert (few > some).all() and (some > 0.01).all()
+    assert (few.sum(1) > some.sum(1)).all() and (few[:, 0] > some[:, 0]).all() and (some > 0.001).all()
     torch.testing.assert_close(all_, torch.zeros_like(all_), rtol=0, atol=1e-5)
 
 
@@ -220,7 +223,9 @@ def test_decoding_is_exact(model: PreTrainedModel, budget: int, sampled: bool) -
                 plain = ladon.Decoder(model, tree="off").generate(prompt[None], **options, seed=[3 + row])
             else:
                 plain = model.generate(prompt[None], attention_mask=torch.ones_like(prompt)[None], **options)
-            assert found[row, longest:].tolist() == plain[0, len(prompt) :].tolist()
+            answer = plain[0, len(prompt) :].tolist()
+            padding = [0] * (found.shape[1] - longest - len(answer))
+            assert found[row, longest:].tolist() == answer + padding
 
 
 def test_it_is_saved_with_the_heads(model: PreTrainedModel, tmp_path: Path) -> None:
@@ -279,7 +284,8 @@ def test_training_sees_the_token_before(model: PreTrainedModel) -> None:
 def test_reports_on_held_out_rows_are_of_this_joint(model: PreTrainedModel) -> None:
     heads = corrected_heads(model, 2)
     tokens = torch.randint(3, 97, (24,), generator=torch.Generator().manual_seed(5)).tolist()
-    batch = Collator(2, 97, None)([Document(tokens=tokens, learned=[True] * len(tokens))])
+    document = Document(id="", tokens=np.array(tokens, np.int32), learned=np.ones(len(tokens), np.bool_))
+    batch = Collator(2, 97, None)([[document]])
     report = evaluate(model, heads, [batch], budget=6)
     with torch.no_grad():
         hidden = model.base_model(input_ids=torch.tensor([tokens])).last_hidden_state[0]
@@ -289,14 +295,11 @@ def test_reports_on_held_out_rows_are_of_this_joint(model: PreTrainedModel) -> N
         with torch.no_grad():
             found = hidden_rows(heads, heads.correction, 32)(hidden[place : place + 1], root)
         tree = grow_dynamic(found, root, 6)
-        paths, lengths_here = {(): 0}, 0
-        node_of = {0: ()}
-        for node in range(1, tree.num_nodes):
-            node_of[node] = (*node_of[int(tree.parents[0, node])], int(tree.tokens[0, node]))
-            paths[node_of[node]] = node
+        paths: list[tuple[int, ...]] = [()]
+        for token, parent in zip(tree.tokens[0, 1:].tolist(), tree.parents[0, 1:].tolist(), strict=True):
+            paths.append((*paths[parent], token))
         truth = tuple(tokens[place + 2 : place + 4])
-        lengths_here = 1 + sum(truth[:k] in paths for k in (1, 2))
-        lengths.append(lengths_here)
+        lengths.append(1 + sum(truth[:k] in paths for k in (1, 2)))
     assert report.steps == len(lengths)
     assert report.tree_length == pytest.approx(sum(lengths) / len(lengths), abs=1e-6)
 
@@ -337,10 +340,13 @@ def test_a_calibration_is_of_this_joint_and_simulates_nothing(model: PreTrainedM
     right = (trace.tokens[:, 0, 0] == trace.truth[:, 0]).float().mean()
     assert found.hit_rates[0][0] == pytest.approx(float(right), abs=1e-5)
     found.save(tmp_path)
-    assert read_calibration(tmp_path) == found
-    shown = " ".join(str(part) for part in summary(found))
-    assert "no trees are simulated" in shown
-    assert "of this joint" not in shown
+    read = read_calibration(tmp_path)
+    assert read is not None and (read.joint, read.simulated, read.temperatures) == (HIDDEN, [], found.temperatures)
+    console = Console(record=True, width=200, file=io.StringIO())
+    for part in summary(found):
+        console.print(part)
+    shown = console.export_text()
+    assert "no trees are simulated" in shown and "1.50x" in shown and "projected speed-up" not in shown
 
 
 def test_temperatures_belong_to_their_joint(model: PreTrainedModel) -> None:
