@@ -92,8 +92,8 @@ def simulate_budgets(
         budgets: nodes per step and row, root included.
         temperatures: one per depth, [K], by which the heads' logits are divided; None leaves them.
         num_candidates: candidates kept per head, as `Decoder` takes it; None: as many as the trace has.
-        correction: by the token before, as `ladon.lattice.conditioned` takes it; None leaves guesses as they are. Its
-            successors are not simulated: a trace does not hold what heads said of them.
+        correction: by the token before, as `ladon.lattice.conditioned` takes it, with the trace's gates; None leaves
+            guesses as they are. Its successors are not simulated: a trace does not hold what heads said of them.
 
     Returns:
         A run for each budget. What a depth cap of the target (some models with long contexts) would cut is not cut.
@@ -194,7 +194,8 @@ def _lattices(
         lattice = Lattice(tokens=trace.tokens[part, :, None, :width].long(), log_probs=log_probs[part, :, None])
         roots = trace.roots[part].long()
         if correction is not None:
-            lattice = conditioned(lattice, roots, correction, temperatures=after, num_rows=MARKOV_ROWS)
+            gates = None if trace.gates is None else trace.gates[part]
+            lattice = conditioned(lattice, roots, correction, temperatures=after, num_rows=MARKOV_ROWS, gates=gates)
         yield lattice, roots, trace.truth[part].long()
 
 
