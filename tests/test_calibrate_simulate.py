@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from ladon import Decoder, FixedTree, load_demo, new_heads
 from ladon.bundled import demo_fixed_tree, demo_prompts
 from ladon.calibrate.drafting import correction_of
+from ladon.calibrate.drafting import correction_of
 from ladon.calibrate.lattice_trace import LatticeTrace
 from ladon.calibrate.recording import record
 from ladon.calibrate.simulate import simulate, simulate_budgets
@@ -156,6 +157,6 @@ def test_the_bundled_model_within_three_percent() -> None:
     temperatures = None if heads.calibration is None else heads.calibration.temperatures
     for tree, budget in (("chain", 5), (demo_fixed_tree(16), 16), ("dynamic", 16)):
         tokens, row_steps = run(Decoder(model, heads, tree=tree, budget=budget, ngrams="off"), prompts, 32)
-        found = simulate(trace, tree, budget, temperatures=temperatures)
+        found = simulate(trace, tree, budget, temperatures=temperatures, correction=correction_of(heads))
         assert found.acceptance_length == pytest.approx(tokens / row_steps, rel=0.03)
         assert found.acceptance_length > 1.5

@@ -72,7 +72,7 @@ def test_a_ladder_of_two_prompts(
     names = [cell["cell"] for cell in document["results"]]
     assert names == done and len(set(names)) == len(names), "each cell was measured once"
     rows = {(cell["law"], cell["rung"], cell["budget"]): cell for cell in document["results"]}
-    rungs = ["fixed", "candidates", "softmax", "calibrated", "ngrams"]
+    rungs = ["fixed", "candidates", "softmax", "calibrated", "markov", "ngrams"]
     expected = [("chain", 4), ("chain", 5), *((rung, nodes) for rung in rungs for nodes in (4, 16))]
     assert list(rows) == [(law, *entry) for law in ("greedy", "sampled") for entry in expected]
     for (_, rung, _), cell in rows.items():
