@@ -11,7 +11,6 @@ from transformers import PreTrainedModel
 from ladon import Decoder, FixedTree, load_demo, new_heads
 from ladon.bundled import demo_fixed_tree, demo_prompts
 from ladon.calibrate.drafting import correction_of
-from ladon.calibrate.drafting import correction_of
 from ladon.calibrate.lattice_trace import LatticeTrace
 from ladon.calibrate.recording import record
 from ladon.calibrate.simulate import simulate, simulate_budgets

@@ -45,9 +45,15 @@ def document_of(capsys: pytest.CaptureFixture[str]) -> dict:
 
 
 def test_a_ladder_of_two_prompts(
-    script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    script: ModuleType,
+    rungs: ModuleType,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Interrupted once, and the table that its document makes."""
+    monkeypatch.setattr(rungs, "_PROMPTS", 4)
+    monkeypatch.setattr(rungs, "_NEW_TOKENS", 32)
     quick = replace(script.TURNS, groups=2, most_repeats=1)
     monkeypatch.setattr(script, "TURNS", quick)
     monkeypatch.setattr(script, "BUDGETS", (4, 16))
@@ -72,15 +78,16 @@ def test_a_ladder_of_two_prompts(
     names = [cell["cell"] for cell in document["results"]]
     assert names == done and len(set(names)) == len(names), "each cell was measured once"
     rows = {(cell["law"], cell["rung"], cell["budget"]): cell for cell in document["results"]}
-    rungs = ["fixed", "candidates", "softmax", "calibrated", "markov", "ngrams"]
-    expected = [("chain", 4), ("chain", 5), *((rung, nodes) for rung in rungs for nodes in (4, 16))]
+    names_of_rungs = ["fixed", "candidates", "softmax", "calibrated", "markov", "ngrams"]
+    expected = [("chain", 4), ("chain", 5), *((rung, nodes) for rung in names_of_rungs for nodes in (4, 16))]
     assert list(rows) == [(law, *entry) for law in ("greedy", "sampled") for entry in expected]
     for (_, rung, _), cell in rows.items():
         assert cell["different"] == 0 and cell["prompts"] == 2
         assert (cell["diagnosis"] is None) == (rung == "ngrams")
     assert rows["greedy", "calibrated", 16]["acceptance_length"] > 1.5
     for cell in document["timed"]:
-        assert list(cell["systems"]) == ["plain", "chain", *rungs] and cell["systems"]["plain"]["vs_plain"] == 1.0
+        assert list(cell["systems"]) == ["plain", "chain", *names_of_rungs]
+        assert cell["systems"]["plain"]["vs_plain"] == 1.0
         assert all(found["tokens_per_second"] > 0 for found in cell["systems"].values())
     assert [cell["runs_different"] for cell in document["timed"]] == [0, 0]
     page = importlib.import_module("tables").ladder_rows(document, "code/greedy")
@@ -88,7 +95,7 @@ def test_a_ladder_of_two_prompts(
     assert [row[0] for row in page[1:4]] == [
         "chain",
         "fixed tree (MEDUSA)",
-        importlib.import_module("tables").RUNGS[rungs[1]],
+        importlib.import_module("tables").RUNGS[names_of_rungs[1]],
     ]
     assert all(len(row) == 4 for row in page) and page[1][2].startswith(
         f"{rows['greedy', 'chain', 5]['acceptance_length']:.2f} ("
