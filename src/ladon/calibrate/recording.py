@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ladon.accept import Accepted
 from ladon.calibrate.lattice_trace import GRID, LatticeTrace
 from ladon.config import DecoderOptions
 from ladon.engine import Engine
 from ladon.errors import InputError
 from ladon.heads import Heads
+from ladon.proposers import Stateless
 from ladon.requests import end_ids
 from ladon.rows import Row
 from ladon.stats import DecodeStats, StageClock
@@ -73,7 +73,7 @@ def record(
     return _assemble(recorder, places, [row.tokens for row in rows], heads, about or {})
 
 
-class _Recorder:
+class _Recorder(Stateless):
     """A proposer that drafts nothing, and keeps the candidates that heads would have drafted from."""
 
     def __init__(self, heads: Heads, num_candidates: int) -> None:
@@ -82,7 +82,7 @@ class _Recorder:
         self._joined = 0
         self.steps: list[list[Tensor]] = []  # of each: rows, tokens, logits, log-normalisers, roots
 
-    def join(self, prompts: Sequence[Tensor], hidden: Tensor) -> None:
+    def join(self, prompts: Sequence[Tensor], hidden: Tensor, states: Sequence[Tensor] = ()) -> None:
         """Rows are numbered in the order in which they join."""
         self._rows = torch.cat([self._rows, torch.arange(self._joined, self._joined + len(prompts))])
         self._joined += len(prompts)
@@ -92,9 +92,6 @@ class _Recorder:
         tables = candidate_tables(self._heads, hidden, root, self._num_candidates)
         self.steps.append([self._rows, *(table.cpu() for table in tables), root.int().cpu()])
         return root_tree(root)
-
-    def observe(self, accepted: Accepted, hidden: Tensor) -> None:
-        """Nothing to learn."""
 
     def keep(self, rows: Sequence[int]) -> None:
         """The rows at these places stay."""
