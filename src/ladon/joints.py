@@ -14,6 +14,7 @@ from ladon.config import JOINTS, MARKOV, PRODUCT
 from ladon.errors import HeadsError, InputError
 from ladon.heads import Heads
 from ladon.heads.correction import MarkovCorrection
+from ladon.heads.mtp import MtpHeads
 from ladon.lattice import Lattice, conditioned, from_logits
 
 # Hidden rows [B, H] and roots [B] to what may follow the roots.
@@ -29,6 +30,8 @@ def joint_of(heads: Heads | None, joint: str) -> str:
     """
     if joint not in JOINTS:
         raise InputError(f"joint is {joint!r}; give {', '.join(map(repr, JOINTS))}")
+    if isinstance(heads, MtpHeads) and joint == PRODUCT:
+        raise HeadsError('joint is "product", but MTP modules read the tokens before their guesses; give "auto"')
     has_correction = heads is not None and heads.correction is not None
     if joint == MARKOV and not has_correction:
         raise HeadsError('joint is "markov", but the heads have no Markov correction; train one, or give "auto"')
