@@ -282,11 +282,13 @@ def build(name: str, dtype: torch.dtype = torch.float64, **options: Any) -> PreT
     return model.to(dtype).eval()
 
 
-def random_mtp(name: str, num_layers: int, dtype: torch.dtype = torch.float64) -> tuple[PreTrainedModel, MtpHeads]:
+def random_mtp(
+    name: str, num_layers: int, dtype: torch.dtype = torch.float64, **options: Any
+) -> tuple[PreTrainedModel, MtpHeads]:
     """A family's tiny model with random MTP modules; skips the test where transformers has none."""
     if not hasattr(modeling_layers, "MtpModel"):
         pytest.skip(f"transformers {RELEASE} has no MTP modules")
-    model = build(name, dtype, num_mtp_layers=num_layers)
+    model = build(name, dtype, num_mtp_layers=num_layers, **options)
     torch.manual_seed(1)
     mtp = modeling_layers.MtpModel(model, num_layers)
     for parameter in mtp.layers.parameters():

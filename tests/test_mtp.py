@@ -5,14 +5,20 @@ All modules are random, so a guess is right by chance only: where acceptance mat
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
+import transformers
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import families
 import ladon
 from drafts import FIXED, RandomSizing
+from ladon.cli.main import run
 from ladon.engine import Engine
+from ladon.errors import HeadsError, InputError
 from ladon.heads.mtp import MtpHeads
 from ladon.mtp import MtpProposer
 from ladon.rows import Row
@@ -20,6 +26,7 @@ from ladon.sampling import GREEDY
 from ladon.stats import DecodeStats, StageClock
 from ladon.target import Target
 from ladon.tree import check_tree
+from user_side import make_tokenizer
 
 modeling_layers = pytest.importorskip("transformers.modeling_layers")
 if not hasattr(modeling_layers, "MtpModel"):
@@ -124,14 +131,14 @@ def test_one_module_is_applied_again_to_its_own_output(name):
 def test_every_path_is_scored_given_all_its_tokens(name, num_paths):
     """A node's probability is its parent's times what a chain forced along its path says."""
     model, heads = build(name)
-    heads = MtpHeads(model, heads.mtp, num_heads=3, num_paths=num_paths)
+    heads = MtpHeads(model, heads.mtp, num_heads=4, num_paths=num_paths)
     texts = prompts_of((2, 17, 5))
-    tree = drafts(proposer_of(heads, model, budget=29), model, texts, max_nodes=29)
+    tree = drafts(proposer_of(heads, model, budget=41), model, texts, max_nodes=41)
     check_tree(tree)
-    assert tree.max_depth == 3 and (tree.depths == 3).any()
+    assert tree.max_depth == 4 and (tree.depths == 4).any()
     for row, text in enumerate(texts):
         real = [node for node, value in enumerate(tree.log_probs[row].tolist()) if node and value > -torch.inf]
-        assert len(real) == 4 + 2 * num_paths * 4
+        assert len(real) == 4 + 3 * num_paths * 4
         for node in real:
             path, above = [], node
             while above:
@@ -258,3 +265,127 @@ def test_much_that_waits_is_read_though_nothing_is_drafted():
         widths.append(proposer._waiting.tokens.shape[1])
     assert row.tokens == reference(model, row.prompt, 150)
     assert max(widths) == 63 and widths.count(0) == 2
+
+
+@pytest.fixture(scope="module")
+def shipped(tmp_path_factory):
+    """A model on disk that ships with a module, as its checkpoints name it, and the same in memory."""
+    folder = tmp_path_factory.mktemp("mellum")
+    tokenizer = make_tokenizer()
+    ends = dict.fromkeys(("eos_token_id", "bos_token_id", "pad_token_id"), tokenizer.eos_token_id)
+    model, heads = families.random_mtp("mellum", 1, torch.float32, vocab_size=len(tokenizer), **ends)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (file,) = folder.glob("*.safetensors")
+    save_file({**load_file(file), **dict(as_shipped(heads.mtp))}, file, metadata={"format": "pt"})
+    return folder, model, heads
+
+
+def as_shipped(mtp):
+    """The names and shapes in which Mellum's checkpoints hold a module: a projection for each expert, and so on."""
+    outside = {"eh_proj": "fc", "enorm": "pre_fc_norm_embedding", "hnorm": "pre_fc_norm_hidden", "post_norm": "norm"}
+    for name, tensor in mtp.layers[0].state_dict().items():
+        part = name.split(".")[0]
+        if part in outside:
+            yield f"mtp.{outside[part]}.weight", tensor
+        elif name.endswith("experts.gate_up_proj") or name.endswith("experts.down_proj"):
+            parts = ("gate_proj", "up_proj") if "gate_up" in name else ("down_proj",)
+            place = name.removeprefix("mtp_block.").rpartition(".")[0]
+            for expert, weights in enumerate(tensor):
+                for kind, weight in zip(parts, weights.chunk(len(parts)), strict=True):
+                    yield f"mtp.layers.0.{place}.{expert}.{kind}.weight", weight.contiguous()
+        else:
+            yield f"mtp.layers.0.{name.removeprefix('mtp_block.')}", tensor
+
+
+def test_modules_come_from_the_models_checkpoint(shipped):
+    folder, model, heads = shipped
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    found = ladon.load_mtp(loaded)
+    theirs = heads.mtp.layers.state_dict()
+    assert {name: tensor.tolist() for name, tensor in found.mtp.layers.state_dict().items()} == {
+        name: tensor.tolist() for name, tensor in theirs.items()
+    }
+    assert found.mtp.embed_tokens is loaded.get_input_embeddings() and (found.num_heads, found.num_paths) == (3, 4)
+    texts = prompts_of((4, 15))
+    tokens = [
+        drafts(proposer_of(known, owner), owner, texts).tokens for known, owner in ((heads, model), (found, loaded))
+    ]
+    assert torch.equal(*tokens)
+
+
+def test_modules_follow_a_model_to_another_dtype_and_belong_to_it(shipped):
+    folder, model, _ = shipped
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    loaded.set_experts_implementation("eager")
+    heads = ladon.load_mtp(loaded)
+    decoder = ladon.Decoder(loaded.double(), heads, budget=32)
+    assert heads.mtp.layers[0].eh_proj.weight.dtype == torch.float64
+    (prompt,) = prompts_of((7,))
+    assert decoder.generate(prompt[None], max_new_tokens=12)[0, 7:].tolist() == reference(loaded, prompt, 12)
+    other, _ = families.random_mtp("mellum", 1, torch.float32, vocab_size=model.config.vocab_size)
+    nn.init.normal_(other.get_output_embeddings().weight)
+    with pytest.raises(HeadsError, match="trained on"):
+        ladon.Decoder(other, heads)
+
+
+@pytest.mark.parametrize("command", ["generate", "bench"])
+def test_the_command_line_takes_them(command, shipped, tmp_path, capsys):
+    folder, *_ = shipped
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "def read(self):"}\n')
+    options = ["--max-new-tokens", "6", "--json", "--heads", "mtp", "--model", str(folder)]
+    options += ["--prompt", "def read"] if command == "generate" else ["--prompts", str(prompts), "--repeats", "1"]
+    assert run([command, *options]) == 0
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    if command == "bench":
+        assert document["heads"] == {"family": "mtp", "num": 3}
+        assert {row["mode"] for row in document["results"]} >= {"plain", "chain", "dynamic", "auto"}
+
+
+def test_models_without_modules_are_refused_in_one_line(tiny_llama, shipped, monkeypatch, capsys):
+    _, model, _ = shipped
+    with pytest.raises(HeadsError, match="no MTP modules") as error:
+        ladon.load_mtp(tiny_llama)
+    assert "\n" not in str(error.value)
+    with pytest.raises(HeadsError, match="cannot load the MTP modules of MellumForCausalLM from nowhere"):
+        ladon.load_mtp(families.random_mtp("mellum", 1, torch.float32)[0])
+    assert run(["generate", "--heads", "mtp", "--prompt", "x"]) == 2
+    assert "no MTP modules" in capsys.readouterr().err
+    monkeypatch.delattr(modeling_layers.MtpModel, "forward_layer")
+    with pytest.raises(HeadsError, match=r"cannot load MTP modules; 5\.23 can"):
+        ladon.load_mtp(model)
+
+
+def test_what_modules_cannot_do_is_said(shipped, tmp_path):
+    _, model, heads = shipped
+    for attempt in (
+        lambda: heads(torch.zeros(1, 32)),
+        lambda: heads.save(tmp_path),
+        lambda: heads.initialise(model, 0),
+        lambda: heads.add_correction(4),
+        lambda: MtpHeads(model, heads.mtp, num_paths=0),
+        lambda: ladon.Decoder(model, heads, joint="product"),
+        lambda: ladon.Decoder(model, heads, joint="markov"),
+    ):
+        with pytest.raises(HeadsError) as error:
+            attempt()
+        assert "\n" not in str(error.value)
+
+
+def test_transformers_own_loop_is_refused(shipped):
+    _, model, heads = shipped
+    with pytest.raises(InputError, match=r"ladon\.load_mtp"):
+        ladon.Decoder(model, heads).generate(torch.arange(3, 9)[None], use_mtp=True, max_new_tokens=4)
+
+
+def test_a_prompt_is_read_whole_whatever_was_kept(shipped):
+    """What the modules have read is not kept with the target's keys and values."""
+    _, model, heads = shipped
+    decoder = ladon.Decoder(model, heads)
+    first = decoder.rows(prompts_of((9,)), max_new_tokens=8, return_dict_in_generate=True)
+    list(decoder.decode(first))
+    again = torch.tensor([*first[0].prompt_ids, *first[0].tokens, 5])
+    rows = decoder.rows([again], past=[first[0].past], max_new_tokens=8)
+    list(decoder.decode(rows))
+    assert rows[0].stats.reused_tokens == 0 and rows[0].tokens == reference(model, again, 8)

@@ -131,7 +131,7 @@ def bench(
     if plots is not None:
         _check_pictures(plots)
     from ladon.cli.bench_inputs import tree_source, workload_of
-    from ladon.cli.loading import DEMO, load
+    from ladon.cli.loading import DEMO, MTP, load
 
     loaded = load(
         model,
@@ -144,6 +144,9 @@ def bench(
     )
     if loaded.heads is None and modes == _MODES:
         plan = replace(plan, modes=("plain", "ngrams"))  # all that there is without heads
+    elif heads == MTP and modes == _MODES and fixed_tree is None:
+        # a fixed tree is found by hit rates, which MTP modules do not have by themselves
+        plan = replace(plan, modes=tuple(mode for mode in plan.modes if mode != "fixed"))
     workload = workload_of(loaded, prompts, limit)
     bundled_heads = loaded.is_demo and heads in (None, DEMO)
     with progress_bar() as progress:

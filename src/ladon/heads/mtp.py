@@ -21,11 +21,9 @@ from ladon.heads.ends import output_projection
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from transformers import PreTrainedModel
+    from transformers import Cache, PreTrainedModel
     from transformers.modeling_layers import MtpModel
     from typing_extensions import Self
-
-    from ladon.cache import TreeCache
 
 
 class MtpHeads(Heads):
@@ -76,9 +74,7 @@ class MtpHeads(Heads):
                     module.to(model.dtype)
         return self
 
-    def run(
-        self, layer: int, hidden: Tensor, tokens: Tensor, positions: Tensor, mask: Tensor, cache: TreeCache
-    ) -> Tensor:
+    def run(self, layer: int, hidden: Tensor, tokens: Tensor, positions: Tensor, mask: Tensor, cache: Cache) -> Tensor:
         """One module over N tokens of each row.
 
         Args:
@@ -100,7 +96,8 @@ class MtpHeads(Heads):
     def forward(self, hidden: Tensor, following: Tensor | None = None) -> NoReturn:
         """Raise `HeadsError`: one hidden row is not enough."""
         raise HeadsError(
-            "MTP modules read all the text before a guess, so they work in a Decoder only, not by themselves"
+            "MTP modules read all the text before a guess: they draft in a Decoder, and cannot be run on single hidden "
+            "states, to calibrate them or to find a fixed tree. Use other heads for that"
         )
 
     def initialise(self, model: PreTrainedModel, seed: int) -> NoReturn:
