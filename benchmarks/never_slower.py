@@ -196,6 +196,13 @@ def kept_cells(work: Path | None, key: Mapping[str, Any]) -> dict[str, dict[str,
     return found
 
 
+def keep_cell(work: Path | None, key: Mapping[str, Any], cell: Mapping[str, Any]) -> None:
+    """Append a cell to the work file, if there is one."""
+    if work is not None:
+        with work.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"key": key, "cell": cell}, allow_nan=False) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cells", default="*", help="measure only cells whose name matches, such as 'demo/*/b4'")
@@ -235,9 +242,7 @@ def _measured(
     for number, cell in enumerate(chosen, start=1):
         if cell.name not in kept:
             kept[cell.name] = measure(cell, materials, settings)
-            if work is not None:
-                with work.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({"key": key, "cell": kept[cell.name]}, allow_nan=False) + "\n")
+            keep_cell(work, key, kept[cell.name])
         shown = {name: None if ratio is None else round(ratio, 3) for name, ratio in kept[cell.name]["ratios"].items()}
         print(f"{number}/{len(chosen)} {cell.name}: {shown} {kept[cell.name]['seconds']} s", flush=True)
     return [kept[cell.name] for cell in chosen]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tasks import edit_of
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ladon import new_heads
@@ -22,8 +23,6 @@ from ladon.heads import load_heads
 BATCHES = (1, 2, 4, 8, 16)
 MEDUSA_NODES = 64
 _PIECES = 160  # of held-out code, about 250 tokens each
-_EDIT = "\n\n\n# The same code again, with `self` renamed to `this`:\n\n"
-_EDIT_TOKENS = 160  # of the code that is to be written again
 
 Prompts = list[list[int]]  # token ids of the rows that are decoded together
 
@@ -149,13 +148,10 @@ class Materials:
         return ["\n\n\n".join(row[:count]) for row in rows]
 
     def _edits(self, cell: Cell, group: int) -> list[str]:
-        """Code, a comment that asks for it again with a change, and its first line again."""
-        texts = []
-        for piece in _from(demo_prompts(_PIECES), group * cell.batch)[: cell.batch]:
-            ids = self._tokenizer(piece)["input_ids"][:_EDIT_TOKENS]
-            code = self._tokenizer.decode(ids).rstrip("\n")
-            texts.append(f"{code}{_EDIT}{code.lstrip().splitlines()[0]}")
-        return texts
+        """Code to write again with a change."""
+        return [edit_of(piece, self._tokenizer) for piece in _from(demo_prompts(_PIECES), group * cell.batch)][
+            : cell.batch
+        ]
 
     def _problems(self, cell: Cell, group: int) -> list[str]:
         """HumanEval's prompts, spread over the file."""

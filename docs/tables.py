@@ -1,16 +1,20 @@
 """The tables of numbers in the pages, made from the kept results: between `<!-- KIND FILE -->` and `<!-- end -->`
-stands what FILE (below benchmarks/results) says; KIND is timing, acceptance, blocks or structured.
+stands what FILE (below benchmarks/results) says; KIND is timing, acceptance, blocks, structured, or ladder, where the
+cells to show follow FILE, such as code/greedy.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
-MARKED = re.compile(r"<!-- (timing|acceptance|blocks|structured) (\S+) -->\n.*?<!-- end -->", re.DOTALL)
+MARKED = re.compile(
+    r"<!-- (timing|acceptance|blocks|structured|ladder) (\S+)(?: (\S+))? -->\n.*?<!-- end -->", re.DOTALL
+)
 NAMES = {
     "plain": "plain",
     "chain": "chain",
@@ -18,6 +22,16 @@ NAMES = {
     "dynamic": "dynamic tree (MEDUSA+)",
     "auto": "dynamic tree, size chosen at each step",
     "pruned": "the same with early pruning",
+}
+RUNGS = {
+    "chain": "chain",
+    "fixed": "fixed tree (MEDUSA)",
+    "candidates": "dynamic tree, product of the heads over their candidates",
+    "softmax": "+ full softmax",
+    "calibrated": "+ calibration",
+    "markov": "+ Markov",
+    "ngrams": "+ n-grams",
+    "hydra": "Hydra",
 }
 
 
@@ -27,10 +41,11 @@ def with_tables(page: str) -> str:
     def table(match: re.Match[str]) -> str:
         document = json.loads((RESULTS / match[2]).read_text(encoding="utf-8"))
         kinds = {"timing": timing_rows, "acceptance": acceptance_rows, "blocks": block_rows}
-        rows = (kinds | {"structured": structured_rows})[match[1]](document)
+        kinds |= {"structured": structured_rows, "ladder": partial(ladder_rows, cells=match[3])}
+        rows = kinds[match[1]](document)
         lines = ["| " + " | ".join(row) + " |" for row in rows]
         lines.insert(1, "|" + "---|" * len(rows[0]))
-        return "\n".join([f"<!-- {match[1]} {match[2]} -->", *lines, "<!-- end -->"])
+        return "\n".join([match[0].split("\n", 1)[0], *lines, "<!-- end -->"])
 
     return MARKED.sub(table, page)
 
@@ -112,4 +127,21 @@ def structured_rows(document: dict[str, Any]) -> list[list[str]]:
                 f"{result['speedup_vs_plain']:.2f}",
             ]
         )
+    return table
+
+
+def ladder_rows(document: dict[str, Any], cells: str) -> list[list[str]]:
+    """Head and rows of a document of benchmarks/ladder.py: tokens per step (on what repeats nothing) by budget."""
+    chosen = [cell for cell in document["results"] if f"{cell['task']}/{cell['law']}" == cells]
+    lengths: dict[str, dict[int, str]] = {}
+    for cell in chosen:
+        text = f"{cell['acceptance_length']:.2f} ({cell['acceptance_length_non_repeated']:.2f})"
+        lengths.setdefault(cell["rung"], {})[cell["budget"]] = text
+    speeds = next((cell for cell in document["timed"] if f"{cell['task']}/{cell['law']}" == cells), None)
+    nodes = sorted({cell["budget"] for cell in chosen if cell["rung"] != "chain"})
+    head = ["", *(f"{size} nodes" for size in nodes)]
+    table = [head if speeds is None else [*head, f"tokens/s over plain, {speeds['budget']} nodes"]]
+    for rung, found in lengths.items():
+        row = [RUNGS.get(rung, f"+ {rung}"), *(found.get(size, found.get(max(found), "")) for size in nodes)]
+        table.append(row if speeds is None else [*row, f"{speeds['systems'][rung]['vs_plain']:.2f}"])
     return table

@@ -325,13 +325,36 @@ def test_report_is_json_with_the_promised_fields(findings: Findings) -> None:
 
 
 def test_every_key_is_defined_in_the_docs(tiny: Tiny) -> None:
-    options = BenchOptions(modes=("dynamic",), budgets=(4,), max_new_tokens=4, repeats=1)
+    options = BenchOptions(modes=("dynamic",), budgets=(4,), max_new_tokens=4, repeats=1, diagnose=True)
     document, _, _ = measure(subject(tiny), workload("a", "b", "b", "b"), options, silent)
     page = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
     defined = set(re.findall(r"`(\w+)`", page))
     keys = set(document) | set(document["environment"]) | set(document["transformers"][0]) | set(document["workload"])
     keys |= {field.name for field in fields(report.Result)} | set(document["results"][1]["stages"])
+    diagnosis = document["results"][1]["diagnosis"]
+    keys |= set(diagnosis) | set(diagnosis["known"]) | set(diagnosis["error"])
     assert not keys - defined
+
+
+def test_diagnosis_is_of_the_modes_whose_trees_come_from_one_lattice(tiny: Tiny) -> None:
+    modes = ("chain", "fixed", "dynamic", "auto", "dynamic+ngrams", "ngrams")
+    options = BenchOptions(modes=modes, budgets=(4,), batches=(1, 2), max_new_tokens=12, repeats=1, diagnose=True)
+    found = report.results(run_bench(subject(tiny), workload(), options, silent))
+    looked_at = {result.mode for result in found if result.diagnosis is not None}
+    assert looked_at == {"chain", "fixed", "dynamic", "auto"}
+    for result in found:
+        if result.diagnosis is not None and result.mode != "auto":  # the steps of a fixed size are always the same
+            assert result.diagnosis["undrafted"] == 0
+            assert result.acceptance_length == pytest.approx(1 + result.diagnosis["accepted"]["mean"], abs=1e-3)
+    json.dumps([asdict(result) for result in found], allow_nan=False)
+    assert table.diagnosis_table(found).row_count == 8
+    (line,) = table.diagnosis_lines(found)
+    assert "coverage" in line and "ranking" in line
+
+
+def test_nothing_is_looked_at_unasked(findings: Findings) -> None:
+    found = report.results(findings)
+    assert all(result.diagnosis is None for result in found) and table.diagnosis_lines(found) == []
 
 
 def breaking(monkeypatch: pytest.MonkeyPatch, mode: str, spoil: Callable[[list[int]], None]) -> None:

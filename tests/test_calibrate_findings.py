@@ -14,7 +14,7 @@ from rich.console import Console
 from ladon.calibrate.findings import SIZES, Halves, calibrate
 from ladon.calibrate.lattice_trace import LatticeTrace
 from ladon.calibrate.ranks import hit_rates
-from ladon.calibrate.simulate import simulate
+from ladon.calibrate.simulate import simulate, simulate_prefixes
 from ladon.calibrate.step_times import StepTimes
 from ladon.calibrate.summary import summary
 from ladon.calibrate.temperatures import calibration_errors, fit_temperatures
@@ -64,7 +64,26 @@ def test_what_is_written_is_of_all_answers_and_what_is_claimed_of_unseen_ones(tr
         ("dynamic", 16, True): simulate(unseen, "dynamic", 16, temperatures=temperatures),
     }
     assert lengths == pytest.approx({key: run.acceptance_length for key, run in expected.items()}, abs=1e-4)
+    sizes = [str(size) for size in SIZES]
+    assert found.prefixes["positions"] == 150 and list(found.prefixes["selected"]) == sizes
+    assert found.prefixes["top"] == found.prefixes["known"], "the unseen answers are easy to guess"
     assert found.measured_on == {"model": "m", "dtype": "float32", "answers": 6, "positions": 300}
+
+
+def test_prefixes_of_what_is_hard_to_guess(trace: LatticeTrace) -> None:
+    """The deepest candidates are right as often as ranks say; a tree of all paths selects all of the lattice."""
+    hard = replace(trace.of_rows([0, 2, 4]), tokens=trace.of_rows([0, 2, 4]).tokens[:, :, :4])
+    hard = replace(hard, logits=hard.logits[:, :, :4])
+    found = simulate_prefixes(hard, [4, 16, 85])
+    ranks = hard.ranks()
+    held = ((ranks >= 0) & (ranks < 4)).cumprod(1).double().mean(0).tolist()
+    assert found["oracle"]["shares"] == pytest.approx(held, abs=1e-4) and 0.1 < held[-1] < 0.9
+    assert found["top"]["shares"] == pytest.approx((ranks == 0).cumprod(1).double().mean(0).tolist(), abs=1e-4)
+    assert found["known"]["mean"] == 3.0
+    small, large, whole = (found["selected"][size]["mean"] for size in ("4", "16", "85"))
+    assert small < large < whole == found["oracle"]["mean"]
+    flat = simulate_prefixes(hard, [16], temperatures=[4.0, 1.0, 0.25])
+    assert flat["oracle"] == found["oracle"] and flat["selected"]["16"]["mean"] < large, "they change the ranking alone"
 
 
 def test_the_projected_budget_weighs_tokens_against_time(trace: LatticeTrace) -> None:
@@ -101,8 +120,27 @@ def test_a_depth_that_is_never_reached_has_no_error(trace: LatticeTrace) -> None
 
 def test_summary(trace: LatticeTrace) -> None:
     text = shown(calibrate(trace, budgets=(4, 16), step_times=[TIMES], place={"cpu": "A CPU", "threads": 1}))
-    for part in ("best fixed tree of 64 nodes", "dynamic, with temperatures", "projected speed-up", "cpu A CPU"):
+    for part in (
+        "best fixed tree of 64 nodes",
+        "dynamic, with temperatures",
+        "projected speed-up",
+        "cpu A CPU",
+        "selected, 16 nodes",
+    ):
         assert part in text
+
+
+def test_heads_that_read_the_path_so_far_have_no_simulated_dynamic_trees(trace: LatticeTrace) -> None:
+    read = calibrate(replace(trace, joint="paths"), budgets=(4, 16), step_times=[TIMES], place={"cpu": "x"})
+    alone = calibrate(trace, budgets=(4, 16), step_times=[TIMES], place={"cpu": "x"})
+    assert (read.joint, alone.joint) == ("paths", "product")
+    assert (read.temperatures, read.hit_rates, read.error) == (alone.temperatures, alone.hit_rates, alone.error)
+    assert read.simulated == [run for run in alone.simulated if run["tree"] != "dynamic"]
+    assert len(read.simulated) == 3
+    assert read.step_times == {name: found for name, found in alone.step_times.items() if name != "projected"}
+    text = shown(read)
+    assert "no dynamic trees are simulated: a trace has what heads guess after the true tokens" in text
+    assert "projected" not in text and "40.00" in text
 
 
 def shown(calibration: object) -> str:

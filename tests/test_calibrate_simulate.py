@@ -22,9 +22,12 @@ NEW_TOKENS = 40
 
 @pytest.fixture
 def heads(tiny_llama: PreTrainedModel) -> Heads:
+    return taught(tiny_llama, new_heads(tiny_llama, 3))
+
+
+def taught(tiny_llama: PreTrainedModel, heads: Heads, updates: int = 60) -> Heads:
     """Heads that learned the model's own answers, a little: some guesses are right at every depth."""
     tiny_llama.generation_config.eos_token_id = 61  # ends some of the answers
-    heads = new_heads(tiny_llama, 3)
     ids = torch.cat([prompt[-1:] for prompt in PROMPTS])[:, None]
     with torch.no_grad():
         rows = tiny_llama.generate(
@@ -32,9 +35,10 @@ def heads(tiny_llama: PreTrainedModel) -> Heads:
         )
         hidden = tiny_llama.model(rows).last_hidden_state[:, : NEW_TOKENS - 4]
     optimizer = torch.optim.Adam(heads.parameters(), lr=3e-3)
-    for _ in range(60):
+    for _ in range(updates):
         targets = torch.stack([rows[:, k : k + NEW_TOKENS - 4] for k in (2, 3, 4)], dim=2)
-        loss = torch.nn.functional.cross_entropy(heads(hidden).flatten(0, 2), targets.flatten())
+        following = torch.stack([rows[:, k : k + NEW_TOKENS - 4] for k in (1, 2, 3)], dim=2)
+        loss = torch.nn.functional.cross_entropy(heads(hidden, following).flatten(0, 2), targets.flatten())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -74,6 +78,19 @@ def test_counts_equal_those_of_real_runs(
     )
     assert (found.acceptance_length > 1.05) == (budget > 1)
     assert found.acceptance_length == pytest.approx(1 + sum(found.accepted))
+
+
+@pytest.mark.parametrize(("tree", "budget"), [("chain", 8), ("chain", 3), (TREE, 9), (TREE, 5)])
+def test_heads_that_read_the_path_so_far(tiny_llama: PreTrainedModel, tree: str | FixedTree, budget: int) -> None:
+    """What they guess after the true tokens is all that a chain and a fixed tree can accept."""
+    heads = taught(tiny_llama, new_heads(tiny_llama, 3, "hydra"))
+    trace = trace_of(tiny_llama, heads)
+    found = simulate(trace, tree, budget)
+    decoder = Decoder(tiny_llama, heads, tree=tree, budget=budget, ngrams="off")
+    assert (found.tokens, found.row_steps) == run(decoder, PROMPTS, NEW_TOKENS)
+    assert found.acceptance_length > 1.05
+    with pytest.raises(TreeError, match='tree is "dynamic"; a trace has what heads guess after the true tokens'):
+        simulate(trace, "dynamic", 8)
 
 
 def test_temperatures_and_fewer_candidates_are_those_of_the_decoder(tiny_llama: PreTrainedModel, heads: Heads) -> None:

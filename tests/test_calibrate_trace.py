@@ -16,7 +16,7 @@ from ladon import lattice
 from ladon.calibrate.lattice_trace import GRID, LatticeTrace
 from ladon.calibrate.recording import candidate_tables, record
 from ladon.errors import InputError
-from ladon.heads import Heads, new_heads
+from ladon.heads import ConditionedHeads, Heads, new_heads
 
 PROMPTS = [torch.tensor([5, 6, 7, 8]), torch.tensor([9, 10]), torch.tensor([11, 12, 13, 14, 15, 16])]
 NEW_TOKENS = 12
@@ -76,41 +76,39 @@ def test_ranks(tiny_llama: PreTrainedModel) -> None:
     assert (ranks == -1).sum() == len(PROMPTS) and 0 < (ranks == 20).sum() < ranks.numel()
 
 
-class RootHeads(Heads):
-    """Conditioned heads with a vocabulary of their own: they say the root's token and its neighbours."""
+class NearHeads(ConditionedHeads):
+    """Heads with a vocabulary of their own that say the token before their guess and its neighbours."""
 
-    family, option_names, is_conditioned = "root", (), True
+    family, option_names = "near", ()
 
     def initialise(self, model: PreTrainedModel, seed: int) -> None:
         pass
 
     def forward(self, hidden: Tensor, following: Tensor | None = None) -> Tensor:
-        raise AssertionError("decoding uses draft")
+        assert following is not None
+        return -(self.token_ids - following[..., None]).abs().float()
 
-    def draft(self, hidden: Tensor, root: Tensor) -> Tensor:
-        distance = (self.token_ids - root[:, None]).abs().float()
-        return -distance[:, None].expand(-1, self.num_heads, -1)
+    def after(self, hidden: Tensor, paths: Tensor) -> Tensor:
+        return -(self.token_ids - paths[:, :, -1:]).abs().float()
 
     @property
     def token_ids(self) -> Tensor:
         return torch.arange(96, 46, -1)
 
 
-def test_conditioned_heads_see_the_root_and_entries_become_tokens(model: PreTrainedModel) -> None:
-    heads = RootHeads(num_heads=2, hidden_size=32, vocab_size=97)
+def test_conditioned_heads_see_the_true_tokens_and_entries_become_tokens(model: PreTrainedModel) -> None:
+    heads = NearHeads(num_heads=3, hidden_size=32, vocab_size=97)
     heads.remember_base(model)
-    trace = record(model, heads, PROMPTS[:1], max_new_tokens=30, num_candidates=3)
-    answer = greedy(model, PROMPTS[0])[4:]
+    trace = record(model, heads, PROMPTS[:2], max_new_tokens=30, num_candidates=3)
+    assert trace.joint == "paths"
     checked = 0
-    for position, root in enumerate(answer.tolist()[:-1]):
-        if 48 < root < 96:
-            assert trace.tokens[position, 0, 0] == root and set(trace.tokens[position, 0].tolist()) == {
-                root - 1,
-                root,
-                root + 1,
-            }
-            checked += 1
-    assert checked
+    for position, (root, truth) in enumerate(zip(trace.roots.tolist(), trace.truth.tolist(), strict=True)):
+        for depth, before in enumerate([root, *truth[:-1]]):
+            if 48 < before < 96:
+                assert trace.tokens[position, depth, 0] == before
+                assert set(trace.tokens[position, depth].tolist()) == {before - 1, before, before + 1}
+                checked += depth
+    assert checked, "later heads have seen more than the root"
 
 
 @settings(max_examples=50, deadline=None)
@@ -150,12 +148,12 @@ def test_temperatures_outside_the_grid_are_refused() -> None:
 
 
 def test_save_and_load(tmp_path: Path) -> None:
-    trace = replace(trace_of(torch.randn(4, 2, 9), 3), heads="0123", about={"model": "m", "prompts": 4})
+    trace = replace(trace_of(torch.randn(4, 2, 9), 3), heads="0123", joint="paths", about={"model": "m", "prompts": 4})
     trace.save(tmp_path / "t.safetensors")
     loaded = LatticeTrace.load(tmp_path / "t.safetensors")
     for name in ("tokens", "logits", "log_normalizers", "truth", "row_starts"):
         torch.testing.assert_close(getattr(loaded, name), getattr(trace, name), rtol=0, atol=0)
-    assert (loaded.heads, loaded.about) == (trace.heads, trace.about)
+    assert (loaded.heads, loaded.joint, loaded.about) == (trace.heads, "paths", trace.about)
     assert [path.name for path in tmp_path.iterdir()] == ["t.safetensors"]
 
 
@@ -198,10 +196,10 @@ def test_an_answer_of_one_token_and_a_small_vocabulary() -> None:
 def trace_of(logits: Tensor, num_candidates: int) -> LatticeTrace:
     """Positions whose heads gave these logits, [P, K, V], in one row; the truth is token 0."""
 
-    class Given(RootHeads):
+    class Given(NearHeads):
         token_ids = None
 
-        def draft(self, hidden: Tensor, root: Tensor) -> Tensor:
+        def forward(self, hidden: Tensor, following: Tensor | None = None) -> Tensor:
             return logits
 
     heads = Given(num_heads=logits.shape[1], hidden_size=1, vocab_size=logits.shape[2])

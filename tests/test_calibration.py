@@ -82,6 +82,7 @@ def test_other_heads_calibration_is_left_aside(tiny_llama: PreTrainedModel, tmp_
                 {"step_times": 3},
                 {"simulated": {}},
                 {"heads": 0},
+                {"prefixes": []},
                 {"pruning": []},
                 {"pruning": {"place": "here"}},
                 {"pruning": {"best": []}},

@@ -14,7 +14,8 @@ from ladon.calibrate.lattice_trace import LatticeTrace
 from ladon.calibrate.ranks import hit_rates
 from ladon.calibration import CALIBRATION_FILE, read_calibration
 from ladon.cli.main import run
-from ladon.heads import load_heads
+from ladon.heads import load_heads, new_heads
+from ladon.joints import calibrated_temperatures, joint_of
 from user_side import Tiny, write_jsonl
 
 PROMPTS: list[dict[str, object]] = [{"prompt": text} for text in ("def read", "for line in", "return", "self.")]
@@ -163,3 +164,27 @@ def test_a_damaged_calibration_is_named(
     assert run([*arguments, *QUICK]) == 2
     error = capsys.readouterr().err
     assert "Remove the file" in error and error.count("\n") == 1
+
+
+def test_heads_that_read_the_path_so_far(
+    tiny: Tiny,
+    arguments: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Their calibration is of the joint that decoding then takes, and promises nothing of dynamic trees."""
+    monkeypatch.setattr("ladon.calibrate.step_times._SECONDS", 0.0)
+    shutil.rmtree(tmp_path / "heads")
+    new_heads(tiny.model, 3, "hydra").save(tmp_path / "heads")
+    assert run([*arguments, "--max-new-tokens", "20", "--simulate", "8"]) == 0
+    assert "no dynamic trees are simulated" in capsys.readouterr().out.replace("\n", " ")
+    found = read_calibration(tmp_path / "heads")
+    assert found is not None and found.joint == "paths"
+    assert [run["tree"] for run in found.simulated] == ["chain", "fixed"]
+    assert found.step_times.keys() == {"place", "measured"}
+    heads = load_heads(tmp_path / "heads", tiny.model)
+    torch.testing.assert_close(
+        calibrated_temperatures(heads, joint_of(heads, "auto")), torch.tensor(found.temperatures)
+    )
+    assert run(["inspect", str(tmp_path / "heads"), "--model", str(tiny.folder / "model")]) == 0

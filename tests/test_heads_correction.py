@@ -21,12 +21,12 @@ from ladon.calibrate.findings import given_the_truth
 from ladon.calibrate.recording import record
 from ladon.calibrate.simulate import simulate_budgets
 from ladon.calibration import Calibration
-from ladon.config import JOINTS, MARKOV
+from ladon.config import MARKOV, MARKOV_ROWS, PRODUCT
 from ladon.errors import HeadsError, InputError
 from ladon.growth import grow_chain, grow_dynamic
 from ladon.heads import Heads
 from ladon.heads.correction import MarkovCorrection
-from ladon.joints import joint_of
+from ladon.joints import joint_of, make_joint
 
 
 @pytest.fixture
@@ -129,6 +129,57 @@ def test_children_never_sum_to_more_than_one() -> None:
     assert (found.log_probs.diff(dim=-1) <= 0).all()
 
 
+def test_rows_are_for_the_best_candidates_and_the_others_stay_leaves() -> None:
+    candidates = lattice.from_logits(torch.randn(2, 3, 11), 6)
+    whole, few = (
+        lattice.conditioned(candidates, torch.tensor([1, 2]), made().among, num_rows=rows) for rows in (None, 2)
+    )
+    assert few.num_rows == 2 and torch.equal(few.tokens, whole.tokens[:, :, :2])
+    assert torch.equal(few.next_row, whole.next_row[:, :, :2].masked_fill(whole.next_row[:, :, :2] >= 2, -1))
+
+
+@torch.no_grad()
+def test_successors_are_guessed_beside_the_heads_own_candidates(model: PreTrainedModel) -> None:
+    heads = ladon.new_heads(model, num_heads=3, markov_rank=4, markov_successors=5)
+    correction = heads.correction
+    assert correction is not None and heads.options == heads.options | {"markov_rank": 4, "markov_successors": 5}
+    drawn = made(3, heads.vocab_size, 4)
+    correction.load_state_dict(drawn.state_dict() | {"successors": correction.successors})
+    correction.find_successors()
+    products = correction.before @ correction.after.T
+    for token in (0, 7):
+        assert set(correction.successors[token].tolist()) == set(products[token].topk(5).indices.tolist())
+    hidden, root = torch.randn(1, heads.hidden_size, dtype=model.dtype), torch.tensor([3])
+    found = make_joint(heads, MARKOV, 2, 2, "dynamic", 8)(hidden, root)
+    base = heads.draft(hidden, root).float().log_softmax(-1)[0]
+    first = base[0].topk(2).indices.tolist()
+    expected = {*first, *(v for v in correction.successors[3].tolist() if base[0, v] < base[0].topk(2).values[-1])}
+    real = found.log_probs[0, 0, 0] > -torch.inf
+    tokens = found.tokens[0, 0, 0][real].tolist()
+    assert set(tokens) == expected and len(tokens) == len(expected)
+    added = correction(torch.tensor([[3, 3, 3]]))[0, 0]
+    scores = torch.tensor([float(base[0, v] + added[v]) for v in tokens])
+    rest = 1 - sum(math.exp(float(base[0, v])) for v in tokens)
+    total = math.log(float(scores.exp().sum()) + rest)
+    torch.testing.assert_close(found.log_probs[0, 0, 0][real], scores - total, rtol=1e-4, atol=1e-4)
+    leaves = found.next_row[0, 0, 0][real] < 0
+    assert [token not in first for token in tokens] == leaves.tolist()
+
+
+def test_decoding_with_successors_is_exact_and_they_are_saved(model: PreTrainedModel, tmp_path: Path) -> None:
+    model = model.double()
+    heads = ladon.new_heads(model, num_heads=3, markov_rank=4, markov_successors=3)
+    assert heads.correction is not None
+    heads.correction.find_successors()
+    heads.save(tmp_path)
+    loaded = ladon.load_heads(tmp_path, model)
+    assert loaded.correction is not None and torch.equal(loaded.correction.successors, heads.correction.successors)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    plain = model.generate(ids, max_new_tokens=24, do_sample=False)
+    decoder = ladon.Decoder(model, loaded, budget=12)
+    assert torch.equal(decoder.generate(ids, max_new_tokens=24, do_sample=False), plain)
+
+
 def test_broken_heads_draft_nothing() -> None:
     candidates = lattice.from_logits(torch.full((1, 3, 11), torch.nan), 4)
     found = lattice.conditioned(candidates, torch.tensor([1]), made().among)
@@ -149,7 +200,7 @@ def test_decoding_is_exact_and_uses_it(model: PreTrainedModel) -> None:
     heads = corrected_heads(model)
     ids = torch.tensor([[5, 6, 7, 8]])
     plain = model.generate(ids, max_new_tokens=24, do_sample=False)
-    for joint in JOINTS:
+    for joint in ("auto", PRODUCT, MARKOV):
         for tree in ("dynamic", "chain"):
             decoder = ladon.Decoder(model, heads, budget=12, tree=tree, joint=joint)
             assert torch.equal(decoder.generate(ids, max_new_tokens=24, do_sample=False), plain)
@@ -163,6 +214,8 @@ def test_it_is_saved_with_the_heads(model: PreTrainedModel, tmp_path: Path) -> N
     assert loaded.correction is not None and loaded.weights_hash == heads.weights_hash
     assert torch.equal(loaded.correction.after, heads.correction.after)
     assert loaded.options["markov_rank"] == 4
+    # Files of corrections that were saved before there were successors stay readable.
+    assert not any("successors" in name for name in heads.state_dict())
 
 
 def test_training_sees_the_token_before(model: PreTrainedModel) -> None:
@@ -210,7 +263,8 @@ def test_temperatures_belong_to_their_joint(model: PreTrainedModel) -> None:
     expected = grow_dynamic(lattice.from_logits(heads.draft(hidden, root), 7), root, 8)
     torch.testing.assert_close(warm.log_probs, expected.log_probs)
     candidates = lattice.from_logits(heads.draft(hidden, root), 32)
-    by_hand = lattice.conditioned(candidates, root, heads.correction.among, temperatures=torch.tensor([0.5] * 3))
+    given_so = {"temperatures": torch.tensor([0.5] * 3), "num_rows": MARKOV_ROWS}
+    by_hand = lattice.conditioned(candidates, root, heads.correction.among, **given_so)
     torch.testing.assert_close(cold.log_probs, grow_dynamic(by_hand, root, 8).log_probs)
 
 
@@ -233,5 +287,9 @@ def test_where_it_cannot_be_used(model: PreTrainedModel) -> None:
         ladon.new_heads(model, family="hydra", markov_rank=2)
     with pytest.raises(HeadsError, match="have a vocabulary of their own"):
         ladon.new_heads(model, family="medusa", draft_vocab_size=8, markov_rank=2)
+    with pytest.raises(HeadsError, match="give markov_rank too"):
+        ladon.new_heads(model, markov_successors=2)
+    with pytest.raises(HeadsError, match="markov_successors is -1; give 0 to"):
+        ladon.new_heads(model, markov_rank=2, markov_successors=-1)
     with pytest.raises(HeadsError, match="they have one"):
         corrected_heads(model).add_correction(2)

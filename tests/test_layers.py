@@ -16,7 +16,18 @@ SOURCE = ROOT / "src" / "ladon"
 BASE_INSTALL = {"torch", "transformers", "safetensors", "numpy", "typer", "rich"}
 
 # A module may import only modules that stand before it here; a package is one entry.
-CORE = ["errors", "config", "tree", "lattice", "fixed_tree", "tree_notations", "growth", "merging", "ngrams"]
+CORE = [
+    "errors",
+    "config",
+    "tree",
+    "lattice",
+    "fixed_tree",
+    "partial_paths",
+    "tree_notations",
+    "growth",
+    "merging",
+    "ngrams",
+]
 CORE += ["constraints", "token_masks", "pickers", "sampling", "lossy", "picking", "accept", "stats"]
 CORE += ["past", "host", "host_trees", "rows", "legal_trees", "route", "survivors"]
 CORE += ["files", "machine", "expectation", "step_cost", "sizing", "curve", "learnt", "auto_sizing", "step_sizes"]

@@ -65,7 +65,8 @@ def states_of(model, tokens):
 
 
 def proposer_of(heads, model, tree="dynamic", **options):
-    return MtpProposer(heads, model, tree, options.get("num_candidates", 4), options.get("budget", 12), CLOCK)
+    options = {"num_candidates": 4, "budget": 12} | options
+    return MtpProposer(heads, model, tree, clock=CLOCK, **options)
 
 
 @torch.no_grad()
@@ -131,9 +132,10 @@ def test_one_module_is_applied_again_to_its_own_output(name):
 def test_every_path_is_scored_given_all_its_tokens(name, num_paths):
     """A node's probability is its parent's times what a chain forced along its path says."""
     model, heads = build(name)
-    heads = MtpHeads(model, heads.mtp, num_heads=4, num_paths=num_paths)
+    heads = MtpHeads(model, heads.mtp, num_heads=4)
     texts = prompts_of((2, 17, 5))
-    tree = drafts(proposer_of(heads, model, budget=41), model, texts, max_nodes=41)
+    proposer = proposer_of(heads, model, budget=41, joint=f"paths:{num_paths}")
+    tree = drafts(proposer, model, texts, max_nodes=41)
     check_tree(tree)
     assert tree.max_depth == 4 and (tree.depths == 4).any()
     for row, text in enumerate(texts):
@@ -306,7 +308,7 @@ def test_modules_come_from_the_models_checkpoint(shipped):
     assert {name: tensor.tolist() for name, tensor in found.mtp.layers.state_dict().items()} == {
         name: tensor.tolist() for name, tensor in theirs.items()
     }
-    assert found.mtp.embed_tokens is loaded.get_input_embeddings() and (found.num_heads, found.num_paths) == (3, 4)
+    assert found.mtp.embed_tokens is loaded.get_input_embeddings() and found.num_heads == 3
     texts = prompts_of((4, 15))
     tokens = [
         drafts(proposer_of(known, owner), owner, texts).tokens for known, owner in ((heads, model), (found, loaded))
@@ -364,7 +366,6 @@ def test_what_modules_cannot_do_is_said(shipped, tmp_path):
         lambda: heads.save(tmp_path),
         lambda: heads.initialise(model, 0),
         lambda: heads.add_correction(4),
-        lambda: MtpHeads(model, heads.mtp, num_paths=0),
         lambda: ladon.Decoder(model, heads, joint="product"),
         lambda: ladon.Decoder(model, heads, joint="markov"),
     ):

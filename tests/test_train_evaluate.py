@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 import ladon.train.evaluate as evaluation
 from ladon import new_heads
-from ladon.heads import Heads, SharedHeads
+from ladon.heads import Heads, HydraHeads, SharedHeads
 from ladon.train.batches import Collator, Document
 from ladon.train.evaluate import HeldOutReport, evaluate, lines, measure_cost, projected_speedup
 
@@ -151,27 +151,28 @@ def test_heads_that_know_the_text_reach_the_greatest_length(tiny_llama: PreTrain
     assert report.chain_length == report.tree_length == K + 1
 
 
-def test_conditioned_heads_project_from_their_own_drafts(tiny_llama: PreTrainedModel) -> None:
-    """Told the tokens before, they are right; in decoding they only know the root."""
+def test_trees_of_conditioned_heads_follow_several_paths(tiny_llama: PreTrainedModel) -> None:
+    """The token after u is u + 1, but they would rather say u + 2: their chain is wrong at once, and their tree of 7
+    nodes holds two true tokens, the second (.45 x .45) after a token that is not the best of the first head.
+    """
 
-    class Told(SharedHeads):
-        is_conditioned = True
-
+    class Rather(HydraHeads):
         def forward(self, hidden: Tensor, following: Tensor | None = None) -> Tensor:
             assert following is not None
-            return torch.nn.functional.one_hot(following + 1, self.vocab_size).double() * 50
+            guesses = torch.stack([following + 1, following + 2], dim=-1)
+            logits = torch.full((*following.shape, self.vocab_size), -50.0, dtype=torch.float64)
+            return logits.scatter(-1, guesses, torch.tensor([0.45, 0.55]).double().log().expand(guesses.shape))
 
-        def draft(self, hidden: Tensor, root: Tensor) -> Tensor:
-            goal = torch.stack([root + 1, root, root], dim=1)  # only the first is right
-            return torch.nn.functional.one_hot(goal, self.vocab_size).double() * 50
+        def after(self, hidden: Tensor, paths: Tensor) -> Tensor:
+            return self.forward(hidden, paths[:, :, -1])
 
-    heads = Told(num_heads=K, hidden_size=32, vocab_size=97, expansion=1)
+    heads = Rather(num_heads=K, hidden_size=32, vocab_size=97)
     heads.initialise(tiny_llama, 0)
     heads.bind(tiny_llama, force=True)
     counting = [Document("c", np.arange(5, 45, dtype=np.int32), np.ones(40, dtype=np.bool_))]
     report = evaluate(tiny_llama, heads, [Collator(K, 97)([counting])], budget=BUDGET)
-    assert [row[0] for row in report.accuracy] == [1.0] * K
-    assert report.chain_length == report.tree_length == 2.0
+    assert [row[:2] for row in report.accuracy] == [(0.0, 1.0)] * K
+    assert report.chain_length == 1.0 and report.tree_length == 3.0
 
 
 def test_modes_and_dtypes_stay_as_they_were(tiny_llama: PreTrainedModel, heads: Heads) -> None:

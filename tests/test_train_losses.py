@@ -54,9 +54,12 @@ def test_loss_and_gradients_are_those_of_the_plain_loss(tiny_llama: PreTrainedMo
     torch.testing.assert_close(scaled, [3.0 * g for g in all_gradients(plain, hidden, heads)])
 
 
-@pytest.mark.parametrize(("own_vocabulary", "temperature"), [(False, 1.0), (True, 1.0), (False, 0.5)])
-def test_soft_labels_are_the_divergence_from_another_distribution(
-    tiny_llama: PreTrainedModel, own_vocabulary: bool, temperature: float
+@pytest.mark.parametrize(
+    ("own_vocabulary", "temperature", "variation"),
+    [(False, 1.0, 0.0), (True, 1.0, 0.0), (False, 0.5, 0.0), (False, 0.5, 0.9), (True, 1.0, 1.0)],
+)
+def test_soft_labels_are_the_distance_from_another_distribution(
+    tiny_llama: PreTrainedModel, own_vocabulary: bool, temperature: float, variation: float
 ) -> None:
     heads = heads_of(tiny_llama)
     hidden, _, weights = problem(tiny_llama)
@@ -66,14 +69,16 @@ def test_soft_labels_are_the_divergence_from_another_distribution(
     outcome = chunked_loss(
         lambda rows, _: heads(rows)[..., kept],
         hidden,
-        SoftLabels(heads.project, said_by, places, token_ids, temperature),
+        SoftLabels(heads.project, said_by, places, token_ids, temperature, variation),
         weights,
         list(heads.parameters()),
         5,
     )
     said = (heads.project(said_by).detach()[:, kept] / temperature).softmax(-1)[places]
     own = heads(hidden)[..., kept].log_softmax(-1)
-    plain = (functional.kl_div(own, said, reduction="none").sum(-1) * weights).sum()
+    divergence = functional.kl_div(own, said, reduction="none").sum(-1)
+    losses = (1 - variation) * divergence + variation * (own.exp() - said).abs().sum(-1) / 2
+    plain = (losses * weights).sum()
     torch.testing.assert_close(outcome.loss, plain)
     torch.testing.assert_close(all_gradients(outcome.loss, hidden, heads), all_gradients(plain, hidden, heads))
 

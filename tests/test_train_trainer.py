@@ -252,6 +252,25 @@ def test_heads_and_their_correction_learn_together(tiny_llama: PreTrainedModel, 
         run(tiny_llama, tmp_path / "none", markov_rank=4, freeze_heads=True)
     with pytest.raises(InputError, match="markov_rank is -1; give 0 or more"):
         run(tiny_llama, tmp_path / "none", markov_rank=-1)
+    with pytest.raises(InputError, match="give markov_rank too"):
+        run(tiny_llama, tmp_path / "none", markov_successors=2)
+    with pytest.raises(InputError, match="leave out markov-successors, markov-start"):
+        again = {"init_heads": str(tmp_path), "markov_rank": 4, "markov_start": "bigrams"}
+        run(tiny_llama, tmp_path / "none", markov_successors=2, **again)
+    with pytest.raises(InputError, match=r"variation is 0\.5; give 0 to 1, with labels target"):
+        run(tiny_llama, tmp_path / "none", variation=0.5)
+
+
+def test_a_correction_may_start_from_pairs_of_tokens(tiny_llama: PreTrainedModel, tmp_path: Path) -> None:
+    said: dict[str, list[str]] = {"zero": [], "bigrams": []}
+    for start, lines in said.items():
+        settings = {"markov_rank": 8, "markov_start": start, "held_out": "0", "log_every": 1, "labels": "text"}
+        run(tiny_llama, tmp_path / start, lines, steps=1, **settings)
+    first = {
+        start: next(float(line.split("loss ")[1].split(" ")[0]) for line in lines if line.startswith("step"))
+        for start, lines in said.items()
+    }
+    assert first["bigrams"] < first["zero"]
 
 
 def test_bfloat16_products_leave_float32_weights(tiny_llama: PreTrainedModel, tmp_path: Path) -> None:

@@ -159,7 +159,8 @@ def check_one_read_per_step(
     model, tree, reads, prune="off", reads_more=False, sizing=None, constraints=None, **options
 ):
     """With n-grams each row's prompt is read once more, when it joins."""
-    heads = None if options.pop("alone", False) else options.pop("heads", None) or ladon.new_heads(model, num_heads=3)
+    family, heads = options.pop("family", "shared"), options.pop("heads", None)
+    heads = None if options.pop("alone", False) else heads or ladon.new_heads(model, num_heads=3, family=family)
     decoder = ladon.Decoder(model, heads, tree=tree, budget=16, prune=prune, **options)
     decoder.sizing = sizing or decoder.sizing
     prompts = [torch.arange(3, 9), torch.arange(5, 25), torch.arange(7, 8)]
@@ -187,6 +188,11 @@ def check_one_read_per_step(
 @pytest.mark.parametrize("tree", ["dynamic", "chain", "off", FIXED], ids=["dynamic", "chain", "off", "fixed"])
 def test_one_read_per_step(tiny_llama, reads, tree):
     check_one_read_per_step(tiny_llama, tree, reads)
+
+
+@pytest.mark.parametrize("tree", ["dynamic", "chain", FIXED], ids=["dynamic", "chain", "fixed"])
+def test_partial_paths_read_nothing_more(tiny_llama, reads, tree):
+    check_one_read_per_step(tiny_llama, tree, reads, family="hydra", joint="paths")
 
 
 @pytest.mark.parametrize("tree", ["dynamic", "off"])

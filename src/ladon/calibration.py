@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ladon.config import MARKOV, PRODUCT
+from ladon.config import JOINTS, PRODUCT
 from ladon.errors import HeadsError
 from ladon.files import write_whole
 
@@ -25,16 +25,21 @@ class Calibration:
     Attributes:
         heads: hash of the heads' weights that were measured (`Heads.weights_hash`).
         temperatures: one per depth, [K]: head k's logits are divided by it before the softmax.
-        joint: how guesses were joined to paths, which the temperatures belong to: "product" or "markov".
+        joint: how guesses were joined to paths, which the temperatures belong to: "product", "markov" or
+            "paths".
         hit_rates: [K][ranks]: how often each rank is right, given that the shallower depths' candidates held the truth.
-        marginal_hit_rates: [K][ranks]: the same over all positions.
+        marginal_hit_rates: [K][ranks]: the same over all positions; of heads that read the tokens before their guesses,
+            after the true ones.
         error: calibration error per depth without and with temperatures, as `docs/metrics.md` defines it, on half of
             the prompts; the temperatures were fitted on the other half for this.
         fixed_trees: rank paths of the best fixed tree per number of nodes, root included.
         simulated: acceptance length of several trees on the half of `error`, each {"tree", "nodes", "temperatures",
             "acceptance_length", "accepted"}; the last is the share of steps that emitted a draft of each depth.
+        prefixes: how far lattices and dynamic trees follow the truth on the half of `error`, as `docs/metrics.md`
+            defines it.
         step_times: milliseconds of a decode step per number of nodes, with the machine they were measured on, and the
-            budget that they and `simulated` would make the fastest.
+            budget that they and `simulated` would make the fastest; without the latter where dynamic trees cannot be
+            simulated.
         pruning: what early pruning would gain by layer, criterion and kept size, and what is best, if that was asked
             for (`ladon.calibrate.pruning`).
         measured_on: model, prompts, positions and settings behind the numbers.
@@ -51,6 +56,7 @@ class Calibration:
     pruning: Mapping[str, Any] = field(default_factory=dict)
     measured_on: Mapping[str, Any] = field(default_factory=dict)
     joint: str = PRODUCT
+    prefixes: Mapping[str, Any] = field(default_factory=dict)
 
     def save(self, folder: str | Path) -> None:
         """Write `calibration.json` into the folder of the heads; whoever looks sees the old file or the new one.
@@ -99,7 +105,7 @@ def read_calibration(folder: Path) -> Calibration | None:
         if not all(isinstance(row, list) and all(map(_is_share, row)) for row in getattr(found, name)):
             raise HeadsError(f"{path}: {name} must hold shares from 0 to 1 for each head. {again}")
     wrong = [name for name, kind in _KINDS.items() if not isinstance(getattr(found, name), kind)]
-    if not wrong and found.joint not in (PRODUCT, MARKOV):
+    if not wrong and found.joint not in JOINTS[1:]:
         wrong = ["joint"]
     if not wrong and not _is_pruning(found.pruning):
         wrong = ["pruning"]
@@ -110,7 +116,7 @@ def read_calibration(folder: Path) -> Calibration | None:
 
 _KINDS = {
     "heads": str,
-    **dict.fromkeys(("error", "fixed_trees", "step_times", "pruning", "measured_on"), dict),
+    **dict.fromkeys(("error", "fixed_trees", "step_times", "pruning", "measured_on", "prefixes"), dict),
     "simulated": list,
 }
 

@@ -11,7 +11,7 @@ AUTO_BUDGET = 16  # nodes where one number must stand for "auto": no clock may d
 MOST_NODES = 128  # nodes of the largest tree that budget="auto" chooses
 MOST_NGRAM_NODES = 48  # nodes of the largest tree that n-grams alone draft
 MTP_DEPTH = 3  # tokens that a model's MTP modules guess at least, the last module again and again
-MTP_PATHS = 4  # partial paths that they go on from at each depth
+MTP = "mtp"  # what the command line names them by
 PICTURE_STEPS = 64  # steps that one PNG picture of a run shows at most
 TREES = {  # the tree options that have a name, and what each means
     "dynamic": "grown anew at each step",
@@ -28,8 +28,10 @@ NGRAMS = {  # the n-gram options, and what each means
     "auto": "what followed the last tokens where they stood before is guessed too, in dynamic trees and without heads",
     "off": "heads alone guess",
 }
-PRODUCT, MARKOV = "product", "markov"
-JOINTS = ("auto", PRODUCT, MARKOV)
+PRODUCT, MARKOV, PATHS = "product", "markov", "paths"
+JOINTS = ("auto", PRODUCT, MARKOV, PATHS)
+MARKOV_ROWS = 16  # candidates of a head whose children it knows; more change nothing up to 64 nodes
+PATH_ROWS = 4  # partial paths per depth that joint="paths" follows in a dynamic tree
 BENCH_MODES = ("plain", "chain", "fixed", "dynamic", "auto", "pruned", "ngrams", "dynamic+ngrams", "auto+ngrams")
 
 
@@ -58,7 +60,9 @@ class DecoderOptions:
         default="auto",
         metadata={
             "help": "how the heads' guesses are joined to paths: product (each head by itself), markov (corrected by "
-            "the token before), or auto (markov if the heads were trained for it)"
+            "the token before), paths (each guess after the path so far, of heads that read it; in dynamic trees after "
+            f"the {PATH_ROWS} best paths of each depth, or as many as paths:16 says), or auto (markov or paths for "
+            "heads that were made for it)"
         },
     )
     prune: str = field(
@@ -115,6 +119,13 @@ class BenchOptions:
         default="auto",
         metadata={
             "help": "how mode pruned prunes: auto, or a layer and the nodes that are kept after it, such as 4:16"
+        },
+    )
+    diagnose: bool = field(
+        default=False,
+        metadata={
+            "help": "also decode once more, untimed, to see where tokens are lost: whether the truth is in the lattice "
+            "and in the tree, whether it is accepted, and how true the heads' probabilities are; not with n-grams"
         },
     )
 

@@ -31,7 +31,7 @@ class DraftPlan:
         tree: "dynamic", "chain", "off" or a fixed tree.
         budget: nodes per step and row, or "auto".
         num_candidates: kept per head.
-        joint: "product" or "markov".
+        joint: "product", "markov" or "paths", the last with its rows, if any were named: "paths:16".
         ngrams: whether n-grams draft too.
     """
 
@@ -56,7 +56,7 @@ class DraftPlan:
         Raises:
             TreeError: an option that is none, or a fixed tree that the heads cannot fill.
             InputError: an unknown joint.
-            HeadsError: heads that have no Markov correction, and are to be joined by one.
+            HeadsError: a joint that the heads are not made for.
         """
         if isinstance(tree, TreeSize):
             tree, budget, num_candidates = tree.options(budget)
@@ -89,7 +89,7 @@ class DraftPlan:
         heads.bind(target.model, force=True)  # since then another decoder may have bound them to its own model
         tree = self.fitting(target, heads).tree
         if isinstance(heads, MtpHeads):
-            return MtpProposer(heads, target.model, tree, self.num_candidates, self.budget, clock)
+            return MtpProposer(heads, target.model, tree, self.num_candidates, self.budget, clock, self.joint)
         return drafting(heads, tree, self.num_candidates, self.budget, clock, self.joint)
 
     def lookup(self, target: Target) -> Lookup | None:

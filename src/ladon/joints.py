@@ -1,4 +1,4 @@
-"""Joints: how the guesses of heads become a lattice, each by itself or each after the tokens before it.
+"""Joints: how the guesses of heads become a lattice, each by itself or each after one or all tokens before it.
 
 Shapes: B rows, H hidden width, K depths, C candidates.
 """
@@ -10,48 +10,91 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ladon.config import JOINTS, MARKOV, PRODUCT
+from ladon.config import JOINTS, MARKOV, MARKOV_ROWS, MTP, PATH_ROWS, PATHS, PRODUCT
 from ladon.errors import HeadsError, InputError
-from ladon.heads import Heads
+from ladon.fixed_tree import FixedTree
+from ladon.heads import ConditionedHeads, Heads
 from ladon.heads.correction import MarkovCorrection
-from ladon.heads.mtp import MtpHeads
 from ladon.lattice import Lattice, conditioned, from_logits
+from ladon.partial_paths import Rows, along_paths, best_rows, rows_with_children
 
 # Hidden rows [B, H] and roots [B] to what may follow the roots.
 Joint = Callable[[Tensor, Tensor], Lattice]
 
 
+_LACKING = {  # what heads lack that cannot be joined so
+    MARKOV: "the heads have no Markov correction; train one",
+    PATHS: "the heads do not read the tokens before their guesses; train some of family hydra",
+}
+
+
 def joint_of(heads: Heads | None, joint: str) -> str:
-    """What the `joint` option means for these heads: "product" or "markov".
+    """What the `joint` option means for these heads: "product", "markov", or "paths" with its rows, if any were named.
 
     Raises:
-        InputError: an unknown option.
-        HeadsError: "markov" for heads without a correction.
+        InputError: an unknown option, or rows that are no number of 1 or more.
+        HeadsError: a joint that the heads are not made for.
     """
-    if joint not in JOINTS:
+    name, _ = _name_and_rows(joint)
+    own = own_joint(heads)
+    if name == "auto":
+        return own
+    if name == PRODUCT and heads is not None and heads.family == MTP:
+        raise HeadsError(f'joint is "{joint}", but MTP modules read the tokens before their guesses; give "auto"')
+    if name not in (PRODUCT, own):
+        raise HeadsError(f'joint is "{joint}", but {_LACKING[name]}, or give "auto"')
+    return joint
+
+
+def own_joint(heads: Heads | None) -> str:
+    """What "auto" means for these heads: the joint that they were trained for."""
+    if heads is not None and heads.correction is not None:
+        return MARKOV
+    return PATHS if heads is not None and heads.is_conditioned else PRODUCT
+
+
+def _name_and_rows(joint: str) -> tuple[str, int]:
+    """A joint's name, and how many paths "paths" follows."""
+    name, colon, number = str(joint).partition(":")
+    if name not in JOINTS or (colon and name != PATHS):
         raise InputError(f"joint is {joint!r}; give {', '.join(map(repr, JOINTS))}")
-    if isinstance(heads, MtpHeads) and joint == PRODUCT:
-        raise HeadsError('joint is "product", but MTP modules read the tokens before their guesses; give "auto"')
-    has_correction = heads is not None and heads.correction is not None
-    if joint == MARKOV and not has_correction:
-        raise HeadsError('joint is "markov", but the heads have no Markov correction; train one, or give "auto"')
-    return MARKOV if has_correction and joint != PRODUCT else PRODUCT
+    if colon and not (number.isdecimal() and int(number) >= 1):
+        raise InputError(f"joint is {joint!r}; give how many paths it follows, 1 or more, such as 'paths:16'")
+    return name, int(number) if colon else PATH_ROWS
 
 
-def make_joint(heads: Heads, name: str, needed: int, num_candidates: int) -> Joint:
+def make_joint(
+    heads: Heads, joint: str, needed: int, num_candidates: int, tree: str | FixedTree, max_nodes: int
+) -> Joint:
     """The joint of that name.
 
     Args:
         heads: bound to their model; their calibration counts if it is of this joint.
-        name: as `joint_of` gives it.
+        joint: as `joint_of` gives it.
         needed: candidates per head that trees can use where each head guesses by itself.
         num_candidates: the most that are kept per head.
+        tree: what is built of the lattice.
+        max_nodes: nodes of the largest such tree, root included.
     """
+    name, _ = _name_and_rows(joint)
     temperatures = calibrated_temperatures(heads, name)
     if name == MARKOV and heads.correction is not None:
         # The correction brings forward what was further behind, so more are looked at than trees can use.
         return markov(heads, heads.correction, max(needed, min(num_candidates, heads.vocab_size)), temperatures)
+    if name == PATHS and isinstance(heads, ConditionedHeads):
+        rows, depth = rows_and_depth(joint, tree, heads.num_heads, max_nodes)
+        return paths(heads, rows, depth, needed, temperatures)
     return product(heads, needed, temperatures)
+
+
+def rows_and_depth(joint: str, tree: str | FixedTree, num_heads: int, max_nodes: int) -> tuple[Rows, int]:
+    """After which partial paths heads are asked by the joint "paths", and how many heads; arguments as `make_joint`."""
+    depth = min(num_heads, max(1, max_nodes - 1))
+    if tree == "dynamic":
+        _, num_rows = _name_and_rows(joint)
+        return best_rows(min(num_rows, max(1, max_nodes - 2))), depth
+    shape = tree if isinstance(tree, FixedTree) else FixedTree.chain(depth)
+    return rows_with_children(shape), max(1, shape.max_depth)
 
 
 def product(heads: Heads, num_candidates: int, temperatures: Tensor | None = None) -> Joint:
@@ -67,11 +110,45 @@ def product(heads: Heads, num_candidates: int, temperatures: Tensor | None = Non
 def markov(
     heads: Heads, correction: MarkovCorrection, num_candidates: int, temperatures: Tensor | None = None
 ) -> Joint:
-    """Each head's guesses corrected by the token before them."""
+    """Each head's guesses corrected by the token before them, and its successors where the correction has some."""
 
     def guess(hidden: Tensor, root: Tensor) -> Lattice:
-        candidates = from_logits(heads.draft(hidden, root), num_candidates)
-        return conditioned(candidates, root, correction.among, temperatures=temperatures)
+        logits = heads.draft(hidden, root)
+        candidates = from_logits(logits, num_candidates)
+
+        def successors(before: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            guesses, added = correction.following(before)
+            normalizer = logits.gather(2, candidates.tokens[:, :, 0, :1]) - candidates.log_probs[:, :, 0, :1]
+            own = logits.gather(2, guesses.flatten(2)) - normalizer
+            return guesses, own.float().view_as(added), added
+
+        return conditioned(
+            candidates,
+            root,
+            correction.among,
+            temperatures=temperatures,
+            num_rows=MARKOV_ROWS,
+            successors=successors if correction.num_successors else None,
+        )
+
+    return guess
+
+
+def paths(
+    heads: ConditionedHeads, rows: Rows, depth: int, num_candidates: int, temperatures: Tensor | None = None
+) -> Joint:
+    """Each head's guesses after some of the paths so far, the first `depth` heads one after the other."""
+
+    def guess(hidden: Tensor, root: Tensor) -> Lattice:
+        return along_paths(
+            lambda paths, _: heads.after(hidden, paths),
+            root,
+            rows,
+            depth=depth,
+            num_candidates=num_candidates,
+            temperatures=temperatures,
+            token_ids=heads.token_ids,
+        )
 
     return guess
 

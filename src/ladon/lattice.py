@@ -18,6 +18,9 @@ from torch import Tensor
 
 # Tokens before [B, K, R] and guesses [B, K, C] to what the former add to the latter's logits, [B, K, R, C] float32.
 Correction = Callable[[Tensor, Tensor], Tensor]
+# Tokens before [B, K, R] to further guesses after each, the heads' own log-probabilities of these, and what is added to
+# them: [B, K, R, m] each.
+Successors = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,9 +83,15 @@ def from_logits(
 
 
 def conditioned(
-    candidates: Lattice, root: Tensor, correction: Correction, *, temperatures: Tensor | None = None
+    candidates: Lattice,
+    root: Tensor,
+    correction: Correction,
+    *,
+    temperatures: Tensor | None = None,
+    num_rows: int | None = None,
+    successors: Successors | None = None,
 ) -> Lattice:
-    """The lattice in which a guess depends on the token before it: rows are the candidates of the depth before.
+    """The lattice in which a guess depends on the token before it: rows are the best candidates of the depth before.
 
     No table is V wide: of the tokens that are no candidates only the total probability is known, and it is left as the
     head gave it, one further cell of the distribution. Temperatures act on that distribution, so that the children of a
@@ -93,16 +102,27 @@ def conditioned(
         root: the token picked last, [B] int64.
         correction: what a token adds to the logits of those that may follow it.
         temperatures: [K], by which the corrected log-probabilities are divided; None leaves them.
+        num_rows: R; what follows the other candidates is not known, and they stay leaves. None: a row for each.
+        successors: guesses that a row has beside those of its depth; they are leaves.
 
     Returns:
-        A lattice with R = C. The first depth's rows are all after the root; row 0 is the one in use.
+        A lattice whose rows hold C candidates, or C + m with successors. The first depth's rows are all after the root;
+        row 0 is the one in use.
     """
     tokens, given = candidates.tokens[:, :, 0], candidates.log_probs[:, :, 0]  # [B, K, C]
-    before = torch.cat([root[:, None, None].expand(-1, 1, tokens.shape[2]), tokens[:, :-1]], dim=1)
-    scores = given[:, :, None] + correction(before, tokens)
-    log_probs = within(scores, outside(given)[:, :, None], temperatures)
+    num_rows = min(num_rows or tokens.shape[2], tokens.shape[2])
+    before = torch.cat([root[:, None, None].expand(-1, 1, num_rows), tokens[:, :-1, :num_rows]], dim=1)
+    given, added = given[:, :, None], correction(before, tokens)  # [B, K, 1, C], [B, K, R, C]
+    tokens = tokens[:, :, None].expand_as(added)
+    if successors is not None:
+        more, own, own_added = successors(before)
+        own = own.masked_fill(own >= given[..., -1:], -torch.inf)  # candidates already, or as good as the last
+        given, added = torch.cat([given.expand_as(added), own], dim=-1), torch.cat([added, own_added], dim=-1)
+        tokens = torch.cat([tokens, more], dim=-1)
+    log_probs = within(given + added, outside(given), temperatures)
     log_probs, order = log_probs.sort(dim=-1, descending=True, stable=True)
-    return Lattice(tokens=tokens[:, :, None].expand_as(order).gather(-1, order), log_probs=log_probs, next_row=order)
+    next_row = order.masked_fill(order >= num_rows, -1)
+    return Lattice(tokens=tokens.gather(-1, order), log_probs=log_probs, next_row=next_row)
 
 
 def outside(log_probs: Tensor) -> Tensor:

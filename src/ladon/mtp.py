@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from ladon.accept import Accepted
-from ladon.config import MOST_NODES
+from ladon.config import MOST_NODES, PATHS
 from ladon.fixed_tree import FixedTree
 from ladon.heads.mtp import MtpHeads
-from ladon.lattice import Lattice, from_logits
+from ladon.joints import rows_and_depth
 from ladon.mtp_text import MtpText, Waiting
+from ladon.partial_paths import along_paths
 from ladon.proposers import candidates_needed, tree_builder
 from ladon.stats import StageClock
 from ladon.tree import TokenTree, root_tree
@@ -41,21 +41,23 @@ class MtpProposer:
         num_candidates: int,
         budget: int | str,
         clock: StageClock,
+        joint: str = PATHS,
     ) -> None:
         """Draft with modules that are bound to `model`.
 
         Args:
             heads: the modules.
             model: the target.
-            tree: "dynamic", "chain", which needs one path, or a fixed tree.
+            tree: "dynamic", "chain" or a fixed tree.
             num_candidates: the most that are kept per path and depth.
             budget: nodes of the trees, or "auto".
             clock: times the parts.
+            joint: "paths" with how many paths get candidates at each depth of a dynamic tree, if that was named.
         """
         self._heads, self._model, self._build, self._clock = heads, model, tree_builder(tree), clock
         most = budget if isinstance(budget, int) else MOST_NODES
         self._num_candidates = candidates_needed(tree, num_candidates, most)
-        self._num_paths = 1 if tree == "chain" else heads.num_paths
+        self._rows, self._depth = rows_and_depth(joint, tree, heads.num_heads, most)
         self._least_depth = tree.max_depth if isinstance(tree, FixedTree) else 1
         self._text: MtpText | None = None
         self._waiting: Waiting | None = None
@@ -89,8 +91,9 @@ class MtpProposer:
             self._waiting = Waiting.none(len(root), hidden)
             if max_nodes == 1:
                 return root_tree(root)
-            depth = max(self._least_depth, min(self._heads.num_heads, max_nodes - 1))
-            candidates = guesses(self._heads, self._text, depth, self._num_paths, self._num_candidates)
+            depth = max(self._least_depth, min(self._depth, max_nodes - 1))
+            after = _Guesses(self._heads, self._text).after
+            candidates = along_paths(after, root, self._rows, depth=depth, num_candidates=self._num_candidates)
         with self._clock.stage("growth"):
             return self._build(candidates, root, max_nodes)
 
@@ -114,62 +117,35 @@ class MtpProposer:
         self._owed = [self._owed[row] for row in rows]
 
 
-def guesses(heads: MtpHeads, text: MtpText, depth: int, num_paths: int, num_candidates: int) -> Lattice:
-    """The lattice of MTP modules: at each depth the best partial paths are rows, and their candidates follow them.
+class _Guesses:
+    """What the modules make of guessed tokens, on all paths of one draft.
 
     Depth k is guessed by module k after the path's k - 1 tokens, or by the last module again, which then reads its own
     output at the token before. A module's entries of guessed tokens depend on the path: all k - 1 of them are made for
-    each path anew, in one pass. With R paths the tree is the best over these tables, but not over all paths: candidates
-    of no row stay leaves.
-
-    Args:
-        heads: the modules.
-        text: what they have read of each row, the root included.
-        depth: K.
-        num_paths: R.
-        num_candidates: C.
+    each path anew, in one pass.
     """
-    ends = text.ends  # [B, M, H]
-    tip = ends[:, :1]  # what guesses the next token of each path, [B, R, H]
-    outputs = inputs = ends[:, None, :0]  # entries of guessed tokens: what is made of them, and of what, [B, R, n, H]
-    scores, paths = ends.new_zeros(len(ends), 1, dtype=torch.float32), _no_tokens(ends)
-    levels: list[tuple[Tensor, Tensor, Tensor]] = []
-    for level in range(1, depth + 1):
-        found = from_logits(heads.project(tip), num_candidates)
-        tokens, log_probs = found.tokens[:, :, 0], found.log_probs[:, :, 0]  # [B, R, C]
-        next_row = torch.full_like(tokens, -1)
-        if level < depth:
-            values, order = (scores[:, :, None] + log_probs).flatten(1).sort(dim=1, descending=True, stable=True)
-            scores, best = values[:, :num_paths], order[:, :num_paths]
-            numbers = torch.arange(best.shape[1], device=best.device).expand_as(best)
-            next_row = next_row.flatten(1).scatter(1, best, numbers).view_as(tokens)
-            parents = best // tokens.shape[2]
-            paths = torch.cat([_of(paths, parents), tokens.flatten(1).gather(1, best)[:, :, None]], dim=2)
-            if level < heads.num_layers:
-                start = ends[:, level - 1, None, None].expand(-1, best.shape[1], -1, -1)
-                inputs = torch.cat([start, _of(outputs, parents)], dim=2)
+
+    def __init__(self, heads: MtpHeads, text: MtpText) -> None:
+        """`text` is what they have read of each row, the root included."""
+        self._heads, self._text = heads, text
+        self._tip = text.ends[:, :1]  # what guesses the next token of each path, [B, R, H]
+        # The last module asked at the guessed tokens of each path: what it read, and what it made of it, [B, R, n, H].
+        self._inputs = self._outputs = text.ends[:, None, :0]
+
+    def after(self, paths: Tensor, parents: Tensor) -> Tensor:
+        """Logits [B, R, V] after partial paths; see `ladon.partial_paths.After`."""
+        level = paths.shape[2] - 1
+        if level > 0:
+            if level < self._heads.num_layers:
+                ends = self._text.ends[:, level - 1, None, None].expand(-1, parents.shape[1], -1, -1)
+                self._inputs = torch.cat([ends, _of(self._outputs, parents)], dim=2)
             else:
-                inputs = torch.cat([_of(inputs, parents), _of(tip, parents)[:, :, None]], dim=2)
-            outputs = text.guess(min(level, heads.num_layers - 1), inputs, paths)
-            tip = outputs[:, :, -1]
-        levels.append((tokens, log_probs, next_row))
-    return _stacked(levels)
-
-
-def _no_tokens(ends: Tensor) -> Tensor:
-    return torch.zeros(len(ends), 1, 0, dtype=torch.long, device=ends.device)
+                self._inputs = torch.cat([_of(self._inputs, parents), _of(self._tip, parents)[:, :, None]], dim=2)
+            self._outputs = self._text.guess(min(level, self._heads.num_layers - 1), self._inputs, paths[:, :, 1:])
+            self._tip = self._outputs[:, :, -1]
+        return self._heads.project(self._tip)
 
 
 def _of(rows: Tensor, places: Tensor) -> Tensor:
     """The rows [B, R, ...] at these places, [B, r, ...]."""
     return rows[torch.arange(len(rows), device=rows.device)[:, None], places]
-
-
-def _stacked(levels: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Lattice:
-    """The tables of single depths, [B, R, C] each, as one lattice; the first depth has fewer rows."""
-    most = max(tokens.shape[1] for tokens, _, _ in levels)
-    tokens, log_probs, next_row = (
-        torch.stack([pad(table, (0, 0, 0, most - table.shape[1]), value=filler) for table in tables], dim=1)
-        for tables, filler in zip(zip(*levels, strict=True), (0, -torch.inf, -1), strict=True)
-    )
-    return Lattice(tokens=tokens, log_probs=log_probs, next_row=next_row)

@@ -83,7 +83,11 @@ class RootProposer(Stateless):
 
 
 class HeadsProposer(Stateless):
-    """Drafts with decoding heads: one hidden row per sequence -> lattice -> tree."""
+    """Drafts with decoding heads: one hidden row per sequence -> lattice -> tree.
+
+    Attributes:
+        build: turns the lattice into the tree.
+    """
 
     def __init__(self, joint: Joint, build: TreeBuilder, clock: StageClock) -> None:
         """Draft with heads.
@@ -94,7 +98,7 @@ class HeadsProposer(Stateless):
             clock: times the parts.
         """
         self._joint = joint
-        self._build = build
+        self.build = build
         self._clock = clock
 
     def propose(self, hidden: Tensor, root: Tensor, max_nodes: int) -> TokenTree:
@@ -104,7 +108,7 @@ class HeadsProposer(Stateless):
         with self._clock.stage("heads"):
             candidates = self._joint(hidden, root)
         with self._clock.stage("growth"):
-            return self._build(candidates, root, max_nodes)
+            return self.build(candidates, root, max_nodes)
 
 
 def drafting(
@@ -118,7 +122,8 @@ def drafting(
     """Heads that draft trees of a kind with at most `num_candidates` each, for a budget, which may be "auto"."""
     most = budget if isinstance(budget, int) else MOST_NODES
     needed = candidates_needed(tree, num_candidates, most)
-    return HeadsProposer(make_joint(heads, joint_of(heads, joint), needed, num_candidates), tree_builder(tree), clock)
+    guess = make_joint(heads, joint_of(heads, joint), needed, num_candidates, tree, most)
+    return HeadsProposer(guess, tree_builder(tree), clock)
 
 
 def tree_builder(tree: str | FixedTree) -> TreeBuilder:

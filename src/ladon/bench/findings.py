@@ -93,6 +93,7 @@ class Findings:
         measured: one entry per batch size and system, plain decoding among them.
         differences: by mode, budget and batch: outputs that left plain decoding of the timed dtype.
         float32_differences: likewise, float32 outputs that left transformers' `generate`.
+        diagnoses: likewise, where tokens are lost (`ladon.bench.diagnosis`), of the modes that were looked at.
         unchecked: why not every output could be compared in float32; None if every one was.
     """
 
@@ -100,4 +101,5 @@ class Findings:
     measured: list[Measured] = field(default_factory=list)
     differences: dict[Key, list[Difference]] = field(default_factory=dict)
     float32_differences: dict[Key, list[Difference]] = field(default_factory=dict)
+    diagnoses: dict[Key, dict[str, Any]] = field(default_factory=dict)
     unchecked: str | None = None

@@ -59,6 +59,7 @@ class Result:
         different: outputs in the timed dtype that left it elsewhere: wrong ones.
         largest_margin: greatest margin (logits) at which one of either left it; None if none did, or one was cut short.
         categories: acceptance length, tokens per second and prompts of each category.
+        diagnosis: where tokens are lost, if that was asked for (`ladon.bench.diagnosis`).
     """
 
     mode: str
@@ -93,6 +94,7 @@ class Result:
     different: int
     largest_margin: float | None
     categories: dict[str, dict[str, float | int | None]]
+    diagnosis: dict[str, Any] | None
 
 
 def results(findings: Findings) -> list[Result]:
@@ -159,6 +161,7 @@ def _result(findings: Findings, entry: Measured, speeds: dict[tuple[str, int], f
         different=len(differences) - near_ties,
         largest_margin=finite(max((difference.margin for difference in differences), default=math.nan)),
         categories=_categories(entry),
+        diagnosis=findings.diagnoses.get(key),
         **_identity(findings, key),
     )
 

@@ -4,21 +4,25 @@ Order of a run: (1) plain decoding answers every turn once, alone: that fixes th
 reference for the timed dtype; (2) each system warms up; (3) repeats, in which the systems alternate prompt by prompt in
 rotating order, so that a slow minute of the machine meets all of them; every mode takes part twice, timed as users run
 it, and profiled for the share of each stage and for the steps; (4) in float32, apart from any timing, every mode
-against transformers' `generate`.
+against transformers' `generate`; (5) if that is asked for, once more to see where tokens are lost.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+
 from ladon.bench.check import check_float32, leaving_plain
+from ladon.bench.diagnosis import DiagnosedDecoder, Diagnosis
 from ladon.bench.findings import Findings, Measured, Progress, Request, Subject
 from ladon.bench.systems import Budget, LadonSystem, Run, System, TransformersSystem
 from ladon.bench.workloads import Question, Workload, prompt_ids
 from ladon.errors import InputError
 from ladon.fixed_tree import FixedTree
+from ladon.generation import Decoder
 from ladon.prune_option import OFF
 from ladon.target import Target
 
@@ -66,6 +70,11 @@ def run_bench(subject: Subject, workload: Workload, options: BenchOptions, progr
             Measured(system="transformers", budget=None, batch=batch, groups=groups, timed=reference, profiled=[])
         )
     check_float32(subject, findings, systems_of, options.max_new_tokens, progress)
+    if options.diagnose:
+        for planned, system in zip(plan, systems, strict=True):
+            if planned.has_lattice:
+                diagnosed = planned.system(subject.model, subject.heads, make=DiagnosedDecoder)
+                _diagnose(diagnosed, system, findings, options, progress)
     return findings
 
 
@@ -78,7 +87,18 @@ class _Entry:
     fixed_tree: FixedTree | None = None
     prune: str = OFF
 
-    def system(self, model: PreTrainedModel, heads: Heads | None, profile: bool) -> LadonSystem:
+    @property
+    def has_lattice(self) -> bool:
+        """Whether heads alone draft."""
+        return self.mode != "plain" and not self.mode.endswith("ngrams")
+
+    def system(
+        self,
+        model: PreTrainedModel,
+        heads: Heads | None,
+        profile: bool = False,
+        make: Callable[..., Decoder] = Decoder,
+    ) -> LadonSystem:
         """The mode for a model."""
         return LadonSystem(
             model,
@@ -88,6 +108,7 @@ class _Entry:
             fixed_tree=self.fixed_tree,
             prune=self.prune,
             profile=profile,
+            make=make,
         )
 
 
@@ -107,6 +128,23 @@ def _plan(subject: Subject, options: BenchOptions) -> list[_Entry]:
         elif mode in ("auto", "pruned", "ngrams", "auto+ngrams"):
             plan.append(_Entry(mode=mode, budget="auto", prune=options.prune if mode == "pruned" else OFF))
     return list(dict.fromkeys(plan))  # a fixed tree smaller than two of the budgets is one system
+
+
+def _diagnose(
+    system: LadonSystem, timed: LadonSystem, findings: Findings, options: BenchOptions, progress: Progress
+) -> None:
+    """Decode everything once more with `system`, in which sizes are chosen by what the `timed` one has learnt."""
+    decoder = system.decoder
+    assert isinstance(decoder, DiagnosedDecoder)
+    decoder.sizing = timed.decoder.sizing
+    for batch in options.batches:
+        diagnosis, groups = Diagnosis(), _groups(findings.requests, batch)
+        for done, group in enumerate(groups, start=1):
+            prompts = [torch.tensor(request.ids) for request in group]
+            for _ in diagnosis.follow(decoder, decoder.rows(prompts, max_new_tokens=options.max_new_tokens)):
+                pass
+            progress(f"where tokens are lost, {system.name}", done, len(groups))
+        findings.diagnoses[system.name, system.budget, batch] = diagnosis.document()
 
 
 def _hold_conversations(

@@ -126,13 +126,17 @@ def _drafted(prompt: Prompt, answer: Sequence[int], rates: Tensor, places: int, 
 
 
 class SyntheticProposer(Stateless):
-    """Drafts what the imagined heads say; rows join and leave as with any proposer."""
+    """Drafts what the imagined heads say; rows join and leave as with any proposer.
+
+    Attributes:
+        build: makes trees of the candidates.
+    """
 
     def __init__(
         self, drafts: SyntheticDrafts, build: TreeBuilder, clock: StageClock, heads: Heads | None = None
     ) -> None:
         """`build` makes trees of the candidates; `heads` run at each draft, for the time that they take alone."""
-        self._drafts, self._build, self._clock, self._heads = drafts, build, clock, heads
+        self._drafts, self.build, self._clock, self._heads = drafts, build, clock, heads
         self._numbers = self._places = torch.zeros(0, dtype=torch.long)
 
     def join(self, prompts: Sequence[Tensor], hidden: Tensor, states: Sequence[Tensor] = ()) -> None:
@@ -151,7 +155,7 @@ class SyntheticProposer(Stateless):
                 lattice.from_logits(logits, self._drafts.num_candidates, token_ids=self._heads.token_ids)
             candidates = self._drafts.at(self._numbers, self._places)
         with self._clock.stage("growth"):
-            return self._build(candidates, root, max_nodes)
+            return self.build(candidates, root, max_nodes)
 
     def observe(self, accepted: Accepted, hidden: Tensor) -> None:
         """Each row goes on by the tokens that it emitted."""

@@ -51,7 +51,7 @@ def table(results: Sequence[Result], baselines: Sequence[dict[str, Any]], batch:
     for result in chosen:
         view.add_row(
             result.mode,
-            str(result.budget) if isinstance(result.budget, int) else _number(result.nodes_per_step, 1),
+            _nodes(result),
             _number(result.acceptance_length, 2),
             _number(result.acceptance_length_non_repeated, 2),
             _number(result.tokens_per_second, 1),
@@ -64,6 +64,36 @@ def table(results: Sequence[Result], baselines: Sequence[dict[str, Any]], batch:
             style="bold" if result is best else "",
         )
     return view
+
+
+def diagnosis_table(results: Sequence[Result]) -> Table:
+    """Where each mode loses tokens, per row-step, for those that were looked at."""
+    view = Table(header_style="dim", pad_edge=False, box=None, padding=(0, 1, 0, 0))
+    view.title, view.title_justify = "where tokens are lost (drafts per row-step)", "left"
+    view.add_column("mode", no_wrap=True)
+    names = ("known", "oracle", "selected", "accepted", "top")
+    for name in ("batch", "nodes", *names[:-1], "top-1", "calibration error\nby depth, best"):
+        view.add_column(name, justify="right", no_wrap=True)
+    for result in results:
+        found = result.diagnosis
+        if found is not None:
+            errors = " ".join("-" if error is None else f"{100 * error:.1f}" for error in found["error"]["top"])
+            means = (_number(found[name]["mean"], 2) for name in names)
+            view.add_row(result.mode, str(result.batch), _nodes(result), *means, f"{errors} %" if errors else "")
+    return view
+
+
+def diagnosis_lines(results: Sequence[Result]) -> list[str]:
+    """What the differences between its columns mean; none if nothing was looked at."""
+    found = [result.diagnosis for result in results if result.diagnosis is not None]
+    if not found:
+        return []
+    undrafted = sum(diagnosis["undrafted"] for diagnosis in found)
+    left_out = f"; {undrafted} row-steps without a tree are left out" if undrafted else ""
+    return [
+        "known - oracle: the truth is no candidate (coverage); oracle - selected: it is outside the tree (ranking); "
+        f"selected - accepted: the tree was cut or pruned; top-1: the chain{left_out}"
+    ]
 
 
 def identity_line(results: Sequence[Result], unchecked: str | None) -> str:
@@ -146,6 +176,10 @@ def repetition_line(results: Sequence[Result]) -> str:
         f"{plain.repeated_share:.0%} of the 8-grams written occurred before in the same answer; the column `not "
         "repeated` counts only steps without such"
     )
+
+
+def _nodes(result: Result) -> str:
+    return str(result.budget) if isinstance(result.budget, int) else _number(result.nodes_per_step, 1)
 
 
 def _number(value: float | None, digits: int) -> str:

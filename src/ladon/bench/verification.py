@@ -93,9 +93,9 @@ def verify_law(
         progress(f"{name}: trees", sum(row.finished for row in found), len(found))
     target, differences = Target(model), []
     for number, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
-        place = first_difference(ours.tokens, theirs.tokens)
-        if place is not None:
-            differences.append(_difference(target, number, ours, theirs, place))
+        difference = difference_of(target, number, ours, theirs)
+        if difference is not None:
+            differences.append(difference)
     return Verdict(
         law=name,
         prompts=len(prompts),
@@ -124,7 +124,11 @@ def is_repeatable(
     return runs[0] == runs[1]
 
 
-def _difference(target: Target, number: int, ours: Row, theirs: Row, place: int) -> Difference:
+def difference_of(target: Target, number: int, ours: Row, theirs: Row) -> Difference | None:
+    """Where a row's text first leaves that of another row of the same prompt, law and seed; None if it does not."""
+    place = first_difference(ours.tokens, theirs.tokens)
+    if place is None:
+        return None
     if place >= min(len(ours.tokens), len(theirs.tokens)):
         return Difference(prompt=number, position=place, margin=math.inf, bound=0.0)
     scores, logits = said_from(target, theirs, place)

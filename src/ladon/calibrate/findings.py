@@ -9,11 +9,11 @@ from typing import Any
 
 from ladon.calibrate.lattice_trace import LatticeTrace
 from ladon.calibrate.ranks import hit_rates, marginal_hit_rates
-from ladon.calibrate.simulate import SimulatedRun, simulate_budgets
+from ladon.calibrate.simulate import SimulatedRun, simulate_budgets, simulate_prefixes
 from ladon.calibrate.step_times import StepTimes
 from ladon.calibrate.temperatures import BINS, CalibrationError, calibration_errors, fit_temperatures
 from ladon.calibration import Calibration
-from ladon.config import MARKOV, PRODUCT
+from ladon.config import MARKOV, PATHS
 from ladon.errors import InputError
 from ladon.fixed_tree import FixedTree, best_fixed_tree
 from ladon.lattice import Correction
@@ -63,6 +63,10 @@ class Halves:
         """What trees of several sizes would do on the unseen half."""
         return simulate_budgets(self.unseen, tree, budgets, temperatures=temperatures, correction=self.correction)
 
+    def prefixes(self, budgets: Sequence[int]) -> dict[str, Any]:
+        """How far lattices and dynamic trees of several sizes, with temperatures, follow the truth of that half."""
+        return simulate_prefixes(self.unseen, budgets, temperatures=self.temperatures, correction=self.correction)
+
 
 def given_the_truth(trace: LatticeTrace, correction: Correction | None) -> LatticeTrace:
     """The trace as heads with this correction would have it."""
@@ -79,8 +83,8 @@ def calibrate(
 ) -> Calibration:
     """Everything that `ladon calibrate` finds out.
 
-    Temperatures, hit rates and fixed trees are those of the whole trace. Calibration errors and simulated runs are
-    honest: they are those of half of the answers, with temperatures and fixed trees of the other half.
+    Temperatures, hit rates and fixed trees are those of the whole trace. Calibration errors, simulated runs and
+    prefixes are honest: they are those of half of the answers, with temperatures and fixed trees of the other half.
 
     Args:
         trace: the recorded answers.
@@ -98,12 +102,13 @@ def calibrate(
     return Calibration(
         heads=trace.heads,
         temperatures=fit_temperatures(given),
-        joint=PRODUCT if correction is None else MARKOV,
+        joint=trace.joint if correction is None else MARKOV,
         hit_rates=rates,
         marginal_hit_rates=marginal_hit_rates(trace.ranks(), trace.num_candidates),
         error=_errors(halves),
         fixed_trees={size: [list(path) for path in tree.paths] for size, tree in trees.items()},
         simulated=_simulated(halves, budgets),
+        prefixes={} if trace.joint == PATHS else halves.prefixes(SIZES),
         step_times=_times(halves, step_times, place or {}),
         measured_on={**trace.about, "answers": trace.num_rows, "positions": trace.num_positions},
     )
@@ -123,16 +128,21 @@ def _errors(halves: Halves) -> dict[str, Any]:
 
 
 def _simulated(halves: Halves, budgets: Sequence[int]) -> list[dict[str, Any]]:
-    """The chain, then of each budget the fixed tree and the dynamic one, the latter without and with temperatures."""
+    """The chain, then of each budget the fixed tree and the dynamic one, the latter without and with temperatures.
+
+    Dynamic trees of heads that read the tokens before their guesses are left out (`ladon.calibrate.simulate`).
+    """
     found = [_entry("chain", False, *halves.simulated("chain", [halves.unseen.num_heads + 1]))]
     if not budgets:
         return found
     rates = hit_rates(halves.known.ranks(), halves.known.num_candidates)
-    plain, fitted = (halves.simulated("dynamic", budgets, temperatures) for temperatures in (None, halves.temperatures))
-    for budget, without, with_ in zip(budgets, plain, fitted, strict=True):
-        tree = best_fixed_tree(rates, budget)
-        found.append(_entry("fixed", False, *halves.simulated(tree, [budget])))
-        found += [_entry("dynamic", False, without), _entry("dynamic", True, with_)]
+    for budget in budgets:
+        found.append(_entry("fixed", False, *halves.simulated(best_fixed_tree(rates, budget), [budget])))
+    if halves.unseen.joint == PATHS:
+        return found
+    for temperatures in (None, halves.temperatures):
+        runs = halves.simulated("dynamic", budgets, temperatures)
+        found += [_entry("dynamic", temperatures is not None, run) for run in runs]
     return found
 
 
@@ -147,22 +157,28 @@ def _entry(tree: str, temperatures: bool, run: SimulatedRun) -> dict[str, Any]:
 
 
 def _times(halves: Halves, measured: Sequence[StepTimes], place: dict[str, Any]) -> dict[str, Any]:
-    """Times with their machine, and what the dynamic tree of each size would gain: tokens per step / relative time."""
+    """Times with their machine, and what the dynamic tree of each size would gain: tokens per step / relative time.
+
+    Without the latter where dynamic trees are not simulated.
+    """
     if not measured:
         return {}
+    found = {
+        "place": place,
+        "measured": [{**asdict(times), "relative": [round(r, 3) for r in times.relative]} for times in measured],
+    }
+    if halves.unseen.joint == PATHS:
+        return found
     times = measured[0]
     runs = halves.simulated("dynamic", times.nodes, halves.temperatures)
     gains = [run.acceptance_length / relative for run, relative in zip(runs, times.relative, strict=True)]
     best = max(range(len(gains)), key=lambda i: gains[i])
-    return {
-        "place": place,
-        "measured": [{**asdict(found), "relative": [round(r, 3) for r in found.relative]} for found in measured],
-        "projected": {
-            "acceptance_length": [_finite(run.acceptance_length) for run in runs],
-            "speedup": [_finite(gain) for gain in gains],
-            "best_budget": times.nodes[best],
-        },
+    projected = {
+        "acceptance_length": [_finite(run.acceptance_length) for run in runs],
+        "speedup": [_finite(gain) for gain in gains],
+        "best_budget": times.nodes[best],
     }
+    return found | {"projected": projected}
 
 
 def _finite(value: float) -> float | None:

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ladon.config import PRODUCT
 from ladon.errors import InputError
 from ladon.lattice import Correction, outside
 
@@ -46,6 +47,8 @@ class LatticeTrace:
         truth: the token that the model itself said k places after the root, [P, K] int32; -1 past the answer's end.
         row_starts: first position of each row, and P at the end, [R + 1] int64.
         heads: hash of the heads' weights (`Heads.weights_hash`).
+        joint: "product", or "paths" if the heads have read the tokens before their guesses: candidates are then those
+            after the true tokens, and mean nothing where the truth is not known.
         about: what was recorded: model, dtype, prompts; JSON values.
     """
 
@@ -56,6 +59,7 @@ class LatticeTrace:
     truth: Tensor
     row_starts: Tensor
     heads: str = ""
+    joint: str = PRODUCT
     about: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -140,6 +144,7 @@ class LatticeTrace:
             truth=self.truth[index],
             row_starts=torch.tensor([0, *map(len, parts)]).cumsum(0),
             heads=self.heads,
+            joint=self.joint,
             about=self.about,
         )
 
@@ -147,7 +152,8 @@ class LatticeTrace:
         """Write a safetensors file; whoever looks sees the old file or the new one."""
         target = Path(path)
         partial = target.with_name(f"{target.name}.partial")
-        about = {"format": FORMAT, "version": VERSION, "heads": self.heads, "about": json.dumps(dict(self.about))}
+        about = {"format": FORMAT, "version": VERSION, "heads": self.heads, "joint": self.joint}
+        about["about"] = json.dumps(dict(self.about))
         try:
             save_file({name: getattr(self, name).contiguous() for name in _TENSORS}, partial, metadata=about)
             partial.replace(target)
@@ -171,7 +177,8 @@ class LatticeTrace:
             raise InputError(f"cannot read the trace {path}: {error}; {again}") from error
         if (metadata.get("format"), metadata.get("version")) != (FORMAT, VERSION) or tensors.keys() != set(_TENSORS):
             raise InputError(f"{path} is no {FORMAT} file of version {VERSION}; {again}")
-        return cls(**tensors, heads=metadata["heads"], about=json.loads(metadata["about"]))
+        named = {"heads": metadata["heads"], "joint": metadata.get("joint", PRODUCT)}
+        return cls(**tensors, **named, about=json.loads(metadata["about"]))
 
 
 def _cubic_weights(temperature: float) -> Tensor:

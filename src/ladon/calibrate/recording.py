@@ -1,16 +1,21 @@
-"""Records a trace: the target decodes plainly, and at every token the heads say what they would have drafted."""
+"""Records a trace: the target decodes plainly, and at every token of its answers the heads say what they guess.
+
+Heads that read the tokens before their guesses are given the true ones, so they speak when an answer has ended.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ladon.calibrate.lattice_trace import GRID, LatticeTrace
-from ladon.config import DecoderOptions
+from ladon.config import PATHS, PRODUCT, DecoderOptions
 from ladon.engine import Engine
 from ladon.errors import InputError
 from ladon.heads import Heads
@@ -36,10 +41,10 @@ def record(
     about: Mapping[str, Any] | None = None,
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> LatticeTrace:
-    """Let `model` answer the prompts greedily, one token per step, and note the heads' candidates at every step.
+    """Let `model` answer the prompts greedily, one token per step, and note the heads' candidates at every token.
 
-    The hidden rows are those of decoding itself, so no text is read twice; logits over the vocabulary exist for one
-    step of one batch at a time.
+    The hidden rows are those of decoding itself, so no text is read twice; they are kept until their answer has ended.
+    Logits over the vocabulary exist for as many tokens as there are rows in a batch at a time.
 
     Args:
         model: the target.
@@ -58,7 +63,8 @@ def record(
     heads.bind(model, force=True)
     target = Target(model)
     rows = [row_of(index, prompt, max_new_tokens, target) for index, prompt in enumerate(prompts)]
-    recorder, clock = _Recorder(heads, num_candidates), StageClock({}, enabled=False, device=target.device)
+    recorder = _Recorder(heads, num_candidates, batch_size)
+    clock = StageClock({}, enabled=False, device=target.device)
     engine = Engine(target, recorder, budget=1, stats=DecodeStats(), clock=clock, max_rows=batch_size)
     joined: list[Row] = []
     done = 0
@@ -74,43 +80,70 @@ def record(
 
 
 class _Recorder(Stateless):
-    """A proposer that drafts nothing, and keeps the candidates that heads would have drafted from."""
+    """A proposer that drafts nothing, and keeps the heads' candidates at every token of the answers."""
 
-    def __init__(self, heads: Heads, num_candidates: int) -> None:
-        self._heads, self._num_candidates = heads, min(num_candidates, heads.vocab_size)
-        self._rows = torch.arange(0)
+    def __init__(self, heads: Heads, num_candidates: int, chunk: int) -> None:
+        self._heads, self._num_candidates, self._chunk = heads, min(num_candidates, heads.vocab_size), chunk
+        self._rows: list[_Answer] = []
         self._joined = 0
-        self.steps: list[list[Tensor]] = []  # of each: rows, tokens, logits, log-normalisers, roots
+        self.answers: list[list[Tensor]] = []  # of each: row of each token, tokens, logits, log-normalisers, roots
 
     def join(self, prompts: Sequence[Tensor], hidden: Tensor, states: Sequence[Tensor] = ()) -> None:
         """Rows are numbered in the order in which they join."""
-        self._rows = torch.cat([self._rows, torch.arange(self._joined, self._joined + len(prompts))])
+        self._rows += [_Answer(self._joined + place) for place in range(len(prompts))]
         self._joined += len(prompts)
 
     def propose(self, hidden: Tensor, root: Tensor, max_nodes: int) -> TokenTree:
-        """The root alone; the heads' candidates after it are noted."""
-        tables = candidate_tables(self._heads, hidden, root, self._num_candidates)
-        self.steps.append([self._rows, *(table.cpu() for table in tables), root.int().cpu()])
+        """The root alone; what the heads will guess from is noted."""
+        for row, state, token in zip(self._rows, hidden, root, strict=True):
+            row.hidden.append(state)
+            row.roots.append(token)
         return root_tree(root)
 
     def keep(self, rows: Sequence[int]) -> None:
-        """The rows at these places stay."""
-        self._rows = self._rows[list(rows)]
+        """The rows at these places stay; the answers of the others are whole, and the heads look at them."""
+        kept = [self._rows[place] for place in rows]
+        for answer in self._rows:
+            if answer not in kept:
+                self._look_at(answer)
+        self._rows = kept
+
+    def _look_at(self, answer: _Answer) -> None:
+        roots = torch.stack(answer.roots)
+        following = functional.pad(roots, (0, self._heads.num_heads - 1)).unfold(0, self._heads.num_heads, 1)
+        parts = (torch.split(whole, self._chunk) for whole in (torch.stack(answer.hidden), following))
+        found = [
+            candidate_tables(self._heads, hidden, tokens, self._num_candidates)
+            for hidden, tokens in zip(*parts, strict=True)
+        ]
+        tables = [torch.cat(tables).cpu() for tables in zip(*found, strict=True)]
+        self.answers.append([torch.full((len(roots),), answer.number), *tables, roots.int().cpu()])
 
 
-def candidate_tables(heads: Heads, hidden: Tensor, root: Tensor, num_candidates: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The heads' best candidates after each root, as `LatticeTrace` keeps them.
+@dataclass(eq=False, slots=True)
+class _Answer:
+    """A row under way: its number, and of each token so far the hidden row before it [H] and the token itself []."""
+
+    number: int
+    hidden: list[Tensor] = field(default_factory=list)
+    roots: list[Tensor] = field(default_factory=list)
+
+
+def candidate_tables(
+    heads: Heads, hidden: Tensor, following: Tensor, num_candidates: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The heads' best candidates after true tokens, as `LatticeTrace` keeps them.
 
     Args:
-        heads: bound to their model.
-        hidden: [B, H], as `Heads.draft` takes it.
-        root: [B] int64.
+        heads: bound to their model; without their correction, if they have one.
+        hidden: [P, H], as `Heads.forward` takes it.
+        following: [P, K] int64, the K tokens after each, as `Heads.forward` takes them.
         num_candidates: C.
 
     Returns:
-        tokens [B, K, C] int32, logits [B, K, C] float32, log-normalisers [B, K, G] float32.
+        tokens [P, K, C] int32, logits [P, K, C] float32, log-normalisers [P, K, G] float32.
     """
-    logits = heads.draft(hidden, root).float()
+    logits = heads(hidden, following).float()
     top, entries = logits.topk(min(num_candidates, logits.shape[-1]), dim=-1)
     logits = logits - top[..., :1]
     normalizers = torch.stack([(logits / temperature).exp().sum(-1).log() for temperature in GRID], dim=-1)
@@ -139,11 +172,11 @@ def row_of(index: int, prompt: Tensor, max_new_tokens: int, target: Target) -> R
 def _assemble(
     recorder: _Recorder, places: Tensor, answers: Sequence[Sequence[int]], heads: Heads, about: Mapping[str, Any]
 ) -> LatticeTrace:
-    """Sort the steps by row and add what was said; a row's last token had nothing to follow it and is left out.
+    """Sort the answers by row and add what was said; a row's last token had nothing to follow it and is left out.
 
     `places` says which answer belongs to each row, as the recorder has numbered them.
     """
-    rows, *tables = (torch.cat(parts) for parts in zip(*recorder.steps, strict=True))
+    rows, *tables = (torch.cat(parts) for parts in zip(*recorder.answers, strict=True))
     rows = places[rows]
     order = rows.argsort(stable=True)
     is_last = torch.ones_like(order, dtype=torch.bool)
@@ -157,6 +190,7 @@ def _assemble(
         truth=_following(answers, heads.num_heads),
         row_starts=torch.tensor([0, *(len(answer) - 1 for answer in answers)]).cumsum(0),
         heads=heads.weights_hash,
+        joint=PATHS if heads.is_conditioned else PRODUCT,
         about=about,
     )
 

@@ -4,13 +4,16 @@ The answers of a lossless decoder do not depend on its trees, so one trace holds
 at its root, and the tokens that the model says after it. Trees are grown by the same builders as in decoding, then each
 answer is walked from step to step.
 
+Of heads that read the tokens before their guesses a trace holds the guesses after the true ones. By these alone a chain
+and a fixed tree accept what they accept; which paths a dynamic tree has room for depends on guesses after others.
+
 Shapes: P positions, K depths, C candidates, N nodes (root included).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -19,12 +22,17 @@ import torch
 from torch import Tensor
 
 from ladon.calibrate.lattice_trace import LatticeTrace
+from ladon.calibrate.prefixes import reached, true_rows, true_slots
+from ladon.config import MARKOV_ROWS, PATHS
 from ladon.errors import TreeError
 from ladon.fixed_tree import FixedTree
 from ladon.lattice import Correction, Lattice, conditioned
 from ladon.proposers import candidates_needed, tree_builder
-from ladon.tree import TokenTree
 
+NOT_SIMULATED = (
+    "a trace has what heads guess after the true tokens, and trees of heads that read the tokens before their guesses "
+    "depend on what they guess after others: `ladon bench` runs them"
+)
 _CHUNK = 1024  # positions whose trees exist at a time
 
 
@@ -83,14 +91,15 @@ def simulate_budgets(
         budgets: nodes per step and row, root included.
         temperatures: one per depth, [K], by which the heads' logits are divided; None leaves them.
         num_candidates: candidates kept per head, as `Decoder` takes it; None: as many as the trace has.
-        correction: by the token before, as `ladon.lattice.conditioned` takes it; None leaves guesses as they are.
+        correction: by the token before, as `ladon.lattice.conditioned` takes it; None leaves guesses as they are. Its
+            successors are not simulated: a trace does not hold what heads said of them.
 
     Returns:
         A run for each budget. What a depth cap of the target (some models with long contexts) would cut is not cut.
 
     Raises:
-        TreeError: an unknown tree, a budget below 1, more candidates than were recorded, or a fixed tree that the heads
-            or the candidates cannot fill.
+        TreeError: an unknown tree, a budget below 1, more candidates than were recorded, a fixed tree that the heads or
+            the candidates cannot fill, or a dynamic one of heads that read the tokens before their guesses.
     """
     if not budgets or min(budgets) < 1:
         raise TreeError(f"budgets are {list(budgets)!r}; give numbers of nodes, 1 or more (the root is one of them)")
@@ -101,8 +110,45 @@ def simulate_budgets(
         tree.check_fits(trace.num_heads, num_candidates)
     elif tree not in ("dynamic", "chain"):
         raise TreeError(f'tree is {tree!r}; a trace can be decoded with "dynamic", "chain" or a ladon.FixedTree')
+    elif tree == "dynamic" and trace.joint == PATHS:
+        raise TreeError(f'tree is "dynamic"; {NOT_SIMULATED}; give "chain" or a ladon.FixedTree')
     slots, largest = _true_slots(trace, tree, max(budgets), temperatures, num_candidates, correction)
     return [_walk(trace, (slots < budget).sum(1), min(budget, largest)) for budget in budgets]
+
+
+def simulate_prefixes(
+    trace: LatticeTrace,
+    budgets: Sequence[int],
+    *,
+    temperatures: Sequence[float] | None = None,
+    correction: Correction | None = None,
+) -> dict[str, Any]:
+    """How far the truth after every position is followed, be it where a step would begin or not.
+
+    Args:
+        trace: the recorded answers.
+        budgets: nodes of the dynamic trees, root included.
+        temperatures: as in `simulate_budgets`.
+        correction: likewise.
+
+    Returns:
+        `positions`, and with the mean and the share of the positions by depth (`ladon.calibrate.prefixes.reached`):
+        `known`, depths that the answer still has; `oracle`, those of the lattice; `selected`, by budget those of the
+        tree; `top`, those of the chain.
+    """
+    parts: list[list[Tensor]] = []
+    for lattice, roots, truth in _lattices(trace, trace.num_candidates, temperatures, correction):
+        rows = true_rows(lattice, truth)
+        slots = true_slots(tree_builder("dynamic")(lattice, roots, max(budgets)), truth, max(budgets))
+        selected = [(slots < budget).sum(1) for budget in budgets]
+        parts.append([(truth >= 0).sum(1), rows.oracle, rows.top, *selected])
+    columns = [reached(torch.cat(column), trace.num_heads) for column in zip(*parts, strict=True)]
+    found = dict(zip(("known", "oracle", "top"), columns, strict=False))
+    return {
+        "positions": trace.num_positions,
+        **found,
+        "selected": dict(zip(map(str, budgets), columns[len(found) :], strict=True)),
+    }
 
 
 def _true_slots(
@@ -120,35 +166,30 @@ def _true_slots(
     width = min(candidates_needed(tree, num_candidates, budget), trace.num_candidates)
     if correction is not None:
         width = num_candidates
-    depths = range(1, trace.num_heads + 1)
-    first = [1.0] * trace.num_heads if temperatures is None or correction is not None else temperatures
-    log_probs = torch.stack([trace.log_probs(k, first[k - 1])[:, :width] for k in depths], dim=1)
-    after = None if temperatures is None else torch.tensor(temperatures)
     build = tree_builder(tree)
     slots, num_nodes = [torch.empty(0, trace.num_heads, dtype=torch.long)], min(budget, 1)
-    for start in range(0, trace.num_positions, _CHUNK):
-        part = slice(start, start + _CHUNK)
-        lattice = Lattice(tokens=trace.tokens[part, :, None, :width].long(), log_probs=log_probs[part, :, None])
-        truth, roots = trace.truth[part].long(), trace.roots[part].long()
-        if correction is not None:
-            lattice = conditioned(lattice, roots, correction, temperatures=after)
+    for lattice, roots, truth in _lattices(trace, width, temperatures, correction):
         grown = build(lattice, roots, budget)
-        slots.append(_follow(grown, truth, budget))
+        slots.append(true_slots(grown, truth, budget))
         num_nodes = grown.num_nodes
     return torch.cat(slots), num_nodes
 
 
-def _follow(tree: TokenTree, truth: Tensor, missing: int) -> Tensor:
-    """Slots of the nodes on the true path [P, K] of each tree; `missing` from the first depth that has none."""
-    slots = torch.full_like(truth, missing)
-    parent = torch.zeros_like(truth[:, :1])
-    for depth in range(min(tree.max_depth, truth.shape[1])):
-        right = (tree.parents == parent) & (tree.tokens == truth[:, depth : depth + 1]) & (tree.log_probs > -torch.inf)
-        right[:, 0] = False  # the root is no draft
-        found, place = right.max(1)
-        slots[:, depth] = torch.where(found, place, missing)
-        parent = torch.where(found, place, -2)[:, None]  # no node has the parent -2
-    return slots
+def _lattices(
+    trace: LatticeTrace, width: int, temperatures: Sequence[float] | None, correction: Correction | None
+) -> Iterator[tuple[Lattice, Tensor, Tensor]]:
+    """The lattices of all positions, `width` candidates per head, with their roots [p] and truths [p, K], in chunks."""
+    depths = range(1, trace.num_heads + 1)
+    first = [1.0] * trace.num_heads if temperatures is None or correction is not None else temperatures
+    log_probs = torch.stack([trace.log_probs(k, first[k - 1])[:, :width] for k in depths], dim=1)
+    after = None if temperatures is None else torch.tensor(temperatures)
+    for start in range(0, trace.num_positions, _CHUNK):
+        part = slice(start, start + _CHUNK)
+        lattice = Lattice(tokens=trace.tokens[part, :, None, :width].long(), log_probs=log_probs[part, :, None])
+        roots = trace.roots[part].long()
+        if correction is not None:
+            lattice = conditioned(lattice, roots, correction, temperatures=after, num_rows=MARKOV_ROWS)
+        yield lattice, roots, trace.truth[part].long()
 
 
 def _walk(trace: LatticeTrace, accepted: Tensor, nodes: int) -> SimulatedRun:

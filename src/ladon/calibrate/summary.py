@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from ladon.calibrate.simulate import NOT_SIMULATED
 from ladon.calibration import Calibration
+from ladon.config import PATHS
 from ladon.fixed_tree import FixedTree
 from ladon.viz.outline import outline
 
@@ -29,6 +32,15 @@ def summary(calibration: Calibration) -> Iterable[RenderableType]:
         yield Text.assemble((f"best fixed tree of {size} nodes  ", "bold"), outline(tree))
     if calibration.simulated:
         yield _acceptance(calibration.simulated)
+    if calibration.prefixes:
+        yield _prefixes(calibration.prefixes)
+        yield Text(
+            "known: the answer goes on; oracle: its tokens are in the lattice (else: coverage); selected: in the tree "
+            "(else: ranking); top-1: they are the best candidates, the chain",
+            "dim",
+        )
+    if calibration.joint == PATHS:
+        yield Text(f"no dynamic trees are simulated: {NOT_SIMULATED}", "dim")
     if calibration.step_times:
         yield from _times(calibration.step_times)
     if calibration.pruning:
@@ -74,19 +86,36 @@ def _length(entry: Mapping[str, Any] | None) -> str:
     return "" if entry is None or entry["acceptance_length"] is None else f"{entry['acceptance_length']:.2f}"
 
 
+def _prefixes(prefixes: Mapping[str, Any]) -> Table:
+    """One line per stage with what it loses against the one above: coverage, then ranking; and the chain beside it."""
+    selected = sorted(prefixes["selected"].items(), key=lambda item: -int(item[0]))
+    stages = [("known", prefixes["known"]), ("oracle", prefixes["oracle"])]
+    stages += [(f"selected, {size} nodes", found) for size, found in selected]
+    title = f"How far the truth is followed, from {prefixes['positions']} positions left out of the fit"
+    table = Table(title=title, title_justify="left")
+    depths = [f"depth {depth}" for depth in range(1, len(prefixes["known"]["shares"]) + 1)]
+    for name in ("prefix", "mean", "lost", *depths):
+        table.add_column(name, justify="left" if name == "prefix" else "right")
+    means = [found["mean"] for _, found in stages]
+    losses = ["", *(f"{above - mean:.2f}" for above, mean in pairwise(means)), ""]
+    for (name, found), lost in zip([*stages, ("top-1", prefixes["top"])], losses, strict=True):
+        table.add_row(name, f"{found['mean']:.2f}", lost, *(f"{share:.1%}" for share in found["shares"]))
+    return table
+
+
 def _times(step_times: Mapping[str, Any]) -> Iterable[RenderableType]:
-    measured, projected, place = step_times["measured"][0], step_times["projected"], step_times["place"]
+    measured, projected, place = step_times["measured"][0], step_times.get("projected"), step_times["place"]
     table = Table(title=f"A decode step at {measured['context']} tokens of context", title_justify="left")
-    for name in ("nodes", "ms", "of a plain step", "tokens per step", "projected speed-up"):
+    for name in ("nodes", "ms", "of a plain step", *(("tokens per step", "projected speed-up") if projected else ())):
         table.add_column(name, justify="right")
-    rows = zip(
-        *(measured[name] for name in ("nodes", "ms", "relative")),
-        *(projected[name] for name in ("acceptance_length", "speedup")),
-        strict=True,
-    )
-    for nodes, ms, relative, length, speedup in rows:
-        bold = "bold" if nodes == projected["best_budget"] else ""
-        table.add_row(str(nodes), f"{ms:.2f}", f"{relative:.2f}x", f"{length:.2f}", f"{speedup:.2f}x", style=bold)
+    rows = zip(*(measured[name] for name in ("nodes", "ms", "relative")), strict=True)
+    for line, (nodes, ms, relative) in enumerate(rows):
+        cells, bold = [str(nodes), f"{ms:.2f}", f"{relative:.2f}x"], ""
+        if projected:
+            length, speedup = (projected[name][line] for name in ("acceptance_length", "speedup"))
+            cells += [f"{length:.2f}", f"{speedup:.2f}x"]
+            bold = "bold" if nodes == projected["best_budget"] else ""
+        table.add_row(*cells, style=bold)
     yield table
     for other in step_times["measured"][1:]:
         relative = ", ".join(f"{n}: {r:.2f}x" for n, r in zip(other["nodes"], other["relative"], strict=True))

@@ -12,7 +12,7 @@ from typer import Exit, Option
 
 from ladon.cli import options
 from ladon.cli.output import OutConsole, check_writable, print_json, progress_bar, say, write_whole
-from ladon.config import BenchOptions, help_of
+from ladon.config import MTP, BenchOptions, help_of
 from ladon.errors import InputError
 
 if TYPE_CHECKING:
@@ -61,6 +61,9 @@ _CalibrationOption = Annotated[
     ),
 ]
 _PruneOption = Annotated[str, Option("--prune", metavar="NAME", help=f"{help_of(BenchOptions, 'prune').capitalize()}.")]
+_DiagnoseOption = Annotated[
+    bool, Option("--diagnose/--no-diagnose", help=f"{help_of(BenchOptions, 'diagnose').capitalize()}.")
+]
 _AnswersOption = Annotated[
     Path | None,
     Option(
@@ -97,6 +100,7 @@ def bench(
     fixed_tree: _FixedTreeOption = None,
     calibration: _CalibrationOption = None,
     prune: _PruneOption = _DEFAULTS.prune,
+    diagnose: _DiagnoseOption = _DEFAULTS.diagnose,
     answers: _AnswersOption = None,
     output: _OutputOption = None,
     plots: _PlotsOption = None,
@@ -125,13 +129,14 @@ def bench(
         max_new_tokens=max_new_tokens,
         repeats=repeats,
         prune=prune,
+        diagnose=diagnose,
     )
     check_writable(answers)
     check_writable(output)
     if plots is not None:
         _check_pictures(plots)
     from ladon.cli.bench_inputs import tree_source, workload_of
-    from ladon.cli.loading import DEMO, MTP, load
+    from ladon.cli.loading import DEMO, load
 
     loaded = load(
         model,
@@ -266,8 +271,11 @@ def show(document: dict[str, Any], findings: Findings, title: str) -> None:
     console.print(title, style="bold")
     for batch in dict.fromkeys(result.batch for result in found):
         console.print(lines.table(found, document["transformers"], batch))
+    if findings.diagnoses:
+        console.print(lines.diagnosis_table(found))
     console.print(lines.identity_line(found, findings.unchecked), style="bold", markup=False)
-    notes = [lines.repetition_line(found), lines.profile_line(found), *lines.size_lines(found)]
+    notes = [*lines.diagnosis_lines(found), lines.repetition_line(found), lines.profile_line(found)]
+    notes += lines.size_lines(found)
     notes += [*lines.filling_lines(found), *lines.difference_lines(findings, document["dtype"])]
     for note in notes:
         console.print(note, style="dim", markup=False)

@@ -150,7 +150,7 @@ def _calibration(found: Mapping[str, Any] | None) -> Iterable[RenderableType]:
             f"tokens per step: {_number(best['acceptance_length'])} with a {best['tree']} tree of {best['nodes']} nodes"
         )
     times = found["step_times"]
-    if times:
+    if "projected" in times:
         budget, measured = times["projected"]["best_budget"], times["measured"][0]
         place = measured["nodes"].index(budget)
         speedup = times["projected"]["speedup"][place]

@@ -15,6 +15,7 @@ import torch
 
 from ladon.bundled import demo_path, load_demo
 from ladon.cli.options import DTYPES, shortened
+from ladon.config import MTP
 from ladon.errors import InputError
 from ladon.heads import load_heads
 from ladon.heads.mtp import load_mtp
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from ladon.heads import Heads
 
 DEMO = "demo"
-MTP = "mtp"
 _DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPES}
 
 

@@ -23,9 +23,6 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-MARKOV_RANK = "markov_rank"  # the option that all families share
-
-
 class Heads(nn.Module, ABC):
     """K extra decoding heads on a frozen target.
 
@@ -106,12 +103,12 @@ class Heads(nn.Module, ABC):
         logits: Tensor = self(hidden, following)
         return logits if self.correction is None else logits + self.correction(following)
 
-    def add_correction(self, rank: int) -> MarkovCorrection:
+    def add_correction(self, rank: int, num_successors: int = 0) -> MarkovCorrection:
         """Give heads that have none a Markov correction of this rank, its numbers not yet set.
 
         Raises:
             HeadsError: they have one, read the tokens before their guesses themselves, or have a vocabulary of their
-                own; or the rank is not 1 to V.
+                own; or the rank is not 1 to V, or there are more successors than tokens.
         """
         for stands_against, reason in (
             (self.correction is not None, "have one"),
@@ -120,7 +117,9 @@ class Heads(nn.Module, ABC):
         ):
             if stands_against:
                 raise HeadsError(f"these {self.family} heads take no Markov correction: they {reason}. Leave it out")
-        self.correction = MarkovCorrection(num_heads=self.num_heads, vocab_size=self.vocab_size, rank=rank)
+        self.correction = MarkovCorrection(
+            num_heads=self.num_heads, vocab_size=self.vocab_size, rank=rank, num_successors=num_successors
+        )
         return self.correction.to(next(self.parameters()))
 
     @property
@@ -140,9 +139,9 @@ class Heads(nn.Module, ABC):
 
     @property
     def options(self) -> dict[str, int | str]:
-        """The family's own settings, as its constructor takes them, and the rank of the correction if there is one."""
+        """The family's own settings, as its constructor takes them, and the correction's if there is one."""
         own = {name: getattr(self, name) for name in self.option_names}
-        return own if self.correction is None else own | {MARKOV_RANK: self.correction.rank}
+        return own if self.correction is None else own | self.correction.options
 
     @abstractmethod
     def initialise(self, model: PreTrainedModel, seed: int) -> None:

@@ -14,6 +14,9 @@ from torch import Tensor, nn
 
 from ladon.errors import HeadsError
 
+MARKOV_RANK, MARKOV_SUCCESSORS = "markov_rank", "markov_successors"  # options that all families share
+_ROWS = 1024  # tokens whose products with all others are in memory together
+
 
 class MarkovCorrection(nn.Module):
     """Added to the logits of heads, for training at all tokens, for decoding at their candidates.
@@ -24,20 +27,38 @@ class MarkovCorrection(nn.Module):
         before: W1, a row for each token that may stand before the guess, [V, r].
         after: W2, a row for each token that may be guessed, [V, r].
         strength: a, one per depth, [K].
+        successors: the m tokens that each token speaks for most, [V, m] int64, guesses though no head offers them; None
+            for none.
     """
 
-    def __init__(self, *, num_heads: int, vocab_size: int, rank: int) -> None:
+    successors: Tensor | None
+
+    def __init__(self, *, num_heads: int, vocab_size: int, rank: int, num_successors: int = 0) -> None:
         super().__init__()
-        if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= vocab_size:
-            raise HeadsError(f"markov_rank is {rank!r}; give 1 to {vocab_size}, the size of the vocabulary")
+        for name, value, least in ((MARKOV_RANK, rank, 1), (MARKOV_SUCCESSORS, num_successors, 0)):
+            if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= vocab_size:
+                raise HeadsError(f"{name} is {value!r}; give {least} to {vocab_size}, the size of the vocabulary")
         self.before = nn.Parameter(torch.empty(vocab_size, rank))
         self.after = nn.Parameter(torch.empty(vocab_size, rank))
         self.strength = nn.Parameter(torch.empty(num_heads))
+        successors = torch.zeros(vocab_size, num_successors, dtype=torch.int64) if num_successors else None
+        self.register_buffer("successors", successors)
 
     @property
     def rank(self) -> int:
         """R, numbers per token."""
         return self.before.shape[1]
+
+    @property
+    def num_successors(self) -> int:
+        """M, further guesses after each token."""
+        return 0 if self.successors is None else self.successors.shape[1]
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What `Heads.options` says about it."""
+        own = {MARKOV_RANK: self.rank}
+        return own | {MARKOV_SUCCESSORS: self.num_successors} if self.num_successors else own
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
@@ -58,3 +79,21 @@ class MarkovCorrection(nn.Module):
         """The same for some guesses: tokens before [B, K, R] and guesses [B, K, C] to [B, K, R, C] float32."""
         rows = self.before[before] * self.strength[:, None, None]
         return (rows @ self.after[guesses].transpose(-1, -2)).float()
+
+    @torch.no_grad()
+    def find_successors(self) -> None:
+        """Set `successors`, if there are to be any, to what the numbers say now; training does so at its end."""
+        if self.successors is None:
+            return
+        for start in range(0, len(self.before), _ROWS):
+            part = slice(start, start + _ROWS)
+            products = nn.functional.linear(self.before[part], self.after)
+            self.successors[part] = products.topk(self.num_successors, dim=-1).indices
+
+    @torch.no_grad()
+    def following(self, before: Tensor) -> tuple[Tensor, Tensor]:
+        """The successors of tokens [B, K, R], and what is added to their logits, float32: [B, K, R, m] both."""
+        assert self.successors is not None  # whoever has none does not ask
+        guesses = self.successors[before]
+        rows = self.before[before] * self.strength[:, None, None]
+        return guesses, (self.after[guesses] @ rows[..., None])[..., 0].float()

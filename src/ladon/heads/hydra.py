@@ -9,14 +9,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ladon.errors import HeadsError
-from ladon.heads.base import Heads, check_count
+from ladon.heads.base import check_count
+from ladon.heads.conditioned import ConditionedHeads
 from ladon.heads.ends import output_projection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class HydraHeads(Heads):
+class HydraHeads(ConditionedHeads):
     """Head k (from 1) reads [h, e_1 .. e_k], the target's hidden state and the embeddings of the k tokens after it.
 
     With u = [h, e_1 .. e_k], of (k + 1) H numbers: x = R_k u + r_k + SiLU(A_k u + a_k), then for each further block l
@@ -25,8 +26,8 @@ class HydraHeads(Heads):
     block_bias [L - 1, K, H] if L > 1, projection [K, V, H], projection_bias [K, V]. The embedding is the target's own
     and takes no gradient from here.
 
-    The heads run one after the other, and a projection each costs as much as MEDUSA's own: `draft` takes K products
-    of [B, H] by [H, V] where independent heads take one product of K times the rows.
+    The heads run one after the other, and a projection each costs as much as MEDUSA's own: K products of [B R, H] by
+    [H, V], for R partial paths, where independent heads take one product of K times the rows.
 
     Attributes:
         num_blocks: L, blocks per head, the first included.
@@ -34,7 +35,6 @@ class HydraHeads(Heads):
 
     family = "hydra"
     option_names = ("num_blocks",)
-    is_conditioned = True
 
     def __init__(self, *, num_heads: int, hidden_size: int, vocab_size: int, num_blocks: int = 1) -> None:
         super().__init__(num_heads=num_heads, hidden_size=hidden_size, vocab_size=vocab_size)
@@ -87,14 +87,14 @@ class HydraHeads(Heads):
         heads = range(self.num_heads)
         return torch.stack([self._logits(k, inputs[..., : (k + 2) * self.hidden_size]) for k in heads], dim=-2)
 
-    def draft(self, hidden: Tensor, root: Tensor) -> Tensor:
-        """Logits [B, K, V] of hidden rows [B, H] and roots [B]; each head reads the best tokens of those before it."""
-        inputs, token, logits = hidden, root, []
-        for k in range(self.num_heads):
-            inputs = torch.cat([inputs, self.embed(token).to(hidden.dtype)], dim=-1)
-            logits.append(self._logits(k, inputs))
-            token = logits[-1].argmax(-1)
-        return torch.stack(logits, dim=1)
+    def after(self, hidden: Tensor, paths: Tensor) -> Tensor:
+        """Logits [B, R, V] of the head that reads the k tokens of `paths` [B, R, k]; see `ConditionedHeads.after`.
+
+        Paths share [h, e_1], but its product is not made once for all: it is the projection that takes the time.
+        """
+        embedded = self.embed(paths).to(hidden.dtype).flatten(-2)  # [B, R, k H]
+        inputs = torch.cat([hidden[:, None].expand(-1, paths.shape[1], -1), embedded], dim=-1)
+        return self._logits(paths.shape[-1] - 1, inputs)
 
     def _logits(self, k: int, inputs: Tensor) -> Tensor:
         """Head k (from 0) on [..., (k + 2) H]: logits [..., V]."""

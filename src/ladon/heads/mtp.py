@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import transformers
 from torch import Tensor
 
-from ladon.config import MTP_DEPTH, MTP_PATHS
+from ladon.config import MTP, MTP_DEPTH
 from ladon.errors import HeadsError
-from ladon.heads.base import Heads, check_count
+from ladon.heads.base import Heads
 from ladon.heads.ends import output_projection
 
 if TYPE_CHECKING:
@@ -35,23 +35,19 @@ class MtpHeads(Heads):
     Attributes:
         mtp: transformers' modules; embedding, output projection and rotary embedding in it are the target's.
         num_layers: M, the modules that are used.
-        num_paths: R, how many partial paths are gone on from at each depth.
     """
 
-    family = "mtp"
-    option_names = ("num_layers", "num_paths")
+    family = MTP
+    option_names = ("num_layers",)
     is_conditioned = True
 
-    def __init__(
-        self, model: PreTrainedModel, mtp: MtpModel, *, num_heads: int | None = None, num_paths: int = MTP_PATHS
-    ) -> None:
-        """`mtp` has been made for `model`; `num_heads` and `num_paths` as for `load_mtp`."""
+    def __init__(self, model: PreTrainedModel, mtp: MtpModel, *, num_heads: int | None = None) -> None:
+        """`mtp` has been made for `model`; `num_heads` as for `load_mtp`."""
         projection = output_projection(model)
         if num_heads is None:
             num_heads = max(len(mtp.layers), MTP_DEPTH)
         super().__init__(num_heads=num_heads, hidden_size=projection.hidden_size, vocab_size=projection.vocab_size)
-        check_count("num_paths", num_paths)
-        self.num_layers, self.num_paths = min(len(mtp.layers), num_heads), num_paths
+        self.num_layers = min(len(mtp.layers), num_heads)
         self._mtp = (mtp.eval(),)  # in a tuple, as it has the target's modules among its own
         self.remember_base(model)
         self.bind(model, force=True)
@@ -113,14 +109,13 @@ class MtpHeads(Heads):
         )
 
 
-def load_mtp(model: PreTrainedModel, num_heads: int | None = None, num_paths: int = MTP_PATHS) -> MtpHeads:
+def load_mtp(model: PreTrainedModel, num_heads: int | None = None) -> MtpHeads:
     """The MTP modules in a model's own checkpoint, for `Decoder(model, heads)`.
 
     Args:
         model: loaded with `from_pretrained`; transformers reads the modules from where the model came from.
         num_heads: K, how many tokens to guess. None: as many as there are modules, at least 3; the last module guesses
             all further ones.
-        num_paths: R, how many of the likeliest paths are gone on from at each depth; the other guesses get no children.
 
     Raises:
         HeadsError: the model ships no modules, they cannot be read, or the installed transformers has no support.
@@ -143,7 +138,7 @@ def load_mtp(model: PreTrainedModel, num_heads: int | None = None, num_paths: in
             f"cannot load the MTP modules of {name} from {model.config.name_or_path or 'nowhere'}: {reason} Load the "
             "model with from_pretrained from a checkpoint that holds them"
         ) from error
-    return MtpHeads(model, mtp, num_heads=num_heads, num_paths=num_paths)
+    return MtpHeads(model, mtp, num_heads=num_heads)
 
 
 def _mtp_class() -> Any:

@@ -28,6 +28,12 @@ class TrainOptions:
     markov_rank: int = _setting(
         0, "rank of a Markov correction that is trained too, 64 for small models, 256 for large ones; 0: none"
     )
+    markov_successors: int = _setting(
+        0, "tokens that a new correction adds to the heads' own guesses after each token; 0: none"
+    )
+    markov_start: str = _setting(
+        "zero", "of a new correction: zero (it changes nothing at first) or bigrams (what pairs in the rows say)"
+    )
     freeze_heads: bool = _setting(False, "train the correction alone, on heads as --init-heads has them")
     labels: str = _setting(
         "text",
@@ -35,6 +41,9 @@ class TrainOptions:
     )
     label_temperature: float = _setting(
         1.0, "of the probabilities that --labels target learns; below 1 they near the model's greedy choice"
+    )
+    variation: float = _setting(
+        0.0, "share of total variation in what --labels target learns by, 0 to 1; the rest is divergence"
     )
     learn: str = _setting(
         "answers", "where heads learn: answers, or all (in the prompts too, which suits --labels target)"
@@ -94,6 +103,10 @@ class TrainOptions:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise InputError(f"{name} is {value}; give a number above 0")
+        if not self.markov_rank and (self.markov_successors or self.markov_start != "zero"):
+            raise InputError("markov_successors and markov_start are of a Markov correction; give markov_rank too")
+        if self.variation > 1 or (self.variation and self.labels != "target"):
+            raise InputError(f"variation is {self.variation}; give 0 to 1, with labels target")
         if self.warmup >= 1:
             raise InputError(f"warmup is {self.warmup}; give a share of the updates, below 1")
 
@@ -116,6 +129,7 @@ class TrainOptions:
 _CHOICES = {
     "labels": ("text", "target"),
     "learn": ("answers", "all"),
+    "markov_start": ("zero", "bigrams"),
     "packing": ("auto", "on", "off"),
     "optimizer": tuple(LEARNING_RATES),
     "schedule": ("cosine", "linear", "constant"),
@@ -128,8 +142,8 @@ _CHOICES = {
 _LEAST: dict[str, float] = {
     **dict.fromkeys(("num_heads", "steps", "batch_size", "accumulation", "save_every", "log_every", "lora_rank"), 1),
     **dict.fromkeys(("weight_decay", "warmup", "clip", "chunk_rows", "heads_warmup_steps", "heads_weight"), 0),
-    **dict.fromkeys(("lora_dropout", "eval_every", "seed"), 0),
+    **dict.fromkeys(("lora_dropout", "eval_every", "seed", "variation"), 0),
     "early_exit": 1,
-    "markov_rank": 0,
+    **dict.fromkeys(("markov_rank", "markov_successors"), 0),
     "length": 3,  # one token that is read, the next, and the one that head 1 guesses
 }

@@ -16,10 +16,12 @@ from torch.nn import functional
 from ladon import lattice
 from ladon.accept import longest_match
 from ladon.calibrate.step_times import measure_step_times
-from ladon.config import AUTO_BUDGET, DecoderOptions
+from ladon.config import AUTO_BUDGET, MARKOV_ROWS, PATH_ROWS, DecoderOptions
 from ladon.growth import grow_chain, grow_dynamic
-from ladon.heads import Heads
+from ladon.heads import ConditionedHeads, Heads
 from ladon.heads.ends import input_embedding_module, output_projection
+from ladon.joints import paths
+from ladon.partial_paths import best_rows
 from ladon.train.losses import rows_per_chunk
 from ladon.train.modules import hidden_states
 from ladon.tree import ancestor_mask, node_depths
@@ -47,7 +49,7 @@ class HeldOutReport:
         accuracy: how often the goal is among the best 1 to 5 candidates of each head, [K][5].
         steps: places at which all heads' goals are known: those that the acceptance lengths are means over.
         chain_length: tokens per step of the chain of every head's best candidate, bonus token included.
-        tree_length: the same of the dynamic tree.
+        tree_length: the same of the dynamic tree, of partial paths where heads read the path so far.
         budget: nodes of that tree, root included.
     """
 
@@ -141,10 +143,13 @@ def _add(sums: _Sums, heads: Heads, hidden: Tensor, rows: Mapping[str, Tensor], 
     # In the heads' own vocabulary, where the roots have no name and need none.
     found = lattice.from_logits(logits[known], DecoderOptions().num_candidates)
     if heads.correction is not None:
-        found = lattice.conditioned(found, following[known, 0], heads.correction.among)
+        found = lattice.conditioned(found, following[known, 0], heads.correction.among, num_rows=MARKOV_ROWS)
     truth = labels.masked_fill(~mask, -1)[known]
-    tree = grow_dynamic(found, truth.new_zeros(len(truth)), budget)
     chain = grow_chain(found, truth.new_zeros(len(truth)), heads.num_heads + 1).tokens[:, 1:]
+    if isinstance(heads, ConditionedHeads):  # of whose best paths the chain need not be one
+        guess = paths(heads, best_rows(PATH_ROWS), heads.num_heads, DecoderOptions().num_candidates)
+        found = guess(hidden[known], following[known, 0])
+    tree = grow_dynamic(found, truth.new_zeros(len(truth)), budget)
     ancestors = ancestor_mask(tree.parents, tree.max_depth)
     picks = functional.pad(truth, (0, 1), value=-1).gather(1, node_depths(ancestors))
     sums.steps += len(truth)

@@ -69,7 +69,8 @@ class TokenLabels:
 class SoftLabels:
     """The probabilities of another model, or of the target itself at the place that a head guesses.
 
-    The losses are Kullback-Leibler divergences: zero where nothing is left to learn.
+    The losses are Kullback-Leibler divergences, or between these and total variations (half the sum of the absolute
+    differences, the share of drafts that sampling would refuse): zero where nothing is left to learn.
 
     Attributes:
         logits_of: hidden rows [n, H] to logits [n, V].
@@ -77,6 +78,7 @@ class SoftLabels:
         places: [R, K] int64, the row of `hidden` for each row and head.
         token_ids: [D], the heads' own vocabulary, to which the probabilities are restricted; None: all of it.
         temperature: of the probabilities; below 1 they near the likeliest token alone.
+        variation: share of the total variation in the losses, 0 to 1 (DSpark, arXiv 2607.05147, takes 0.9).
     """
 
     logits_of: Callable[[Tensor], Tensor]
@@ -84,6 +86,7 @@ class SoftLabels:
     places: Tensor
     token_ids: Tensor | None = None
     temperature: float = 1.0
+    variation: float = 0.0
 
     @torch.no_grad()
     def of(self, rows: Tensor) -> Judge:
@@ -104,8 +107,12 @@ class SoftLabels:
             places = which[part, head]
             own = wanted[places]
             losses = negative_entropy[places] + _log_total(logits, probs) - _mean(logits, own)
-            probs.sub_(own)
-            return losses
+            if not self.variation:
+                probs.sub_(own)
+                return losses
+            apart, slopes = _total_variation(probs, own)
+            probs.sub_(own).lerp_(slopes, self.variation)
+            return losses.lerp(apart, self.variation)
 
         return judge
 
@@ -260,6 +267,14 @@ def _mean(logits: Tensor, probs: Tensor) -> Tensor:
     """The mean of `logits` [b, D] under `probs`; a logit of -inf, whose probability is 0, adds nothing."""
     mean: Tensor = torch.linalg.vecdot(probs, logits.clamp(min=torch.finfo(logits.dtype).min / 2))
     return mean
+
+
+def _total_variation(probs: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """Half the sum of the absolute differences [b] of two distributions [b, D], and its slope by the first's logits."""
+    gap = probs - wanted
+    side = gap.sign()
+    slopes = 0.5 * probs * (side - torch.linalg.vecdot(probs, side)[:, None])
+    return 0.5 * gap.abs().sum(-1), slopes
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -32,6 +32,7 @@ class LossOptions:
     Attributes:
         soft: whether heads learn the model's own probabilities instead of the text.
         label_temperature: of those probabilities.
+        variation: share of total variation in the distance from them.
         decay: head k counts decay ** k.
         autocast: dtype of the products, or None for that of the parameters.
         chunk_rows: see `rows_per_chunk`.
@@ -40,6 +41,7 @@ class LossOptions:
 
     soft: bool = False
     label_temperature: float = 1.0
+    variation: float = 0.0
     decay: float = 0.8
     autocast: torch.dtype | None = None
     chunk_rows: int = 0
@@ -120,6 +122,8 @@ class HeadsModule(nn.Module):
     def finish(self, out: Path, tokenizer: PreTrainedTokenizerBase, record: dict[str, Any]) -> None:
         """Save what was trained in `out`, the heads in float32, with a record of how."""
         self.heads.training_record = record
+        if self.heads.correction is not None:
+            self.heads.correction.find_successors()
         self.heads.save(out)
         if self.early_exit is None:
             for name in EARLY_EXIT_FILES:  # of an earlier training: it would be taken for these heads'
@@ -158,8 +162,8 @@ class HeadsModule(nn.Module):
         if self.loss_options.soft:
             depths = torch.arange(1, heads.num_heads + 1, device=hidden.device)
             places = (batch["rows"][:, None] + depths).clamp(max=len(hidden) - 1)  # beyond the end nothing is learned
-            temperature = self.loss_options.label_temperature
-            labels = SoftLabels(heads.project, hidden.detach(), places, heads.token_ids, temperature)
+            how = (self.loss_options.label_temperature, self.loss_options.variation)
+            labels = SoftLabels(heads.project, hidden.detach(), places, heads.token_ids, *how)
         with self.autocast():
             outcome = chunked_loss(
                 lambda rows, which: heads(rows) if following is None else heads.corrected(rows, following[which]),

@@ -16,6 +16,7 @@ from ladon.heads import Heads, load_heads, new_heads
 from ladon.heads.early_exit import new_early_exit
 from ladon.heads.ends import output_projection
 from ladon.train.batches import Collator, RowOrder
+from ladon.train.bigrams import start_from_bigrams
 from ladon.train.checkpoints import remove_checkpoints, to_resume
 from ladon.train.config import TrainOptions
 from ladon.train.documents import Document, data_hash, documents_from, shown, split
@@ -65,7 +66,7 @@ def train(
         say(f"{count} of {len(examples)} rows {reason}")
     say(shown(learning[0], tokenizer))
     dtype = model.dtype
-    module = make_module(model, options)
+    module = make_module(model, options, learning)
     heads, share_rows = module.heads, module.loss_options.packed
     rows = rows_of([len(document.tokens) for document in learning], length if share_rows else 0)
     arguments = training_arguments(options, out, len(rows), model.device)
@@ -111,8 +112,8 @@ def _settings(
     }
 
 
-def make_module(model: PreTrainedModel, options: TrainOptions) -> HeadsModule:
-    """Heads, and what else is trained, ready for the Trainer."""
+def make_module(model: PreTrainedModel, options: TrainOptions, documents: Sequence[Document] = ()) -> HeadsModule:
+    """Heads, and what else is trained, ready for the Trainer; start values may come from what is learned."""
     share_rows = options.packing != "off" and keeps_apart(model)
     if options.packing == "on" and not share_rows:
         raise InputError(
@@ -121,6 +122,7 @@ def make_module(model: PreTrainedModel, options: TrainOptions) -> HeadsModule:
     losses = LossOptions(
         soft=options.labels == "target",
         label_temperature=options.label_temperature,
+        variation=options.variation,
         decay=options.decay,
         autocast=_autocast(options, model),
         chunk_rows=options.chunk_rows,
@@ -128,7 +130,7 @@ def make_module(model: PreTrainedModel, options: TrainOptions) -> HeadsModule:
     )
     set_seed(options.seed)
     model.requires_grad_(False).eval()
-    heads, early_exit = start_heads(model, options), None
+    heads, early_exit = start_heads(model, options, documents), None
     if options.early_exit is not None:
         early_exit = new_early_exit(model, options.early_exit, seed=options.seed).to(_master(model))
     if options.joint == "off":
@@ -136,7 +138,7 @@ def make_module(model: PreTrainedModel, options: TrainOptions) -> HeadsModule:
     return JointModule(model, heads, losses, options, early_exit)
 
 
-def start_heads(model: PreTrainedModel, options: TrainOptions) -> Heads:
+def start_heads(model: PreTrainedModel, options: TrainOptions, documents: Sequence[Document] = ()) -> Heads:
     """New heads, or those to go on from, in their training dtype: float32, or the model's if that is wider."""
     if options.init_heads is not None:
         heads = load_heads(options.init_heads, model)
@@ -145,7 +147,10 @@ def start_heads(model: PreTrainedModel, options: TrainOptions) -> Heads:
     else:
         heads = new_heads(model, options.num_heads, options.family, seed=options.seed, **dict(options.family_options))
     if options.markov_rank and heads.correction is None:
-        heads.add_correction(options.markov_rank).initialise(options.seed)
+        correction = heads.add_correction(options.markov_rank, options.markov_successors)
+        correction.initialise(options.seed)
+        if options.markov_start == "bigrams":
+            start_from_bigrams(correction, documents, options.seed)
     if options.freeze_heads:
         if heads.correction is None or options.init_heads is None:
             raise InputError("--freeze-heads trains a correction on given heads: add --markov-rank and --init-heads")
@@ -156,11 +161,13 @@ def start_heads(model: PreTrainedModel, options: TrainOptions) -> Heads:
 
 def _check_same_kind(options: TrainOptions, heads: Heads) -> None:
     """Raise `InputError` if settings ask for other heads than those to go on from."""
-    usual, own = TrainOptions(), {"num_heads": heads.num_heads, "family": heads.family}
+    usual = TrainOptions()
+    own: dict[str, Any] = {"num_heads": heads.num_heads, "family": heads.family}
+    if heads.correction is not None:
+        own |= {"markov_rank": heads.correction.rank, "markov_successors": heads.correction.num_successors}
+        own["markov_start"] = usual.markov_start  # it has started
     wrong = [name for name, value in own.items() if getattr(options, name) not in (value, getattr(usual, name))]
     wrong += [name for name, value in options.family_options if heads.options.get(name) != value]
-    if options.markov_rank and heads.correction is not None and heads.correction.rank != options.markov_rank:
-        wrong.append("markov_rank")
     if wrong:
         raise InputError(
             f"{options.init_heads} holds {heads.num_heads} {heads.family} heads {heads.options}; training goes on with "
