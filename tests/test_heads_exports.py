@@ -145,6 +145,9 @@ def test_a_format_that_cannot_hold_the_heads_says_why(tiny_llama: PreTrainedMode
     corrected = new_heads(tiny_llama, 2, "medusa", markov_rank=2)
     with pytest.raises(HeadsError, match="have a Markov correction, and vllm has no place"):
         export_heads(corrected, "vllm", out)
+    corrected = new_heads(tiny_llama, 2, "medusa", projection="shared", hidden_correction=2)
+    with pytest.raises(HeadsError, match="have a hidden correction, and medusa-v2 has no place"):
+        export_heads(corrected, "medusa-v2", out)
     with pytest.raises(HeadsError, match="'gguf' is unknown; known: own, medusa"):
         export_heads(wide, "gguf", out)
     assert not out.exists() and not list(tmp_path.iterdir())

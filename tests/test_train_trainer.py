@@ -243,6 +243,26 @@ def test_a_correction_is_trained_on_frozen_heads(tiny_llama: PreTrainedModel, tm
     assert losses[-1] < 0.7 * losses[0]
 
 
+def test_a_hidden_correction_is_trained_on_frozen_heads(tiny_llama: PreTrainedModel, tmp_path: Path) -> None:
+    said: list[str] = []
+    run(tiny_llama, tmp_path / "heads", steps=2)
+    options = {"init_heads": str(tmp_path / "heads"), "hidden_correction": 8, "freeze_heads": True, "held_out": "0"}
+    run(tiny_llama, tmp_path / "corrected", said, steps=60, learning_rate=0.02, log_every=10, **options)
+    before, after = load_heads(tmp_path / "heads", tiny_llama), load_heads(tmp_path / "corrected", tiny_llama)
+    assert after.correction is not None and after.options["hidden_correction"] == 8
+    kept = {name: tensor for name, tensor in after.state_dict().items() if not name.startswith("correction.")}
+    assert all(torch.equal(kept[name], tensor) for name, tensor in before.state_dict().items())
+    assert all(parameter.abs().sum() > 0 for parameter in after.correction.parameters())
+    losses = [float(line.split("loss ")[1].split()[0]) for line in said if line.startswith("step ")]
+    assert losses[-1] < losses[0] - 0.1
+    with pytest.raises(InputError, match="both given; heads take one correction, leave one out"):
+        run(tiny_llama, tmp_path / "none", markov_rank=4, hidden_correction=4)
+    with pytest.raises(InputError, match="training goes on with these, so leave out hidden-correction"):
+        run(tiny_llama, tmp_path / "none", init_heads=str(tmp_path / "corrected"), hidden_correction=9)
+    with pytest.raises(InputError, match="hidden_correction is -1; give 0 or more"):
+        run(tiny_llama, tmp_path / "none", hidden_correction=-1)
+
+
 def test_heads_and_their_correction_learn_together(tiny_llama: PreTrainedModel, tmp_path: Path) -> None:
     run(tiny_llama, tmp_path, markov_rank=4, steps=3)
     heads = load_heads(tmp_path, tiny_llama)

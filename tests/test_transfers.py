@@ -159,8 +159,9 @@ def check_one_read_per_step(
     model, tree, reads, prune="off", reads_more=False, sizing=None, constraints=None, **options
 ):
     """With n-grams each row's prompt is read once more, when it joins."""
-    family, heads = options.pop("family", "shared"), options.pop("heads", None)
-    heads = None if options.pop("alone", False) else heads or ladon.new_heads(model, num_heads=3, family=family)
+    heads = options.pop("heads", {})
+    if isinstance(heads, dict):  # what to make new ones of
+        heads = None if options.pop("alone", False) else ladon.new_heads(model, num_heads=3, **heads)
     decoder = ladon.Decoder(model, heads, tree=tree, budget=16, prune=prune, **options)
     decoder.sizing = sizing or decoder.sizing
     prompts = [torch.arange(3, 9), torch.arange(5, 25), torch.arange(7, 8)]
@@ -192,7 +193,12 @@ def test_one_read_per_step(tiny_llama, reads, tree):
 
 @pytest.mark.parametrize("tree", ["dynamic", "chain", FIXED], ids=["dynamic", "chain", "fixed"])
 def test_partial_paths_read_nothing_more(tiny_llama, reads, tree):
-    check_one_read_per_step(tiny_llama, tree, reads, family="hydra", joint="paths")
+    check_one_read_per_step(tiny_llama, tree, reads, heads={"family": "hydra"}, joint="paths")
+
+
+@pytest.mark.parametrize("correction", ["markov_rank", "hidden_correction"])
+def test_corrections_read_nothing_more(tiny_llama, correction, reads):
+    check_one_read_per_step(tiny_llama, "dynamic", reads, heads={correction: 4})
 
 
 @pytest.mark.parametrize("tree", ["dynamic", "off"])

@@ -25,11 +25,11 @@ class Calibration:
     Attributes:
         heads: hash of the heads' weights that were measured (`Heads.weights_hash`).
         temperatures: one per depth, [K]: head k's logits are divided by it before the softmax.
-        joint: how guesses were joined to paths, which the temperatures belong to: "product", "markov" or
-            "paths".
+        joint: how guesses were joined to paths, which the temperatures belong to: "product", "markov",
+            "hidden" or "paths".
         hit_rates: [K][ranks]: how often each rank is right, given that the shallower depths' candidates held the truth.
         marginal_hit_rates: [K][ranks]: the same over all positions; of heads that read the tokens before their guesses,
-            after the true ones.
+            or whose hidden correction does, after the true ones.
         error: calibration error per depth without and with temperatures, as `docs/metrics.md` defines it, on half of
             the prompts; the temperatures were fitted on the other half for this.
         fixed_trees: rank paths of the best fixed tree per number of nodes, root included.

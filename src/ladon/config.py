@@ -28,9 +28,10 @@ NGRAMS = {  # the n-gram options, and what each means
     "auto": "what followed the last tokens where they stood before is guessed too, in dynamic trees and without heads",
     "off": "heads alone guess",
 }
-PRODUCT, MARKOV, PATHS = "product", "markov", "paths"
-JOINTS = ("auto", PRODUCT, MARKOV, PATHS)
+PRODUCT, MARKOV, HIDDEN, PATHS = "product", "markov", "hidden", "paths"
+JOINTS = ("auto", PRODUCT, MARKOV, HIDDEN, PATHS)
 MARKOV_ROWS = 16  # candidates of a head whose children it knows; more change nothing up to 64 nodes
+HIDDEN_ROWS = 8  # tokens of a depth after which a hidden correction guesses on; what follows others is not guessed
 PATH_ROWS = 4  # partial paths per depth that joint="paths" follows in a dynamic tree
 BENCH_MODES = ("plain", "chain", "fixed", "dynamic", "auto", "pruned", "ngrams", "dynamic+ngrams", "auto+ngrams")
 
@@ -59,10 +60,10 @@ class DecoderOptions:
     joint: str = field(
         default="auto",
         metadata={
-            "help": "how the heads' guesses are joined to paths: product (each head by itself), markov (corrected by "
-            "the token before), paths (each guess after the path so far, of heads that read it; in dynamic trees after "
-            f"the {PATH_ROWS} best paths of each depth, or as many as paths:16 says), or auto (markov or paths for "
-            "heads that were made for it)"
+            "help": "how the heads' guesses are joined to paths: product (each head by itself), markov or hidden "
+            "(corrected by the token before, as the heads were trained for), paths (each guess after the path so far, "
+            f"of heads that read it; in dynamic trees after the {PATH_ROWS} best paths of each depth, or as many as "
+            "paths:16 says), or auto (one of the latter three for heads that were made for it)"
         },
     )
     prune: str = field(

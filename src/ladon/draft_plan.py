@@ -31,7 +31,7 @@ class DraftPlan:
         tree: "dynamic", "chain", "off" or a fixed tree.
         budget: nodes per step and row, or "auto".
         num_candidates: kept per head.
-        joint: "product", "markov" or "paths", the last with its rows, if any were named: "paths:16".
+        joint: as `joint_of` gives it, "paths" with its rows, if any were named: "paths:16".
         ngrams: whether n-grams draft too.
     """
 

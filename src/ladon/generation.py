@@ -84,9 +84,9 @@ class Decoder:
             budget: nodes verified per step and row, root included; "auto" chooses at each step what pays, plain
                 decoding included, and is the size of a fixed tree. A smaller budget cuts a fixed tree.
             num_candidates: candidates kept per head.
-            joint: "product" (each head guesses by itself), "markov" (the token before corrects the guess), "paths"
-                (each guess after the path so far; "paths:16": after the 16 best of each depth, a beam) or "auto", one
-                of the latter two where heads were made for it.
+            joint: "product" (each head guesses by itself), "markov" or "hidden" (the token before corrects the guess),
+                "paths" (each guess after the path so far; "paths:16": after the 16 best of each depth, a beam) or
+                "auto", the one that the heads were made for.
             deterministic: let no clock choose, as with LADON_DETERMINISTIC=1 in the environment: automatic sizes depend
                 on the trees and a profile (`ladon calibrate`) alone, and are 16 without one.
             prune: "off"; "auto", what `ladon calibrate --pruning` found to pay, if anything; a `Pruning`; or its layer

@@ -1,6 +1,6 @@
 """Joints: how the guesses of heads become a lattice, each by itself or each after one or all tokens before it.
 
-Shapes: B rows, H hidden width, K depths, C candidates.
+Shapes: B rows, H hidden width, K depths, R conditioning rows, C candidates, V vocabulary.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ladon.config import JOINTS, MARKOV, MARKOV_ROWS, MTP, PATH_ROWS, PATHS, PRODUCT
+from ladon.config import HIDDEN, HIDDEN_ROWS, JOINTS, MARKOV, MARKOV_ROWS, MTP, PATH_ROWS, PATHS, PRODUCT
 from ladon.errors import HeadsError, InputError
 from ladon.fixed_tree import FixedTree
 from ladon.heads import ConditionedHeads, Heads
 from ladon.heads.correction import MarkovCorrection
-from ladon.lattice import Lattice, conditioned, from_logits
+from ladon.heads.hidden_correction import HiddenCorrection
+from ladon.lattice import Lattice, after_tokens, conditioned, from_logits
 from ladon.partial_paths import Rows, along_paths, best_rows, rows_with_children
 
 # Hidden rows [B, H] and roots [B] to what may follow the roots.
@@ -23,13 +24,14 @@ Joint = Callable[[Tensor, Tensor], Lattice]
 
 
 _LACKING = {  # what heads lack that cannot be joined so
-    MARKOV: "the heads have no Markov correction; train one",
+    MARKOV: f"the heads have no {MarkovCorrection.title}; train one",
+    HIDDEN: f"the heads have no {HiddenCorrection.title}; train one",
     PATHS: "the heads do not read the tokens before their guesses; train some of family hydra",
 }
 
 
 def joint_of(heads: Heads | None, joint: str) -> str:
-    """What the `joint` option means for these heads: "product", "markov", or "paths" with its rows, if any were named.
+    """What the `joint` option means for these heads: the name of a joint, with its rows, if any were named.
 
     Raises:
         InputError: an unknown option, or rows that are no number of 1 or more.
@@ -49,7 +51,7 @@ def joint_of(heads: Heads | None, joint: str) -> str:
 def own_joint(heads: Heads | None) -> str:
     """What "auto" means for these heads: the joint that they were trained for."""
     if heads is not None and heads.correction is not None:
-        return MARKOV
+        return heads.correction.joint
     return PATHS if heads is not None and heads.is_conditioned else PRODUCT
 
 
@@ -78,9 +80,12 @@ def make_joint(
     """
     name, _ = _name_and_rows(joint)
     temperatures = calibrated_temperatures(heads, name)
-    if name == MARKOV and heads.correction is not None:
+    correction = heads.correction if name != PRODUCT else None
+    if isinstance(correction, MarkovCorrection):
         # The correction brings forward what was further behind, so more are looked at than trees can use.
-        return markov(heads, heads.correction, max(needed, min(num_candidates, heads.vocab_size)), temperatures)
+        return markov(heads, correction, max(needed, min(num_candidates, heads.vocab_size)), temperatures)
+    if isinstance(correction, HiddenCorrection):
+        return hidden_rows(heads, correction, needed, temperatures)
     if name == PATHS and isinstance(heads, ConditionedHeads):
         rows, depth = rows_and_depth(joint, tree, heads.num_heads, max_nodes)
         return paths(heads, rows, depth, needed, temperatures)
@@ -149,6 +154,42 @@ def paths(
             temperatures=temperatures,
             token_ids=heads.token_ids,
         )
+
+    return guess
+
+
+def hidden_rows(
+    heads: Heads,
+    correction: HiddenCorrection,
+    num_candidates: int,
+    temperatures: Tensor | None = None,
+    num_rows: int = HIDDEN_ROWS,
+) -> Joint:
+    """Each head's state corrected by the token before its guess, for the likeliest R tokens of the depth before.
+
+    The root is known, so the first depth is corrected from the start; which tokens stand before further guesses is said
+    by the depth before without the correction. Two products with the projection: K - 1 rows, and (K - 1) R of them.
+
+    Args:
+        heads: bound to their model.
+        correction: theirs.
+        num_candidates: C.
+        temperatures: [K], by which the corrected logits are divided; None leaves them.
+        num_rows: R, at most V.
+    """
+
+    def guess(hidden: Tensor, root: Tensor) -> Lattice:
+        states, later = heads.states(hidden), heads.num_heads - 1
+        first = correction(states[:, :1], heads.embed(root)[:, None], slice(0, 1))
+        before = heads.project(torch.cat([first, states[:, 1:later]], dim=1))  # [B, K - 1, V], or 1 if K is 1
+        warmth = None if temperatures is None else temperatures[: before.shape[1]]
+        known = from_logits(before, max(num_candidates, num_rows), temperatures=warmth)
+        rows = known.tokens[:, :later, 0, :num_rows]  # [B, K - 1, R]
+
+        moved = correction(states[:, None, 1:], heads.embed(rows.mT), slice(1, None))  # [B, R, K - 1, H]
+        warmth = None if temperatures is None else temperatures[1:].repeat(rows.shape[2])
+        guesses = from_logits(heads.project(moved.flatten(1, 2)), num_candidates, temperatures=warmth)
+        return after_tokens(known, guesses, rows)
 
     return guess
 

@@ -53,6 +53,21 @@ class Lattice:
         """C, the number of candidates per row."""
         return self.tokens.shape[3]
 
+    def leaf_mass(self) -> Tensor:
+        """How probable it is that a path ends at a depth because nothing was guessed after its token, [B, K - 1].
+
+        Of all depths but the last: the total probability of the paths to candidates that lead to no row.
+        """
+        reach = torch.zeros_like(self.log_probs[:, 0, :, 0])
+        reach[:, 0] = 1.0
+        lost = [reach[:, :0]]
+        for level in range(self.depth - 1):
+            mass = (reach[:, :, None] * self.log_probs[:, level].exp()).flatten(1)
+            rows = torch.zeros_like(mass).long() if self.next_row is None else self.next_row[:, level].flatten(1)
+            lost.append((mass * (rows < 0)).sum(1, keepdim=True))
+            reach = torch.zeros_like(reach).scatter_add(1, rows.clamp(min=0), mass * (rows >= 0))
+        return torch.cat(lost, dim=1)
+
 
 def from_logits(
     logits: Tensor, num_candidates: int, *, temperatures: Tensor | None = None, token_ids: Tensor | None = None
@@ -80,6 +95,31 @@ def from_logits(
     if token_ids is not None:
         tokens = token_ids[tokens]
     return Lattice(tokens=tokens[:, :, None], log_probs=log_probs[:, :, None])
+
+
+def after_tokens(first: Lattice, later: Lattice, rows: Tensor) -> Lattice:
+    """The lattice of guesses made after certain tokens of each depth: a candidate that is none of them is a leaf.
+
+    Args:
+        first: its first depth is what may follow the root; the best C count (R = 1).
+        later: what may follow each of `rows`, of the further depths: [B, R (K - 1), 1, C], a row's depths together.
+        rows: tokens of the depth before, distinct, [B, K - 1, R] int64.
+
+    Returns:
+        A lattice of K depths. Row 0 of the first depth is the one in use.
+    """
+    num_rows = rows.shape[2]
+
+    def joined(after_root: Tensor, after_rows: Tensor) -> Tensor:
+        root_row = after_root[:, :1, :, : after_rows.shape[3]].expand(-1, -1, num_rows, -1)
+        by_depth = after_rows.reshape(*rows.mT.shape, after_rows.shape[3]).transpose(1, 2)  # [B, K - 1, R, C]
+        return torch.cat([root_row, by_depth], dim=1)
+
+    tokens, log_probs = joined(first.tokens, later.tokens), joined(first.log_probs, later.log_probs)
+    is_row = tokens[:, :-1, ..., None] == rows[:, :, None, None]  # [B, K - 1, R, C, R]
+    places = (is_row * torch.arange(1, num_rows + 1, device=rows.device)).sum(-1) - 1
+    leaves = torch.full_like(tokens[:, -1:], -1)
+    return Lattice(tokens=tokens, log_probs=log_probs, next_row=torch.cat([places, leaves], dim=1))
 
 
 def conditioned(

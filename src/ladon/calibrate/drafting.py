@@ -6,6 +6,7 @@ import copy
 
 from ladon.config import DecoderOptions
 from ladon.heads import Heads
+from ladon.heads.correction import MarkovCorrection
 from ladon.lattice import Correction
 from ladon.proposers import HeadsProposer, drafting
 from ladon.stats import StageClock
@@ -21,5 +22,6 @@ def default_proposer(target: Target, heads: Heads) -> HeadsProposer:
 
 
 def correction_of(heads: Heads) -> Correction | None:
-    """The heads' correction for traces, which lie on the CPU in float32; None if they have none."""
-    return None if heads.correction is None else copy.deepcopy(heads.correction).cpu().float().among
+    """The heads' Markov correction for traces, which lie on the CPU in float32; None if they have none."""
+    correction = heads.correction
+    return copy.deepcopy(correction).cpu().float().among if isinstance(correction, MarkovCorrection) else None

@@ -13,7 +13,7 @@ from ladon.calibrate.simulate import SimulatedRun, simulate_budgets, simulate_pr
 from ladon.calibrate.step_times import StepTimes
 from ladon.calibrate.temperatures import BINS, CalibrationError, calibration_errors, fit_temperatures
 from ladon.calibration import Calibration
-from ladon.config import MARKOV, PATHS
+from ladon.config import HIDDEN, MARKOV, PRODUCT
 from ladon.errors import InputError
 from ladon.fixed_tree import FixedTree, best_fixed_tree
 from ladon.lattice import Correction
@@ -88,7 +88,8 @@ def calibrate(
 
     Args:
         trace: the recorded answers.
-        correction: the heads' own, where they have one; temperatures, hit rates and trees are then those with it.
+        correction: the heads' Markov correction, where they have one; temperatures, hit rates and trees are then those
+            with it. A hidden correction is in the trace.
         budgets: sizes of the simulated trees, root included.
         step_times: measured on this machine; the projection goes by the first. May be empty.
         place: the machine, as `ladon.environment` describes it.
@@ -108,7 +109,7 @@ def calibrate(
         error=_errors(halves),
         fixed_trees={size: [list(path) for path in tree.paths] for size, tree in trees.items()},
         simulated=_simulated(halves, budgets),
-        prefixes={} if trace.joint == PATHS else halves.prefixes(SIZES),
+        prefixes={} if trace.joint != PRODUCT else halves.prefixes(SIZES),
         step_times=_times(halves, step_times, place or {}),
         measured_on={**trace.about, "answers": trace.num_rows, "positions": trace.num_positions},
     )
@@ -130,15 +131,17 @@ def _errors(halves: Halves) -> dict[str, Any]:
 def _simulated(halves: Halves, budgets: Sequence[int]) -> list[dict[str, Any]]:
     """The chain, then of each budget the fixed tree and the dynamic one, the latter without and with temperatures.
 
-    Dynamic trees of heads that read the tokens before their guesses are left out (`ladon.calibrate.simulate`).
+    What cannot be simulated is left out (`ladon.calibrate.simulate`).
     """
+    if halves.unseen.joint == HIDDEN:
+        return []
     found = [_entry("chain", False, *halves.simulated("chain", [halves.unseen.num_heads + 1]))]
     if not budgets:
         return found
     rates = hit_rates(halves.known.ranks(), halves.known.num_candidates)
     for budget in budgets:
         found.append(_entry("fixed", False, *halves.simulated(best_fixed_tree(rates, budget), [budget])))
-    if halves.unseen.joint == PATHS:
+    if halves.unseen.joint != PRODUCT:
         return found
     for temperatures in (None, halves.temperatures):
         runs = halves.simulated("dynamic", budgets, temperatures)
@@ -167,7 +170,7 @@ def _times(halves: Halves, measured: Sequence[StepTimes], place: dict[str, Any])
         "place": place,
         "measured": [{**asdict(times), "relative": [round(r, 3) for r in times.relative]} for times in measured],
     }
-    if halves.unseen.joint == PATHS:
+    if halves.unseen.joint != PRODUCT:
         return found
     times = measured[0]
     runs = halves.simulated("dynamic", times.nodes, halves.temperatures)

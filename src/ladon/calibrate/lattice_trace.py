@@ -47,8 +47,8 @@ class LatticeTrace:
         truth: the token that the model itself said k places after the root, [P, K] int32; -1 past the answer's end.
         row_starts: first position of each row, and P at the end, [R + 1] int64.
         heads: hash of the heads' weights (`Heads.weights_hash`).
-        joint: "product", or "paths" if the heads have read the tokens before their guesses: candidates are then those
-            after the true tokens, and mean nothing where the truth is not known.
+        joint: "product", or "paths" or "hidden" if heads or their correction have read the tokens before their guesses:
+            candidates are then those after the true tokens, and mean nothing where the truth is not known.
         about: what was recorded: model, dtype, prompts; JSON values.
     """
 

@@ -1,6 +1,7 @@
 """Records a trace: the target decodes plainly, and at every token of its answers the heads say what they guess.
 
-Heads that read the tokens before their guesses are given the true ones, so they speak when an answer has ended.
+Heads, or hidden corrections, that read the tokens before their guesses are given the true ones, so they speak when an
+answer has ended.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from ladon.calibrate.lattice_trace import GRID, LatticeTrace
-from ladon.config import PATHS, PRODUCT, DecoderOptions
+from ladon.config import HIDDEN, MARKOV, PRODUCT, DecoderOptions
 from ladon.engine import Engine
 from ladon.errors import InputError
 from ladon.heads import Heads
+from ladon.joints import own_joint
 from ladon.proposers import Stateless
 from ladon.requests import end_ids
 from ladon.rows import Row
@@ -135,7 +137,7 @@ def candidate_tables(
     """The heads' best candidates after true tokens, as `LatticeTrace` keeps them.
 
     Args:
-        heads: bound to their model; without their correction, if they have one.
+        heads: bound to their model; without their correction, if it is Markov's.
         hidden: [P, H], as `Heads.forward` takes it.
         following: [P, K] int64, the K tokens after each, as `Heads.forward` takes them.
         num_candidates: C.
@@ -143,7 +145,8 @@ def candidate_tables(
     Returns:
         tokens [P, K, C] int32, logits [P, K, C] float32, log-normalisers [P, K, G] float32.
     """
-    logits = heads(hidden, following).float()
+    hidden_joint = own_joint(heads) == HIDDEN
+    logits = (heads.corrected if hidden_joint else heads)(hidden, following).float()
     top, entries = logits.topk(min(num_candidates, logits.shape[-1]), dim=-1)
     logits = logits - top[..., :1]
     normalizers = torch.stack([(logits / temperature).exp().sum(-1).log() for temperature in GRID], dim=-1)
@@ -190,7 +193,7 @@ def _assemble(
         truth=_following(answers, heads.num_heads),
         row_starts=torch.tensor([0, *(len(answer) - 1 for answer in answers)]).cumsum(0),
         heads=heads.weights_hash,
-        joint=PATHS if heads.is_conditioned else PRODUCT,
+        joint=PRODUCT if own_joint(heads) == MARKOV else own_joint(heads),
         about=about,
     )
 

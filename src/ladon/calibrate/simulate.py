@@ -5,7 +5,8 @@ at its root, and the tokens that the model says after it. Trees are grown by the
 answer is walked from step to step.
 
 Of heads that read the tokens before their guesses a trace holds the guesses after the true ones. By these alone a chain
-and a fixed tree accept what they accept; which paths a dynamic tree has room for depends on guesses after others.
+and a fixed tree accept what they accept; which paths a dynamic tree has room for depends on guesses after others. So it
+does with a hidden correction for which tokens of a depth any guesses are made, and nothing is simulated.
 
 Shapes: P positions, K depths, C candidates, N nodes (root included).
 """
@@ -23,15 +24,15 @@ from torch import Tensor
 
 from ladon.calibrate.lattice_trace import LatticeTrace
 from ladon.calibrate.prefixes import reached, true_rows, true_slots
-from ladon.config import MARKOV_ROWS, PATHS
+from ladon.config import HIDDEN, MARKOV_ROWS, PATHS
 from ladon.errors import TreeError
 from ladon.fixed_tree import FixedTree
 from ladon.lattice import Correction, Lattice, conditioned
 from ladon.proposers import candidates_needed, tree_builder
 
 NOT_SIMULATED = (
-    "a trace has what heads guess after the true tokens, and trees of heads that read the tokens before their guesses "
-    "depend on what they guess after others: `ladon bench` runs them"
+    "a trace has what heads guess after the true tokens, and trees of heads that read the tokens before their guesses, "
+    "or whose correction does, depend on what they guess after others: `ladon bench` runs them"
 )
 _CHUNK = 1024  # positions whose trees exist at a time
 
@@ -99,7 +100,7 @@ def simulate_budgets(
 
     Raises:
         TreeError: an unknown tree, a budget below 1, more candidates than were recorded, a fixed tree that the heads or
-            the candidates cannot fill, or a dynamic one of heads that read the tokens before their guesses.
+            the candidates cannot fill, or one that depends on guesses after tokens that were not said.
     """
     if not budgets or min(budgets) < 1:
         raise TreeError(f"budgets are {list(budgets)!r}; give numbers of nodes, 1 or more (the root is one of them)")
@@ -112,6 +113,8 @@ def simulate_budgets(
         raise TreeError(f'tree is {tree!r}; a trace can be decoded with "dynamic", "chain" or a ladon.FixedTree')
     elif tree == "dynamic" and trace.joint == PATHS:
         raise TreeError(f'tree is "dynamic"; {NOT_SIMULATED}; give "chain" or a ladon.FixedTree')
+    if trace.joint == HIDDEN:
+        raise TreeError(f"tree is {tree!r}; {NOT_SIMULATED}")
     slots, largest = _true_slots(trace, tree, max(budgets), temperatures, num_candidates, correction)
     return [_walk(trace, (slots < budget).sum(1), min(budget, largest)) for budget in budgets]
 

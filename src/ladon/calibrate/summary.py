@@ -12,7 +12,7 @@ from rich.text import Text
 
 from ladon.calibrate.simulate import NOT_SIMULATED
 from ladon.calibration import Calibration
-from ladon.config import PATHS
+from ladon.config import HIDDEN, PATHS
 from ladon.fixed_tree import FixedTree
 from ladon.viz.outline import outline
 
@@ -39,8 +39,9 @@ def summary(calibration: Calibration) -> Iterable[RenderableType]:
             "(else: ranking); top-1: they are the best candidates, the chain",
             "dim",
         )
-    if calibration.joint == PATHS:
-        yield Text(f"no dynamic trees are simulated: {NOT_SIMULATED}", "dim")
+    if calibration.joint in (PATHS, HIDDEN):
+        kind = "dynamic trees" if calibration.simulated else "trees"
+        yield Text(f"no {kind} are simulated: {NOT_SIMULATED}", "dim")
     if calibration.step_times:
         yield from _times(calibration.step_times)
     if calibration.pruning:

@@ -64,6 +64,7 @@ def train(
     markov_rank: Annotated[int, _option("markov_rank")] = _DEFAULTS.markov_rank,
     markov_successors: Annotated[int, _option("markov_successors")] = _DEFAULTS.markov_successors,
     markov_start: Annotated[str, _option("markov_start")] = _DEFAULTS.markov_start,
+    hidden_correction: Annotated[int, _option("hidden_correction")] = _DEFAULTS.hidden_correction,
     freeze_heads: Annotated[bool, _switch("freeze_heads")] = _DEFAULTS.freeze_heads,
     labels: Annotated[str, _option("labels")] = _DEFAULTS.labels,
     label_temperature: Annotated[float, _option("label_temperature")] = _DEFAULTS.label_temperature,

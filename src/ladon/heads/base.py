@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import warnings
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -16,7 +15,8 @@ from ladon.errors import HeadsError
 from ladon.heads.checkpoint import HeadsConfig, write_heads
 from ladon.heads.correction import MarkovCorrection
 from ladon.heads.ends import input_embedding_module, output_projection
-from ladon.heads.fingerprint import MIN_AGREEMENT, Fingerprint, agreement, differing, fingerprint
+from ladon.heads.fingerprint import Fingerprint, check_same_base, fingerprint
+from ladon.heads.hidden_correction import HiddenCorrection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,7 +40,7 @@ class Heads(nn.Module, ABC):
         base_fingerprint: samples of the target's weights, to recognise it again; None if never bound.
         training_record: how the heads were trained, as JSON values; saved with them.
         is_conditioned: whether head k looks at the tokens between the one it reads and the one it guesses.
-        correction: what the token before each guess adds to its logits, if that was trained; None for nothing.
+        correction: what the token before each guess changes about it, if that was trained; None for nothing.
         calibration: what `ladon calibrate` found for these heads on their model; None if it never ran.
         folder: the folder they were loaded from, where an early exit may lie beside them; None for new ones.
     """
@@ -61,7 +61,7 @@ class Heads(nn.Module, ABC):
         self.training_record: dict[str, Any] = {}
         self.calibration: Calibration | None = None
         self.folder: Path | None = None
-        self.correction: MarkovCorrection | None = None
+        self.correction: MarkovCorrection | HiddenCorrection | None = None
         # In tuples, so that the target's modules are no submodules: not saved, not trained, not moved with the heads.
         self._projection: tuple[nn.Module, ...] = ()
         self._embedding: tuple[nn.Module, ...] = ()
@@ -99,7 +99,9 @@ class Heads(nn.Module, ABC):
         return self.is_conditioned or self.correction is not None
 
     def corrected(self, hidden: Tensor, following: Tensor) -> Tensor:
-        """Logits as `forward` gives them, with what the token before each guess adds; what training uses."""
+        """Logits as `forward` gives them, with what the token before each guess changes; what training uses."""
+        if isinstance(self.correction, HiddenCorrection):
+            return self.project(self.correction(self.states(hidden), self.embed(following)))
         logits: Tensor = self(hidden, following)
         return logits if self.correction is None else logits + self.correction(following)
 
@@ -107,20 +109,44 @@ class Heads(nn.Module, ABC):
         """Give heads that have none a Markov correction of this rank, its numbers not yet set.
 
         Raises:
-            HeadsError: they have one, read the tokens before their guesses themselves, or have a vocabulary of their
-                own; or the rank is not 1 to V, or there are more successors than tokens.
+            HeadsError: they have a correction, read the tokens before their guesses themselves, or have a vocabulary of
+                their own; or the rank is not 1 to V, or there are more successors than tokens.
         """
-        for stands_against, reason in (
-            (self.correction is not None, "have one"),
-            (self.is_conditioned, "read the tokens before their guesses themselves"),
-            (self.token_ids is not None, "have a vocabulary of their own"),
-        ):
-            if stands_against:
-                raise HeadsError(f"these {self.family} heads take no Markov correction: they {reason}. Leave it out")
+        self._check_correctable(MarkovCorrection.title)
         self.correction = MarkovCorrection(
             num_heads=self.num_heads, vocab_size=self.vocab_size, rank=rank, num_successors=num_successors
         )
         return self.correction.to(next(self.parameters()))
+
+    def add_hidden_correction(self, width: int) -> HiddenCorrection:
+        """Give heads that have none a hidden correction of this inner width, its numbers not yet set.
+
+        Raises:
+            HeadsError: as for `add_correction`, or they have output projections of their own; or the width is below 1.
+        """
+        own = (not self.shares_projection, "have output projections of their own")
+        self._check_correctable(HiddenCorrection.title, own)
+        self.correction = HiddenCorrection(num_heads=self.num_heads, hidden_size=self.hidden_size, width=width)
+        return self.correction.to(next(self.parameters()))
+
+    def _check_correctable(self, title: str, *more: tuple[bool, str]) -> None:
+        for stands_against, reason in (
+            (self.correction is not None, "have one"),
+            (self.is_conditioned, "read the tokens before their guesses themselves"),
+            (self.token_ids is not None, "have a vocabulary of their own"),
+            *more,
+        ):
+            if stands_against:
+                raise HeadsError(f"these {self.family} heads take no {title}: they {reason}. Leave it out")
+
+    @property
+    def shares_projection(self) -> bool:
+        """Whether all heads end in the target's own output projection, so that they have `states`."""
+        return False
+
+    def states(self, hidden: Tensor) -> Tensor:
+        """What each head gives to the target's output projection, [..., H] to [..., K, H], if all share it."""
+        raise HeadsError(f"{self.family} heads have output projections of their own, and no states to project alike")
 
     @property
     def token_ids(self) -> Tensor | None:
@@ -139,9 +165,13 @@ class Heads(nn.Module, ABC):
 
     @property
     def options(self) -> dict[str, int | str]:
-        """The family's own settings, as its constructor takes them, and the correction's if there is one."""
-        own = {name: getattr(self, name) for name in self.option_names}
-        return own if self.correction is None else own | self.correction.options
+        """The family's own settings, and the size of the correction if there is one, as `new_heads` takes them."""
+        return self.own_options if self.correction is None else self.own_options | self.correction.options
+
+    @property
+    def own_options(self) -> dict[str, int | str]:
+        """The family's own settings, as its constructor takes them."""
+        return {name: getattr(self, name) for name in self.option_names}
 
     @abstractmethod
     def initialise(self, model: PreTrainedModel, seed: int) -> None:
@@ -215,8 +245,9 @@ class Heads(nn.Module, ABC):
                 f"{self.family} heads use the output projection of their model, and have none yet. Call "
                 "heads.bind(model) or load_heads(path, model)"
             )
-        logits: Tensor = self._projection[0](hidden)
-        return logits
+        # Two dimensions: on a strided [T, K, H] torch would copy the projection's weight once per row.
+        logits: Tensor = self._projection[0](hidden.reshape(-1, self.hidden_size))
+        return logits.view(*hidden.shape[:-1], logits.shape[-1])
 
     def embed(self, tokens: Tensor) -> Tensor:
         """The target's own input embedding: [...] int64 to [..., H]."""
@@ -226,6 +257,11 @@ class Heads(nn.Module, ABC):
                 "heads.bind(model) or load_heads(path, model)"
             )
         embedded: Tensor = self._embedding[0](tokens)
+        if embedded.shape[-1] != self.hidden_size:
+            raise HeadsError(
+                f"{self.family} heads of hidden size {self.hidden_size} cannot read the tokens before their guesses: "
+                f"this model's input embedding has width {embedded.shape[-1]}. Use heads that do not read them"
+            )
         return embedded
 
     def check_sizes(self, model: PreTrainedModel) -> None:
@@ -241,36 +277,7 @@ class Heads(nn.Module, ABC):
     def check_base(self, model: PreTrainedModel) -> None:
         """Raise `HeadsError` if `model` is another than these heads' own; warn where that cannot be told."""
         self.check_sizes(model)
-        name = self.base_name or "an unnamed model"
-        if self.base_fingerprint is None:
-            _warn("the heads carry no fingerprint of the model they were trained on")
-            return
-        shares = agreement(self.base_fingerprint, fingerprint(model))
-        wrong = differing(shares)
-        if wrong:
-            raise HeadsError(
-                f"these heads were trained on {name}, whose weights differ from this model's (samples that agree: "
-                f"{', '.join(wrong)}, at least {MIN_AGREEMENT:.0%} expected). Load the heads of this model, or pass "
-                "force=True: the text stays exact, fewer guesses are right"
-            )
-        unread = [group for group, share in shares.items() if share is None]
-        if unread:
-            _warn(f"the weights of {' and '.join(unread)} cannot be compared with those of {name}")
-
-
-def _warn(reason: str) -> None:
-    warnings.warn(f"cannot verify that these heads belong to this model: {reason}", stacklevel=4)
-
-
-def check_token_ids(name: str, ids: Tensor, vocab_size: int) -> None:
-    """A draft vocabulary must name tokens of the target, each once: the heads would index past its end otherwise."""
-    values = ids.tolist()
-    distinct = set(values)
-    if ids.is_floating_point() or len(distinct) < len(values) or not 0 <= min(values) <= max(values) < vocab_size:
-        raise HeadsError(
-            f"{name}: token_map has {len(values)} ids, {len(distinct)} of them distinct, from {min(values)} to "
-            f"{max(values)}; expected distinct ids below {vocab_size}. Save or download the heads again"
-        )
+        check_same_base(self.base_name, self.base_fingerprint, model)
 
 
 def check_count(name: str, value: int) -> None:

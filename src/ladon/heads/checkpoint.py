@@ -99,6 +99,17 @@ def write_pair(
         raise HeadsError(f"cannot write {folder}: {error}. Make room or give another folder") from error
 
 
+def check_token_ids(name: str, ids: Tensor, vocab_size: int) -> None:
+    """A draft vocabulary must name tokens of the target, each once: the heads would index past its end otherwise."""
+    values = ids.tolist()
+    distinct = set(values)
+    if ids.is_floating_point() or len(distinct) < len(values) or not 0 <= min(values) <= max(values) < vocab_size:
+        raise HeadsError(
+            f"{name}: token_map has {len(values)} ids, {len(distinct)} of them distinct, from {min(values)} to "
+            f"{max(values)}; expected distinct ids below {vocab_size}. Save or download the heads again"
+        )
+
+
 def find_heads(path: str | Path, revision: str | None = None) -> Path:
     """The folder or file of that name, or the local copy of the hub repository of that name.
 

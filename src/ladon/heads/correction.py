@@ -9,9 +9,12 @@ Shapes: K depths, V vocabulary, r rank.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
+from ladon.config import MARKOV
 from ladon.errors import HeadsError
 
 MARKOV_RANK, MARKOV_SUCCESSORS = "markov_rank", "markov_successors"  # options that all families share
@@ -31,6 +34,8 @@ class MarkovCorrection(nn.Module):
             for none.
     """
 
+    joint: ClassVar[str] = MARKOV
+    title: ClassVar[str] = "Markov correction"
     successors: Tensor | None
 
     def __init__(self, *, num_heads: int, vocab_size: int, rank: int, num_successors: int = 0) -> None:
@@ -55,9 +60,9 @@ class MarkovCorrection(nn.Module):
         return 0 if self.successors is None else self.successors.shape[1]
 
     @property
-    def options(self) -> dict[str, int]:
-        """What `Heads.options` says about it."""
-        own = {MARKOV_RANK: self.rank}
+    def options(self) -> dict[str, int | str]:
+        """What makes one of the same size, as `new_heads` takes it."""
+        own: dict[str, int | str] = {MARKOV_RANK: self.rank}
         return own | {MARKOV_SUCCESSORS: self.num_successors} if self.num_successors else own
 
     @torch.no_grad()

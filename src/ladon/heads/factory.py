@@ -11,12 +11,13 @@ import torch
 
 from ladon.calibration import CALIBRATION_FILE, Calibration, read_calibration
 from ladon.errors import HeadsError
-from ladon.heads.base import Heads, check_token_ids
-from ladon.heads.checkpoint import find_heads, is_own, read_config, read_tensors
+from ladon.heads.base import Heads
+from ladon.heads.checkpoint import check_token_ids, find_heads, is_own, read_config, read_tensors
 from ladon.heads.correction import MARKOV_RANK, MARKOV_SUCCESSORS
 from ladon.heads.ends import output_projection
 from ladon.heads.formats.detect import detect
 from ladon.heads.formats.reading import open_checkpoint
+from ladon.heads.hidden_correction import HIDDEN_CORRECTION
 from ladon.heads.hydra import HydraHeads
 from ladon.heads.lowrank import LowRankHeads
 from ladon.heads.medusa import MedusaHeads
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 FAMILIES: Mapping[str, type[Heads]] = {cls.family: cls for cls in (SharedHeads, MedusaHeads, LowRankHeads, HydraHeads)}
-_SHARED = (MARKOV_RANK, MARKOV_SUCCESSORS)  # options that all families take
+CORRECTION_OPTIONS = (MARKOV_RANK, MARKOV_SUCCESSORS, HIDDEN_CORRECTION)  # beside those of a family
 
 
 def new_heads(
@@ -43,8 +44,9 @@ def new_heads(
             "lowrank" (a wide MLP and a thin projection per head; options `expansion`, 2, and `rank`, 64) or "hydra"
             (each head reads the tokens before the one it guesses; option `num_blocks`, 1).
         seed: decides the random start values.
-        **options: the family's own settings; `markov_rank`, for a Markov correction of this rank; and
-            `markov_successors`, for guesses that it adds to those of the heads after each token.
+        **options: the family's own settings; `markov_rank` or `hidden_correction`, for a correction by the token before
+            each guess, of this rank or inner width; and `markov_successors`, for guesses that the former adds to those
+            of the heads after each token.
 
     Returns:
         Heads whose logits equal the target's until they are trained.
@@ -139,14 +141,16 @@ def _build(family: str, num_heads: int, hidden_size: int, vocab_size: int, optio
     if family not in FAMILIES:
         raise HeadsError(f"head family {family!r} is unknown; known: {', '.join(FAMILIES)}")
     allowed = FAMILIES[family].option_names
-    own = {name: value for name, value in options.items() if name not in _SHARED}
+    own = {name: value for name, value in options.items() if name not in CORRECTION_OPTIONS}
     unknown = sorted(own.keys() - set(allowed))
     if unknown:
-        allowed = (*allowed, *_SHARED)
+        allowed = (*allowed, *CORRECTION_OPTIONS)
         raise HeadsError(f"{family} heads have no option {', '.join(unknown)}; they take {', '.join(allowed)}")
     heads = FAMILIES[family](num_heads=num_heads, hidden_size=hidden_size, vocab_size=vocab_size, **own)
     if MARKOV_RANK in options:  # its values are checked there
         heads.add_correction(cast(int, options[MARKOV_RANK]), cast(int, options.get(MARKOV_SUCCESSORS, 0)))
     elif MARKOV_SUCCESSORS in options:
         raise HeadsError(f"{MARKOV_SUCCESSORS} are those of a Markov correction; give {MARKOV_RANK} too")
+    if HIDDEN_CORRECTION in options:
+        heads.add_hidden_correction(cast(int, options[HIDDEN_CORRECTION]))
     return heads

@@ -7,6 +7,7 @@ embedding readable while its layers are not, and a fine-tuned one often keeps it
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ladon.errors import HeadsError
 from ladon.heads.ends import input_embedding, output_projection
 
 if TYPE_CHECKING:
@@ -67,6 +69,35 @@ def agreement(saved: Fingerprint, found: Fingerprint) -> dict[str, float | None]
 def differing(shares: Mapping[str, float | None]) -> list[str]:
     """The groups, with their shares, in which fewer samples agree than one and the same model would show."""
     return [f"{group} {share:.0%}" for group, share in shares.items() if share is not None and share < MIN_AGREEMENT]
+
+
+def check_same_base(name: str, saved: Fingerprint | None, model: PreTrainedModel) -> None:
+    """Raise `HeadsError` if `model` is not the one that heads were trained on; warn where that cannot be told.
+
+    Args:
+        name: where that one came from, as people know it; "" for nowhere.
+        saved: its fingerprint, if one was taken.
+        model: the one at hand.
+    """
+    name = name or "an unnamed model"
+    if saved is None:
+        _warn("the heads carry no fingerprint of the model they were trained on")
+        return
+    shares = agreement(saved, fingerprint(model))
+    wrong = differing(shares)
+    if wrong:
+        raise HeadsError(
+            f"these heads were trained on {name}, whose weights differ from this model's (samples that agree: "
+            f"{', '.join(wrong)}, at least {MIN_AGREEMENT:.0%} expected). Load the heads of this model, or pass "
+            "force=True: the text stays exact, fewer guesses are right"
+        )
+    unread = [group for group, share in shares.items() if share is None]
+    if unread:
+        _warn(f"the weights of {' and '.join(unread)} cannot be compared with those of {name}")
+
+
+def _warn(reason: str) -> None:
+    warnings.warn(f"cannot verify that these heads belong to this model: {reason}", stacklevel=5)
 
 
 def _share_of_equal(left: str, right: str) -> float:

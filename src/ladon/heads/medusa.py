@@ -81,7 +81,7 @@ class MedusaHeads(Heads):
         self.register_buffer("token_map", torch.arange(draft_vocab_size) if draft_vocab_size else None)
 
     @property
-    def options(self) -> dict[str, int | str]:
+    def own_options(self) -> dict[str, int | str]:
         """The family's own settings, as its constructor takes them."""
         return {
             "num_blocks": self.num_blocks,
@@ -116,15 +116,31 @@ class MedusaHeads(Heads):
 
     def forward(self, hidden: Tensor, following: Tensor | None = None) -> Tensor:
         """Logits of every head, [..., H] to [..., K, D]; see `Heads.forward`."""
-        rows = hidden.reshape(1, -1, self.hidden_size).expand(self.num_heads, -1, -1)  # [K, T, H]
-        for weight, bias in zip(self.block_weight, self.block_bias, strict=True):
-            rows = rows + functional.silu(torch.baddbmm(bias[:, None], rows, weight.mT))
         if self.projection is None:
-            # Two dimensions: on a strided [T, K, H] torch would copy the projection's weight once per row.
-            logits = self.project(rows.transpose(0, 1).reshape(-1, self.hidden_size))  # [T K, V]
-            logits = logits if self.token_map is None else logits[:, self.token_map]
-        elif self.own_bias is None:
+            logits = self.project(self.states(hidden))
+            return logits if self.token_map is None else logits[..., self.token_map]
+        rows = self._blocks(hidden)
+        if self.own_bias is None:
             logits = torch.bmm(rows, self.projection.mT).transpose(0, 1)  # [T, K, D]
         else:
             logits = torch.baddbmm(self.own_bias[:, None], rows, self.projection.mT).transpose(0, 1)
         return logits.reshape(*hidden.shape[:-1], self.num_heads, self.draft_vocab_size or self.vocab_size)
+
+    @property
+    def shares_projection(self) -> bool:
+        """See `Heads`; it depends on the option `projection`."""
+        return self.projection is None
+
+    def states(self, hidden: Tensor) -> Tensor:
+        """What the shared projection gets, [..., H] to [..., K, H]; see `Heads.states`."""
+        if not self.shares_projection:
+            return super().states(hidden)
+        states = self._blocks(hidden).transpose(0, 1)
+        return states.reshape(*hidden.shape[:-1], self.num_heads, self.hidden_size)
+
+    def _blocks(self, hidden: Tensor) -> Tensor:
+        """What comes out of the blocks of each head, [..., H] to [K, T, H]."""
+        rows = hidden.reshape(1, -1, self.hidden_size).expand(self.num_heads, -1, -1)
+        for weight, bias in zip(self.block_weight, self.block_bias, strict=True):
+            rows = rows + functional.silu(torch.baddbmm(bias[:, None], rows, weight.mT))
+        return rows

@@ -62,6 +62,15 @@ class SharedHeads(Heads):
 
     def forward(self, hidden: Tensor, following: Tensor | None = None) -> Tensor:
         """Logits of every head, [..., H] to [..., K, V]; see `Heads.forward`."""
+        return self.project(self.states(hidden))
+
+    @property
+    def shares_projection(self) -> bool:
+        """See `Heads`: they always do."""
+        return True
+
+    def states(self, hidden: Tensor) -> Tensor:
+        """What the projection gets, [..., H] to [..., K, H]; see `Heads.states`."""
         rows = hidden.reshape(-1, self.hidden_size)  # [T, H]
         inner = functional.linear(rows, self.up_weight.flatten(0, 1), self.up_bias.flatten())  # [T, K F] or [T, K 2F]
         inner = inner.view(-1, *self.up_bias.shape)
@@ -72,6 +81,4 @@ class SharedHeads(Heads):
             inner = functional.silu(inner)
         inner = inner.transpose(0, 1)  # [K, T, F]
         moved = torch.baddbmm(rows, inner, self.down_weight)  # [K, T, H], rows added to every head
-        # Two dimensions: on a strided [T, K, H] torch would copy the projection's weight once per row.
-        logits = self.project(moved.transpose(0, 1).reshape(-1, self.hidden_size))  # [T K, V]
-        return logits.view(*hidden.shape[:-1], self.num_heads, self.vocab_size)
+        return moved.transpose(0, 1).reshape(*hidden.shape[:-1], self.num_heads, self.hidden_size)

@@ -34,6 +34,9 @@ class TrainOptions:
     markov_start: str = _setting(
         "zero", "of a new correction: zero (it changes nothing at first) or bigrams (what pairs in the rows say)"
     )
+    hidden_correction: int = _setting(
+        0, "inner width of a hidden correction that is trained too, about the model's hidden size; 0: none"
+    )
     freeze_heads: bool = _setting(False, "train the correction alone, on heads as --init-heads has them")
     labels: str = _setting(
         "text",
@@ -107,6 +110,10 @@ class TrainOptions:
             raise InputError("markov_successors and markov_start are of a Markov correction; give markov_rank too")
         if self.variation > 1 or (self.variation and self.labels != "target"):
             raise InputError(f"variation is {self.variation}; give 0 to 1, with labels target")
+        if self.markov_rank and self.hidden_correction:
+            raise InputError(
+                "markov_rank and hidden_correction are both given; heads take one correction, leave one out"
+            )
         if self.warmup >= 1:
             raise InputError(f"warmup is {self.warmup}; give a share of the updates, below 1")
 
@@ -144,6 +151,6 @@ _LEAST: dict[str, float] = {
     **dict.fromkeys(("weight_decay", "warmup", "clip", "chunk_rows", "heads_warmup_steps", "heads_weight"), 0),
     **dict.fromkeys(("lora_dropout", "eval_every", "seed", "variation"), 0),
     "early_exit": 1,
-    **dict.fromkeys(("markov_rank", "markov_successors"), 0),
+    **dict.fromkeys(("markov_rank", "markov_successors", "hidden_correction"), 0),
     "length": 3,  # one token that is read, the next, and the one that head 1 guesses
 }

@@ -16,11 +16,13 @@ from torch.nn import functional
 from ladon import lattice
 from ladon.accept import longest_match
 from ladon.calibrate.step_times import measure_step_times
-from ladon.config import AUTO_BUDGET, MARKOV_ROWS, PATH_ROWS, DecoderOptions
+from ladon.config import AUTO_BUDGET, HIDDEN_ROWS, MARKOV_ROWS, PATH_ROWS, DecoderOptions
 from ladon.growth import grow_chain, grow_dynamic
 from ladon.heads import ConditionedHeads, Heads
+from ladon.heads.correction import MarkovCorrection
 from ladon.heads.ends import input_embedding_module, output_projection
-from ladon.joints import paths
+from ladon.heads.hidden_correction import HiddenCorrection
+from ladon.joints import hidden_rows, paths
 from ladon.partial_paths import best_rows
 from ladon.train.losses import rows_per_chunk
 from ladon.train.modules import hidden_states
@@ -108,7 +110,8 @@ def evaluate(
         budget: nodes of the dynamic tree, root included.
     """
     sums = _Sums(heads.num_heads, next(heads.parameters()).device)
-    chunk = rows_per_chunk(heads.num_heads, heads.vocab_size)
+    rows_per_head = HIDDEN_ROWS if isinstance(heads.correction, HiddenCorrection) else 1
+    chunk = rows_per_chunk(heads.num_heads * rows_per_head, heads.vocab_size)
     was_training = model.training, heads.training
     model.eval()
     heads.eval()
@@ -138,12 +141,7 @@ def _add(sums: _Sums, heads: Heads, hidden: Tensor, rows: Mapping[str, Tensor], 
     sums.hits += (hits * weights[..., None]).sum(0)
 
     known = mask.all(-1) if heads.token_ids is None else mask.any(-1)
-    if heads.reads_following:
-        logits = heads.draft(hidden, following[:, 0])
-    # In the heads' own vocabulary, where the roots have no name and need none.
-    found = lattice.from_logits(logits[known], DecoderOptions().num_candidates)
-    if heads.correction is not None:
-        found = lattice.conditioned(found, following[known, 0], heads.correction.among, num_rows=MARKOV_ROWS)
+    found = _drafted(heads, hidden[known], following[known, 0], logits[known])
     truth = labels.masked_fill(~mask, -1)[known]
     chain = grow_chain(found, truth.new_zeros(len(truth)), heads.num_heads + 1).tokens[:, 1:]
     if isinstance(heads, ConditionedHeads):  # of whose best paths the chain need not be one
@@ -155,6 +153,24 @@ def _add(sums: _Sums, heads: Heads, hidden: Tensor, rows: Mapping[str, Tensor], 
     sums.steps += len(truth)
     sums.chain += len(truth) + (chain == truth).cumprod(1).sum()
     sums.tree += longest_match(tree, picks, ancestors).count.sum()
+
+
+def _drafted(heads: Heads, hidden: Tensor, root: Tensor, logits: Tensor) -> lattice.Lattice:
+    """What decoding would draft from, in the heads' own vocabulary, where the roots have no name and need none.
+
+    Args:
+        heads: the heads.
+        hidden: [n, H].
+        root: [n], tokens of the target.
+        logits: [n, K, D], after the true tokens: those of decoding too if the heads do not read these.
+    """
+    num_candidates, correction = DecoderOptions().num_candidates, heads.correction
+    if isinstance(correction, HiddenCorrection):
+        return hidden_rows(heads, correction, num_candidates)(hidden, root)
+    found = lattice.from_logits(heads.draft(hidden, root) if heads.reads_following else logits, num_candidates)
+    if isinstance(correction, MarkovCorrection):
+        return lattice.conditioned(found, root, correction.among, num_rows=MARKOV_ROWS)
+    return found
 
 
 def _common_dtype(model: PreTrainedModel, heads: Heads) -> AbstractContextManager[Any]:

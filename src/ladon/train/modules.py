@@ -15,6 +15,7 @@ from ladon.forwards import layer_output, lock_of, projection_inputs
 from ladon.heads import Heads
 from ladon.heads.card import write_card
 from ladon.heads.checkpoint import EARLY_EXIT_FILES
+from ladon.heads.correction import MarkovCorrection
 from ladon.heads.early_exit import EarlyExit
 from ladon.heads.ends import output_projection
 from ladon.train.losses import Labels, Outcome, SoftLabels, TokenLabels, chunked_loss, rows_per_chunk
@@ -122,7 +123,7 @@ class HeadsModule(nn.Module):
     def finish(self, out: Path, tokenizer: PreTrainedTokenizerBase, record: dict[str, Any]) -> None:
         """Save what was trained in `out`, the heads in float32, with a record of how."""
         self.heads.training_record = record
-        if self.heads.correction is not None:
+        if isinstance(self.heads.correction, MarkovCorrection):
             self.heads.correction.find_successors()
         self.heads.save(out)
         if self.early_exit is None:

@@ -15,6 +15,7 @@ from ladon.errors import HeadsError, InputError
 from ladon.heads import Heads, load_heads, new_heads
 from ladon.heads.early_exit import new_early_exit
 from ladon.heads.ends import output_projection
+from ladon.heads.factory import CORRECTION_OPTIONS
 from ladon.train.batches import Collator, RowOrder
 from ladon.train.bigrams import start_from_bigrams
 from ladon.train.checkpoints import remove_checkpoints, to_resume
@@ -146,14 +147,19 @@ def start_heads(model: PreTrainedModel, options: TrainOptions, documents: Sequen
         heads.calibration = None  # of what they were
     else:
         heads = new_heads(model, options.num_heads, options.family, seed=options.seed, **dict(options.family_options))
-    if options.markov_rank and heads.correction is None:
+    if heads.correction is None and options.markov_rank:
         correction = heads.add_correction(options.markov_rank, options.markov_successors)
         correction.initialise(options.seed)
         if options.markov_start == "bigrams":
             start_from_bigrams(correction, documents, options.seed)
+    if heads.correction is None and options.hidden_correction:
+        heads.add_hidden_correction(options.hidden_correction).initialise(options.seed)
     if options.freeze_heads:
         if heads.correction is None or options.init_heads is None:
-            raise InputError("--freeze-heads trains a correction on given heads: add --markov-rank and --init-heads")
+            raise InputError(
+                "--freeze-heads trains a correction on given heads: add --init-heads, and --markov-rank or "
+                "--hidden-correction"
+            )
         heads.requires_grad_(False)
         heads.correction.requires_grad_(True)
     return heads.to(_master(model))
@@ -164,7 +170,7 @@ def _check_same_kind(options: TrainOptions, heads: Heads) -> None:
     usual = TrainOptions()
     own: dict[str, Any] = {"num_heads": heads.num_heads, "family": heads.family}
     if heads.correction is not None:
-        own |= {"markov_rank": heads.correction.rank, "markov_successors": heads.correction.num_successors}
+        own |= {name: heads.options.get(name, 0) for name in CORRECTION_OPTIONS}
         own["markov_start"] = usual.markov_start  # it has started
     wrong = [name for name, value in own.items() if getattr(options, name) not in (value, getattr(usual, name))]
     wrong += [name for name, value in options.family_options if heads.options.get(name) != value]

@@ -191,7 +191,8 @@ def _as_medusa(heads: Heads, name: str) -> MedusaHeads:
         )
     if heads.correction is not None:
         raise HeadsError(
-            f"these heads have a Markov correction, and {name} has no place for it; it would be lost. Use --format own"
+            f"these heads have a {heads.correction.title}, and {name} has no place for it; it would be lost. Use "
+            "--format own"
         )
     if heads.own_bias is not None and heads.own_bias.any():
         raise HeadsError(

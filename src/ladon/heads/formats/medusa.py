@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ladon.errors import HeadsError
-from ladon.heads.base import check_token_ids
+from ladon.heads.checkpoint import check_token_ids
 from ladon.heads.fingerprint import Fingerprint, samples_of
 from ladon.heads.formats.keys import HEAD, KIND, LAYER, Layout, Parts, check_shapes, counts, some
 from ladon.heads.formats.reading import Checkpoint
