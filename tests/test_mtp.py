@@ -16,6 +16,7 @@ from torch import nn
 import families
 import ladon
 from drafts import FIXED, RandomSizing
+from ladon.accept import Accepted
 from ladon.cli.main import run
 from ladon.engine import Engine
 from ladon.errors import HeadsError, InputError
@@ -255,6 +256,24 @@ def test_drafts_are_those_of_a_row_that_has_just_joined(name):
         torch.testing.assert_close(fresh.log_probs, tree.rows(places).log_probs, rtol=0, atol=1e-5)
         compared += len(texts)
     assert compared > 20
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", MODULES)
+def test_rows_that_join_when_nothing_is_drafted_know_their_first_token(name):
+    """It is read with what comes after it, at the first step that drafts."""
+    (model, heads), texts = build(name), prompts_of((5, 14, 3))
+    proposer = proposer_of(heads, model)
+    assert drafts(proposer, model, [text[:-1] for text in texts], max_nodes=1).num_nodes == 1
+    proposer.mirror([])
+    last = torch.stack([states_of(model, text[:-1])[-1:] for text in texts])
+    zeros, tokens = torch.zeros(len(texts), 1, dtype=torch.long), torch.stack([text[-1:] for text in texts])
+    accepted = Accepted(path=zeros, tokens=tokens, count=zeros[:, 0] + 1, last=zeros[:, 0], bonus=tokens[:, 0])
+    proposer.observe(accepted, last)
+    tree = proposer.propose(last[:, 0], tokens[:, 0], 12)
+    fresh = drafts(proposer_of(heads, model), model, texts)
+    assert torch.equal(tree.tokens, fresh.tokens)
+    torch.testing.assert_close(tree.log_probs, fresh.log_probs, rtol=0, atol=1e-5)
 
 
 def test_much_that_waits_is_read_though_nothing_is_drafted():

@@ -83,10 +83,10 @@ class MtpProposer:
     def propose(self, hidden: Tensor, root: Tensor, max_nodes: int) -> TokenTree:
         """The tree over the modules' candidates; they run only if one is wanted, or much waits to be read."""
         assert self._text is not None and self._waiting is not None
-        if max_nodes == 1 and self._waiting.tokens.shape[1] < _MOST_WAITING:
+        waiting = self._waiting = self._waiting.ending_in(root)
+        if max_nodes == 1 and waiting.tokens.shape[1] < _MOST_WAITING:
             return root_tree(root)
         with self._clock.stage("heads"):
-            waiting = self._waiting.ending_in(root)
             self._text.read(waiting.hidden, waiting.tokens, waiting.count)
             self._waiting = Waiting.none(len(root), hidden)
             if max_nodes == 1:
