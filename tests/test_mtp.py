@@ -21,9 +21,12 @@ from ladon.cli.main import run
 from ladon.engine import Engine
 from ladon.errors import HeadsError, InputError
 from ladon.heads.mtp import MtpHeads
+from ladon.lookup import Lookup
+from ladon.lossy import Typical
 from ladon.mtp import MtpProposer
+from ladon.pruning import Pruning
 from ladon.rows import Row
-from ladon.sampling import GREEDY
+from ladon.sampling import GREEDY, Sampler
 from ladon.stats import DecodeStats, StageClock
 from ladon.target import Target
 from ladon.tree import check_tree
@@ -151,6 +154,14 @@ def test_every_path_is_scored_given_all_its_tokens(name, num_paths):
             assert tree.log_probs[row, node].item() == pytest.approx(expected, abs=1e-5)
 
 
+def test_a_fixed_tree_is_filled_whole():
+    """Its paths are those that get candidates, however many they are and whatever their probability."""
+    model, heads = build("glm4_moe")
+    shape = ladon.FixedTree([path for rank in range(8) for path in ((rank,), (rank, 0), (rank, 0, 0))])
+    tree = drafts(proposer_of(heads, model, shape, num_candidates=8), model, prompts_of((4, 11)), max_nodes=25)
+    assert tree.num_nodes == 25 and tree.log_probs.isfinite().all()
+
+
 @torch.no_grad()
 def forced(heads, model, text, path):
     """Log-probabilities of a path's tokens by the modules, everything computed anew without Ladon's cache and masks."""
@@ -216,12 +227,22 @@ def test_sampled_equals_plain_decoding_with_the_same_seed(name):
     assert found[0].tolist() == found[1].tolist()
 
 
-def run_changing(model, proposer, *, sizing, chunk=5, picker=GREEDY):
-    """Rows that join and leave at any step, two cancelled; yields each step's rows and the trees drafted after it."""
+class Noting(MtpProposer):
+    """Notes what it drafts: the engine may have merged n-grams into it at the end of the step."""
+
+    drafted = None
+
+    def propose(self, hidden, root, max_nodes):
+        self.drafted = super().propose(hidden, root, max_nodes)
+        return self.drafted
+
+
+def run_changing(model, proposer, *, sizing, chunk=5, picker=GREEDY, **options):
+    """Rows that join and leave at any step, one cancelled; yields each step's rows and the trees drafted after it."""
     target = Target(model, prefill_chunk=chunk)
-    engine = Engine(target, proposer, budget=sizing, stats=DecodeStats(), clock=CLOCK, max_rows=3)
+    engine = Engine(target, proposer, budget=sizing, stats=DecodeStats(), clock=CLOCK, max_rows=3, **options)
     rows = [
-        Row(prompt=prompt, max_new_tokens=limit, is_stop=lambda _: False, picker=picker)
+        Row(prompt=prompt.repeat(2), max_new_tokens=limit, is_stop=lambda _: False, picker=picker)
         for prompt, limit in zip(prompts_of((6, 1, 23, 2, 11)), (30, 3, 19, 12, 14), strict=True)
     ]
     with torch.no_grad():
@@ -230,21 +251,33 @@ def run_changing(model, proposer, *, sizing, chunk=5, picker=GREEDY):
                 engine.submit(rows[number // 3])
             if number == 8:
                 engine.cancel(rows[2])
+            proposer.drafted = None
             if engine.step() is None:
                 break
-            yield engine._batch.decoding, engine._tree
+            yield engine._batch.decoding, proposer.drafted
     assert all(row.finished for row in rows) and sum(row.cancelled for row in rows) == 1
-    for row in rows:
+    assert not any(row.states for row in rows)
+    for row in rows if picker is GREEDY else []:
         truth = reference(model, row.prompt, row.max_new_tokens)
         assert row.tokens == truth[: len(row.tokens)] and (row.cancelled or row.tokens == truth)
 
 
+WAYS = {
+    "trees": lambda: {},
+    "read at once": lambda: {"chunk": 1000},
+    "n-grams": lambda: {"lookup": Lookup(is_chain=False)},
+    "pruned": lambda: {"pruning": Pruning(layer=1, keep=6)},
+    "typical": lambda: {"rule": Typical(), "picker": Sampler(temperature=0.9)},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", MODULES)
-def test_drafts_are_those_of_a_row_that_has_just_joined(name):
+def test_drafts_are_those_of_a_row_that_has_just_joined(name, way):
     """Whatever trees and steps came before, plain ones among them: the same tokens and probabilities, at every step."""
     (model, heads), compared = build(name), 0
-    proposer = proposer_of(heads, model, budget=48, num_candidates=16)
-    for rows, tree in run_changing(model, proposer, sizing=RandomSizing(3)):
+    proposer = Noting(heads, model, "dynamic", num_candidates=16, budget=48, clock=CLOCK)
+    for rows, tree in run_changing(model, proposer, sizing=RandomSizing(3), **WAYS[way]()):
         if tree is None or tree.num_nodes == 1:
             continue
         texts = [torch.cat([row.prompt, torch.tensor(row.tokens)]) for row in rows if not row.finished]
@@ -376,6 +409,38 @@ def test_models_without_modules_are_refused_in_one_line(tiny_llama, shipped, mon
     monkeypatch.delattr(modeling_layers.MtpModel, "forward_layer")
     with pytest.raises(HeadsError, match=r"cannot load MTP modules; 5\.23 can"):
         ladon.load_mtp(model)
+
+
+def test_offloaded_models_are_refused_and_the_modules_keep_their_weights(shipped):
+    _, model, heads = shipped
+    with torch.device("meta"):
+        nowhere = type(model)(model.config)
+    for attempt in (lambda: ladon.load_mtp(nowhere), lambda: heads.bind(nowhere, force=True)):
+        with pytest.raises(HeadsError, match="are offloaded"):
+            attempt()
+    heads.bind(model)
+    assert all(parameter.device.type == "cpu" for parameter in heads.mtp.layers.parameters())
+
+
+@pytest.mark.parametrize("ends", ["cancelled", "an error"])
+def test_hidden_states_of_prompts_are_let_go_of(ends, shipped, monkeypatch):
+    """Also of those that are never read to their end."""
+    _, model, heads = shipped
+    engine = Engine(
+        Target(model, prefill_chunk=4), proposer_of(heads, model), budget=8, stats=DecodeStats(), clock=CLOCK
+    )
+    row = Row(prompt=prompts_of((19,))[0], max_new_tokens=4, is_stop=lambda _: False)
+    engine.submit(row)
+    engine.step()
+    assert [len(states) for states in row.states] == [4]
+    if ends == "cancelled":
+        engine.cancel(row)
+        engine.step()
+    else:
+        monkeypatch.setattr(Target, "read", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            engine.step()
+    assert row.finished and not row.states
 
 
 def test_what_modules_cannot_do_is_said(shipped, tmp_path):

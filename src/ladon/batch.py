@@ -115,6 +115,7 @@ class Batch:
         """Cancel the rows in flight, whatever state they are in."""
         for row in self.rows:
             row.cancel()
+            row.states.clear()
         self.rows, self.drafted, self._cache = [], [], None
 
 

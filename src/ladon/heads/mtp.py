@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NoReturn
 
+import torch
 import transformers
 from torch import Tensor
 
@@ -60,12 +61,12 @@ class MtpHeads(Heads):
     def bind(self, model: PreTrainedModel, force: bool = False) -> Self:
         """See `Heads.bind`: the modules take what they share with the target from this one, and follow it."""
         super().bind(model, force)
-        mtp = self.mtp
+        mtp, device = self.mtp, _device_of(model)
         mtp.tie_with_main_model(model)
         mtp.config._attn_implementation = model.config.get_text_config(decoder=True)._attn_implementation
         for name, module in mtp.named_children():
             if name in ("layers", "shared_post_norm"):
-                module.to(model.device)
+                module.to(device)
                 if next(module.parameters()).dtype != model.dtype:  # some modules keep a few numbers in float32
                     module.to(model.dtype)
         return self
@@ -130,8 +131,9 @@ def load_mtp(model: PreTrainedModel, num_heads: int | None = None) -> MtpHeads:
         raise HeadsError(
             f"{name} has no MTP modules that transformers can load (its config has no num_mtp_layers). Use other heads"
         )
+    device = _device_of(model)
     try:
-        mtp = found.from_pretrained(model, device_map={"": model.device})
+        mtp = found.from_pretrained(model, device_map={"": device})
     except Exception as error:  # transformers raises every kind, for every way in which a checkpoint can be wrong
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
         raise HeadsError(
@@ -139,6 +141,17 @@ def load_mtp(model: PreTrainedModel, num_heads: int | None = None) -> MtpHeads:
             "model with from_pretrained from a checkpoint that holds them"
         ) from error
     return MtpHeads(model, mtp, num_heads=num_heads)
+
+
+def _device_of(model: PreTrainedModel) -> torch.device:
+    """Where the modules go; `HeadsError` for an offloaded model, which seems to be nowhere."""
+    device: torch.device = model.device
+    if device.type == "meta":
+        raise HeadsError(
+            f"the weights of {type(model).__name__} are offloaded, and MTP modules run beside them on one device. Load "
+            "the model onto it whole, or use other heads"
+        )
+    return device
 
 
 def _mtp_class() -> Any:
