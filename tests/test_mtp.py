@@ -411,6 +411,17 @@ def test_models_without_modules_are_refused_in_one_line(tiny_llama, shipped, mon
         ladon.load_mtp(model)
 
 
+def test_dynamic_frequencies_are_left_as_they_were():
+    """The rotary embedding is the target's: what the modules make it see is nothing to those who run it next."""
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
+    model, heads = families.random_mtp("glm4_moe", 1, rope_parameters=rope, max_position_embeddings=24)
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
+    (prompt,), before = prompts_of((13,)), model.model.rotary_emb.inv_freq.clone()
+    found = ladon.Decoder(model, heads, budget=12).generate(prompt[None], max_new_tokens=30)
+    assert torch.equal(model.model.rotary_emb.inv_freq, before)
+    assert found[0, 13:].tolist() == reference(model, prompt, 30)
+
+
 def test_offloaded_models_are_refused_and_the_modules_keep_their_weights(shipped):
     _, model, heads = shipped
     with torch.device("meta"):

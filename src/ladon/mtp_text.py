@@ -22,6 +22,7 @@ from ladon.cache import TreeCache
 from ladon.forwards import at, lock_of
 from ladon.heads.mtp import MtpHeads
 from ladon.masks import Locality, Sight, localities, model_masks, tree_mask
+from ladon.spans import Spans
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,7 +40,7 @@ class MtpText:
     def __init__(self, heads: MtpHeads, model: PreTrainedModel, like: Tensor) -> None:
         """No rows; `like` is a tensor of the dtype and on the device of hidden states."""
         config: Any = heads.mtp.config
-        self._heads, self._model = heads, model
+        self._heads, self._model, self._spans = heads, model, Spans(model)
         self._localities = [_locality(config, layer) for layer in range(heads.num_layers)]
         self._mask_dtype = None if config._attn_implementation == "sdpa" else like.dtype
         self._cache = TreeCache(heads.num_layers, 0, like.device)
@@ -129,7 +130,7 @@ class MtpText:
             sight = replace(sight, visible=sight.visible & (sight.keys[:, None] >= first[:, :, None]))
         mask = model_masks(sight, {"": self._localities[layer]}, self._mask_dtype)
         assert isinstance(mask, Tensor)  # one layer type, one mask
-        with lock_of(self._model):  # the rotary embedding is the target's
+        with lock_of(self._model), self._spans.fresh():  # the rotary embedding is the target's
             return self._heads.run(layer, hidden, tokens, positions, mask, self._cache)
 
 
