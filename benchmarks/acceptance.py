@@ -102,7 +102,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     prompts = [prompt_ids(tokenizer, question, []) for question in workload.questions]
     plain = plain_rows(model, prompts, arguments.max_new_tokens, arguments.temperature)
     make = partial(LadonSystem, model, heads, make=partial(DiagnosedDecoder, joint=arguments.joint))
-    systems = [make(mode="plain", budget=1), make(mode="chain", budget=max(BUDGETS))]
+    systems = [LadonSystem(model, None, mode="plain", budget=1, make=DiagnosedDecoder)]
+    systems.append(make(mode="chain", budget=max(BUDGETS)))
     for size in BUDGETS:
         if heads.calibration is not None:
             tree = best_fixed_tree(heads.calibration.hit_rates, size)

@@ -139,6 +139,7 @@ def test_any_lattice_will_do(tiny_llama: PreTrainedModel) -> None:
     assert texts == plain
     means = [found[name]["mean"] for name in PREFIXES]
     assert means == sorted(means, reverse=True) and means[1] > 0
+    assert len(found["leaf_mass"]) == 2 and all(0 < mass < 1 for mass in found["leaf_mass"])
 
 
 def test_n_grams_that_draft_alone_have_no_lattice(tiny_llama: PreTrainedModel) -> None:

@@ -67,6 +67,7 @@ def test_what_is_written_is_of_all_answers_and_what_is_claimed_of_unseen_ones(tr
     sizes = [str(size) for size in SIZES]
     assert found.prefixes["positions"] == 150 and list(found.prefixes["selected"]) == sizes
     assert found.prefixes["top"] == found.prefixes["known"], "the unseen answers are easy to guess"
+    assert found.prefixes["leaf_mass"] == [0.0] * (len(found.temperatures) - 1)
     assert found.measured_on == {"model": "m", "dtype": "float32", "answers": 6, "positions": 300}
 
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ladon.calibrate.prefixes import reached, true_rows, true_slots
+from ladon.calibrate.prefixes import mean_leaf_mass, reached, true_rows, true_slots
 from ladon.growth import grow_chain, grow_dynamic
 from ladon.lattice import Lattice
 from test_growth import brute_force, random_lattice, tree_paths
@@ -72,6 +72,7 @@ def test_candidates_of_the_row_that_the_truth_leads_to() -> None:
     assert found.right.tolist() == [[[True, False], [False, True]]]
     leaf = true_rows(lattice, torch.tensor([[6, 8]]))
     assert leaf.oracle.item() == 1 and leaf.log_probs[0, 1].tolist() == [-torch.inf, -torch.inf]
+    assert mean_leaf_mass([lattice.leaf_mass()], 3) == [pytest.approx(torch.tensor(-3.0).exp().item(), abs=1e-4), None]
     assert true_rows(lattice, torch.tensor([[-1, -1]])).oracle.item() == 0
 
 

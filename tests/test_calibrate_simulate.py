@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import PreTrainedModel
 
 from ladon import Decoder, FixedTree, load_demo, new_heads
 from ladon.bundled import demo_fixed_tree, demo_prompts
+from ladon.calibrate.drafting import correction_of
 from ladon.calibrate.lattice_trace import LatticeTrace
 from ladon.calibrate.recording import record
 from ladon.calibrate.simulate import simulate, simulate_budgets
@@ -38,7 +41,7 @@ def taught(tiny_llama: PreTrainedModel, heads: Heads, updates: int = 60) -> Head
     for _ in range(updates):
         targets = torch.stack([rows[:, k : k + NEW_TOKENS - 4] for k in (2, 3, 4)], dim=2)
         following = torch.stack([rows[:, k : k + NEW_TOKENS - 4] for k in (1, 2, 3)], dim=2)
-        loss = torch.nn.functional.cross_entropy(heads(hidden, following).flatten(0, 2), targets.flatten())
+        loss = torch.nn.functional.cross_entropy(heads.corrected(hidden, following).flatten(0, 2), targets.flatten())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -91,6 +94,28 @@ def test_heads_that_read_the_path_so_far(tiny_llama: PreTrainedModel, tree: str 
     assert found.acceptance_length > 1.05
     with pytest.raises(TreeError, match='tree is "dynamic"; a trace has what heads guess after the true tokens'):
         simulate(trace, "dynamic", 8)
+
+
+@pytest.mark.parametrize("gate", [0, 1])
+@pytest.mark.parametrize(("tree", "budget"), [("chain", 4), (TREE, 9), ("dynamic", 5), ("dynamic", 30)])
+def test_a_markov_correction_and_its_gate(
+    tiny_llama: PreTrainedModel, tree: str | FixedTree, budget: int, gate: int
+) -> None:
+    """A trace keeps what the gates say, as it has no hidden rows."""
+    heads = taught(tiny_llama, new_heads(tiny_llama, 3, markov_rank=8, markov_gate=gate))
+    if gate:  # so that nearly all depends on it
+        heads.correction.after.mul_(3.0)
+        heads.correction.gate.normal_(std=1.0, generator=torch.Generator().manual_seed(0))
+    trace, temperatures = trace_of(tiny_llama, heads), [2.0**0.5, 0.5, 1.0]
+    heads.calibration = Calibration(heads=heads.weights_hash, temperatures=temperatures, hit_rates=[], joint="markov")
+    decoder = Decoder(tiny_llama, heads, tree=tree, budget=budget, ngrams="off")
+    found = simulate(trace, tree, budget, temperatures=temperatures, correction=correction_of(heads))
+    assert (found.tokens, found.row_steps) == run(decoder, PROMPTS, NEW_TOKENS)
+    assert found.acceptance_length > 1.05
+    ungated = replace(trace, gates=None)
+    assert (trace.gates is None) == (gate == 0)
+    other = simulate(ungated, tree, budget, temperatures=temperatures, correction=correction_of(heads))
+    assert (found != other) == (gate == 1)
 
 
 def test_temperatures_and_fewer_candidates_are_those_of_the_decoder(tiny_llama: PreTrainedModel, heads: Heads) -> None:

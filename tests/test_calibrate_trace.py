@@ -22,8 +22,8 @@ PROMPTS = [torch.tensor([5, 6, 7, 8]), torch.tensor([9, 10]), torch.tensor([11, 
 NEW_TOKENS = 12
 
 
-def random_heads(model: PreTrainedModel, num_heads: int = 2) -> Heads:
-    heads = new_heads(model, num_heads)
+def random_heads(model: PreTrainedModel, num_heads: int = 2, **options: int) -> Heads:
+    heads = new_heads(model, num_heads, **options)
     for parameter in heads.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return heads
@@ -41,7 +41,7 @@ def test_candidates_and_truth_are_those_of_the_greedy_text(tiny_llama: PreTraine
     """One answer ends early, so a row leaves its batch before the others."""
     first = greedy(tiny_llama, PROMPTS[0])[4:]
     tiny_llama.generation_config.eos_token_id = int(first[5])
-    heads = random_heads(tiny_llama)
+    heads = random_heads(tiny_llama, markov_rank=2, markov_gate=1)
     trace = record(tiny_llama, heads, PROMPTS, max_new_tokens=NEW_TOKENS, batch_size=batch_size, num_candidates=7)
     position = 0
     for row, prompt in enumerate(PROMPTS):
@@ -53,7 +53,9 @@ def test_candidates_and_truth_are_those_of_the_greedy_text(tiny_llama: PreTraine
         for place in range(len(answer) - 1):
             following = [*answer[place + 1 : place + 3], -1, -1][:2]
             assert trace.truth[position].tolist() == following
-            logits = heads(hidden[len(prompt) + place - 1])
+            state = hidden[len(prompt) + place - 1]
+            logits = heads(state)
+            torch.testing.assert_close(trace.gates[position], heads.correction.gates(state).float())
             expected = lattice.from_logits(logits[None], 7)
             assert trace.tokens[position].tolist() == expected.tokens[0, :, 0].tolist()
             for k in (1, 2):
@@ -151,10 +153,14 @@ def test_save_and_load(tmp_path: Path) -> None:
     trace = replace(trace_of(torch.randn(4, 2, 9), 3), heads="0123", joint="paths", about={"model": "m", "prompts": 4})
     trace.save(tmp_path / "t.safetensors")
     loaded = LatticeTrace.load(tmp_path / "t.safetensors")
+    assert loaded.gates is None
     for name in ("tokens", "logits", "log_normalizers", "truth", "row_starts"):
         torch.testing.assert_close(getattr(loaded, name), getattr(trace, name), rtol=0, atol=0)
     assert (loaded.heads, loaded.joint, loaded.about) == (trace.heads, "paths", trace.about)
     assert [path.name for path in tmp_path.iterdir()] == ["t.safetensors"]
+    gated = replace(trace, gates=torch.rand(4, 2))
+    gated.save(tmp_path / "t.safetensors")
+    assert torch.equal(LatticeTrace.load(tmp_path / "t.safetensors").gates, gated.gates)
 
 
 def test_files_that_are_no_trace(tmp_path: Path) -> None:
@@ -171,10 +177,12 @@ def test_files_that_are_no_trace(tmp_path: Path) -> None:
 
 
 def test_rows_of_a_trace() -> None:
-    trace = replace(trace_of(torch.randn(6, 1, 9), 3), row_starts=torch.tensor([0, 2, 2, 6]))
+    trace = trace_of(torch.randn(6, 1, 9), 3)
+    trace = replace(trace, row_starts=torch.tensor([0, 2, 2, 6]), gates=torch.rand(6, 1))
     part = trace.of_rows([2, 0])
     assert part.row_starts.tolist() == [0, 4, 6]
     torch.testing.assert_close(part.logits, trace.logits[[2, 3, 4, 5, 0, 1]])
+    assert torch.equal(part.gates, trace.gates[[2, 3, 4, 5, 0, 1]])
     assert trace.of_rows([1]).num_positions == 0
 
 

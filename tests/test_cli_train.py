@@ -82,6 +82,7 @@ def test_defaults_are_those_of_the_options() -> None:
         (["--early-exit", "9"], "early exit is after layer 9 of 2; give 1 to 1"),
         (["--held-out", "2"], "held_out is 2; give a share of the rows, below 1, or a file"),
         (["--held-out", "none.jsonl"], "none.jsonl"),
+        (["--markov-gate"], "markov_gate and markov_start are of a Markov correction; give markov_rank too"),
         (["--load-in-4bit", "--load-in-8bit"], "exclude each other"),
         (["--init-heads", "nowhere"], "nowhere"),
     ],

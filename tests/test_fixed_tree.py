@@ -67,11 +67,13 @@ def test_a_tree_must_fit_the_heads():
 
 
 def test_a_tree_must_fit_the_vocabulary(tiny_llama):
-    """A head has no more candidates than there are tokens, whatever the option says."""
+    """A head has no more candidates than there are tokens."""
     heads = ladon.new_heads(tiny_llama, num_heads=1)
-    ladon.Decoder(tiny_llama, heads, tree=FixedTree(((96,),)), num_candidates=1000)
+    ladon.Decoder(tiny_llama, heads, tree=FixedTree(((96,),)), num_candidates=97)
     with pytest.raises(TreeError, match="rank 97 but only 97 candidates"):
-        ladon.Decoder(tiny_llama, heads, tree=FixedTree(((97,),)), num_candidates=1000)
+        ladon.Decoder(tiny_llama, heads, tree=FixedTree(((97,),)), num_candidates=97)
+    with pytest.raises(TreeError, match="num_candidates is 98; give 1 to 97, the size of the vocabulary"):
+        ladon.Decoder(tiny_llama, heads, num_candidates=98)
 
 
 @pytest.mark.parametrize("count", [0, -3, 2.5, True, "many"])

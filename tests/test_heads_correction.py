@@ -45,11 +45,11 @@ def made(num_heads: int = 3, vocab_size: int = 11, rank: int = 4, seed: int = 0)
     return correction
 
 
-def corrected_heads(model: PreTrainedModel, rank: int = 4, seed: int = 0) -> Heads:
-    heads = ladon.new_heads(model, num_heads=3, markov_rank=rank)
+def corrected_heads(model: PreTrainedModel, rank: int = 4, seed: int = 0, **options: int) -> Heads:
+    heads = ladon.new_heads(model, num_heads=3, markov_rank=rank, **options)
     assert heads.correction is not None
     drawn = made(3, heads.vocab_size, rank, seed)
-    heads.correction.load_state_dict(drawn.state_dict())
+    heads.correction.load_state_dict(heads.correction.state_dict() | drawn.state_dict())
     return heads
 
 
@@ -229,8 +229,12 @@ def test_training_sees_the_token_before(model: PreTrainedModel) -> None:
     assert changed[:, 0].any() and not changed[:, 1:].any()
 
 
-def test_a_trace_given_the_truth_is_what_decoding_drafts_after_it(model: PreTrainedModel) -> None:
-    heads = corrected_heads(model)
+@torch.no_grad()
+@pytest.mark.parametrize("gate", [0, 1])
+def test_a_trace_given_the_truth_is_what_decoding_drafts_after_it(model: PreTrainedModel, gate: int) -> None:
+    heads = corrected_heads(model, markov_gate=gate)
+    if gate:
+        heads.correction.gate.normal_(std=0.5)
     trace = record(model, heads, [torch.tensor([3, 4, 5]), torch.tensor([9, 8])], max_new_tokens=12, num_candidates=6)
     correction = correction_of(heads)
     assert correction is not None
@@ -239,7 +243,8 @@ def test_a_trace_given_the_truth_is_what_decoding_drafts_after_it(model: PreTrai
         truth = trace.truth[place]
         base = torch.stack([trace.log_probs(k)[place] for k in (1, 2, 3)])
         candidates = lattice.Lattice(tokens=trace.tokens[place, None, :, None].long(), log_probs=base[None, :, None])
-        table = lattice.conditioned(candidates, trace.roots[place, None].long(), correction)
+        gates = trace.gates[place, None] if gate else None
+        table = lattice.conditioned(candidates, trace.roots[place, None].long(), correction, gates=gates)
         row = 0
         for depth in range(3):
             expected = table.log_probs[0, depth, row]

@@ -64,12 +64,13 @@ def test_adamw_decays_matrices_alone() -> None:
 
 
 @pytest.mark.parametrize("family", ["shared", "medusa", "lowrank"])
-def test_stacks_of_biases_are_no_matrices(family: str, tiny_llama: PreTrainedModel) -> None:
-    heads = new_heads(tiny_llama, num_heads=3, family=family, **({"rank": 8} if family == "lowrank" else {}))
+def test_stacks_of_biases_and_gates_are_no_matrices(family: str, tiny_llama: PreTrainedModel) -> None:
+    options = {"markov_rank": 2, "markov_gate": 1} | ({"rank": 8} if family == "lowrank" else {})
+    heads = new_heads(tiny_llama, num_heads=3, family=family, **options)
     optimizer = make_optimizer(groups_of(heads), "muon", vocab_size=heads.vocab_size)
     for group in optimizer.param_groups:
         for name in names_in(heads, group):
-            is_matrix = "bias" not in name and name not in ("projection", "out_weight")
+            is_matrix = not any(part in name for part in ("bias", "correction", "projection", "out_weight"))
             assert group["is_stack"] == is_matrix, name
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(heads.parameters()))
 

@@ -243,6 +243,25 @@ def test_a_correction_is_trained_on_frozen_heads(tiny_llama: PreTrainedModel, tm
     assert losses[-1] < 0.7 * losses[0]
 
 
+def test_a_gate_is_trained_with_its_correction(tiny_llama: PreTrainedModel, tmp_path: Path) -> None:
+    run(tiny_llama, tmp_path / "heads", steps=2)
+    gated, ungated = tmp_path / "gated", tmp_path / "ungated"
+    new = {"init_heads": str(tmp_path / "heads"), "markov_rank": 4, "freeze_heads": True}
+    run(tiny_llama, gated, markov_gate=True, **new)
+    run(tiny_llama, ungated, **new)
+    before, after = load_heads(tmp_path / "heads", tiny_llama), load_heads(gated, tiny_llama)
+    assert torch.equal(before.up_weight, after.up_weight) and torch.equal(before.down_weight, after.down_weight)
+    assert (after.correction.gate.abs().sum(1) > 0).all() and load_heads(ungated).correction.gate is None
+
+    run(tiny_llama, tmp_path / "again", init_heads=str(gated), freeze_heads=True)  # goes on with the gate there is
+    assert not torch.equal(load_heads(tmp_path / "again", tiny_llama).correction.gate, after.correction.gate)
+    run(tiny_llama, tmp_path / "named", steps=1, init_heads=str(gated), markov_rank=4, markov_gate=True)
+    with pytest.raises(InputError, match="training goes on with these, so leave out markov-gate, or --init-heads"):
+        run(tiny_llama, tmp_path / "none", init_heads=str(ungated), markov_rank=4, markov_gate=True)
+    with pytest.raises(InputError, match="give markov_rank too"):
+        run(tiny_llama, tmp_path / "none", markov_gate=True)
+
+
 def test_a_hidden_correction_is_trained_on_frozen_heads(tiny_llama: PreTrainedModel, tmp_path: Path) -> None:
     said: list[str] = []
     run(tiny_llama, tmp_path / "heads", steps=2)

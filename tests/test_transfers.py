@@ -196,9 +196,11 @@ def test_partial_paths_read_nothing_more(tiny_llama, reads, tree):
     check_one_read_per_step(tiny_llama, tree, reads, heads={"family": "hydra"}, joint="paths")
 
 
-@pytest.mark.parametrize("correction", ["markov_rank", "hidden_correction"])
-def test_corrections_read_nothing_more(tiny_llama, correction, reads):
-    check_one_read_per_step(tiny_llama, "dynamic", reads, heads={correction: 4})
+@pytest.mark.parametrize(
+    "options", [{"markov_rank": 4}, {"markov_rank": 4, "markov_gate": 1}, {"hidden_correction": 4}]
+)
+def test_corrections_read_nothing_more(tiny_llama, options, reads):
+    check_one_read_per_step(tiny_llama, "dynamic", reads, heads=options)
 
 
 @pytest.mark.parametrize("tree", ["dynamic", "off"])

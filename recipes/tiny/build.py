@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from base import BaseConfig, train_base
-from commands import Commands, calibrate_command, distill_command, heads_command, joint_command
+from commands import Commands, calibrate_command, distill_command, heads_command, joint_command, markov_command
 from corpus import (
     CALIBRATION_MODULES,
     PROMPT_MODULES,
@@ -66,7 +66,14 @@ def tiny_plan(arch: str) -> Plan:
     return Plan(
         base=replace(base, steps=60, batch_tokens=2048, short_length=128, warmup_steps=10, save_every=30),
         commands=Commands(
-            joint_steps=20, joint_heads_steps=10, heads_steps=20, batch_size=4, length=256, new_tokens=32, batch=8
+            joint_steps=20,
+            joint_heads_steps=10,
+            heads_steps=20,
+            markov_steps=10,
+            batch_size=4,
+            length=256,
+            new_tokens=32,
+            batch=8,
         ),
         prompts=24,
         seen_prompts=8,
@@ -91,6 +98,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--base-steps", type=_positive, help="training steps of the base model")
     parser.add_argument("--joint-steps", type=_positive, help="steps of base and heads together")
     parser.add_argument("--heads-steps", type=_positive, help="steps of the final heads")
+    parser.add_argument("--markov-steps", type=_positive, help="steps of their correction by the token before")
     parser.add_argument(
         "--prompts", type=_positive, help="prompts from unseen packages that the model answers for its heads"
     )
@@ -113,6 +121,7 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
             commands,
             joint_steps=arguments.joint_steps or commands.joint_steps,
             heads_steps=arguments.heads_steps or commands.heads_steps,
+            markov_steps=arguments.markov_steps or commands.markov_steps,
         ),
         prompts=arguments.prompts or plan.prompts,
     )
@@ -242,6 +251,7 @@ def main() -> None:
     commands = [
         distill_command(plan.commands, model, run),
         heads_command(plan.commands, model, first, run),
+        markov_command(plan.commands, model, first, run),
         calibrate_command(plan.commands, model, run),
     ]
     for command in commands:

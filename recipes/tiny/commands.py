@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -16,6 +17,8 @@ class Commands:
     joint_heads_steps: int = 1000
     joint_steps: int = 3200  # the heads' own steps at the start included
     heads_steps: int = 1200
+    markov_rank: int = 64
+    markov_steps: int = 1000
     expansion: int = 2
     batch_size: int = 8
     length: int = 512
@@ -54,7 +57,7 @@ def joint_command(settings: Commands, base: Path, run: Path) -> Command:
     arguments = ["train", str(run / "text.jsonl"), "--model", str(base), "--out", str(run / "joint")]
     arguments += ["--joint", "full", "--heads-warmup-steps", str(settings.joint_heads_steps)]
     arguments += ["--steps", str(settings.joint_steps), "--base-learning-rate", "0.012"]
-    arguments += ["--family-option", f"expansion={settings.expansion}"]
+    arguments += ["--family-option", f"expansion={settings.expansion}", "--optimizer", "muon"]
     return Command(arguments=arguments + _shared(settings), folder=run)
 
 
@@ -67,9 +70,21 @@ def distill_command(settings: Commands, model: Path, run: Path) -> Command:
 
 def heads_command(settings: Commands, model: Path, first: Path, run: Path) -> Command:
     """The heads `first` trained further, on the frozen model's own answers and what it says of their prompts."""
-    arguments = ["train", str(run / "answers.jsonl"), "--model", str(model), "--out", str(run / "heads")]
-    arguments += ["--init-heads", str(first), "--labels", "target", "--label-temperature", "0.5", "--learn", "all"]
-    arguments += ["--steps", str(settings.heads_steps), "--learning-rate", "0.006"]
+    arguments = _on_answers(model, first, run, "own_heads")
+    arguments += ["--steps", str(settings.heads_steps), "--learning-rate", "0.006", "--optimizer", "muon"]
+    return Command(arguments=arguments + _shared(settings), folder=run)
+
+
+def markov_command(settings: Commands, model: Path, first: Path, run: Path) -> Command:
+    """A correction by the token before each guess, on the same answers, the heads frozen.
+
+    It starts from the pairs in the answers, or goes on from the one that the heads `first` had already.
+    """
+    arguments = _on_answers(model, run / "own_heads", run, "heads")
+    arguments += ["--markov-rank", str(settings.markov_rank), "--freeze-heads"]
+    if "markov_rank" not in json.loads((first / "config.json").read_text(encoding="utf-8"))["options"]:
+        arguments += ["--markov-start", "bigrams"]
+    arguments += ["--steps", str(settings.markov_steps), "--learning-rate", "0.003", "--optimizer", "adamw"]
     return Command(arguments=arguments + _shared(settings), folder=run)
 
 
@@ -80,8 +95,14 @@ def calibrate_command(settings: Commands, model: Path, run: Path) -> Command:
     return Command(arguments=arguments, folder=run)
 
 
-def _shared(settings: Commands) -> list[str]:
+def _on_answers(model: Path, first: Path, run: Path, out: str) -> list[str]:
+    """A training that goes on with the heads `first`, on what the model says of its prompts and its answers."""
+    arguments = ["train", str(run / "answers.jsonl"), "--model", str(model), "--out", str(run / out)]
     return [
-        *("--optimizer", "muon", "--schedule", "linear"),
-        *("--batch-size", str(settings.batch_size), "--length", str(settings.length)),
+        *(*arguments, "--init-heads", str(first)),
+        *("--labels", "target", "--label-temperature", "0.5", "--learn", "all"),
     ]
+
+
+def _shared(settings: Commands) -> list[str]:
+    return ["--schedule", "linear", "--batch-size", str(settings.batch_size), "--length", str(settings.length)]

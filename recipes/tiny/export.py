@@ -105,6 +105,7 @@ def model_card(bundle: Bundle, model: PreTrainedModel, heads: Heads) -> str:
         million=sum(p.numel() for p in model.parameters()) / 1e6,
         heads_million=sum(p.numel() for p in heads.parameters()) / 1e6,
         num_heads=heads.num_heads,
+        rank=heads.options["markov_rank"],
         python=bundle.corpus["python"],
         files=bundle.corpus["files"],
         megabytes=bundle.corpus["bytes"] / 1e6,
@@ -135,7 +136,7 @@ and measured offline. It completes Python source text; it is no assistant.
 - Model: {million:.1f}M parameters, {layers} layers, hidden size {hidden}, vocabulary {vocab} (byte-level BPE), context
   {context} tokens, bfloat16.
 - Heads: `heads/`, {heads_million:.1f}M parameters, family "shared": a residual MLP per head on the model's own output
-  projection; with their calibration.
+  projection, and a correction of rank {rank} by the token before each guess; with their calibration.
 
 ## Data
 
@@ -158,15 +159,16 @@ on a model that was trained alone.
 
 ## Training of the heads
 
-On the model's own answers to beginnings of its training files and of files that it never saw, the model frozen:
+On the model's own answers to beginnings of its training files and of files that it never saw, the model frozen, then
+the correction, the heads frozen too:
 
 ```text
 {commands}
 ```
 
 Head k guesses the token k + 1 places after the one it reads; the share of positions where the token that the model
-itself goes on to say is among its best 1 to 5, over {calibration_positions} positions in greedy continuations of
-{calibration_prompts} calibration prompts:
+itself goes on to say is among its best 1 to 5, by the head alone, over {calibration_positions} positions in greedy
+continuations of {calibration_prompts} calibration prompts:
 
 | head | top 1 | top 2 | top 3 | top 4 | top 5 |
 |---|---|---|---|---|---|

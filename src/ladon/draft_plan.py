@@ -12,7 +12,7 @@ from ladon.heads.mtp import MtpHeads
 from ladon.joints import joint_of
 from ladon.lookup import Lookup, looks_up
 from ladon.mtp import MtpProposer
-from ladon.proposers import Proposer, RootProposer, as_chain, check_tree, drafting
+from ladon.proposers import Proposer, RootProposer, as_chain, check_candidates, check_tree, drafting
 from ladon.pruning import Pruning
 from ladon.sizing import Sizing
 from ladon.stats import StageClock
@@ -54,13 +54,14 @@ class DraftPlan:
         """The options checked; see `Decoder`.
 
         Raises:
-            TreeError: an option that is none, or a fixed tree that the heads cannot fill.
+            TreeError: an option that is none, more candidates than tokens, or a fixed tree that the heads cannot fill.
             InputError: an unknown joint.
             HeadsError: a joint that the heads are not made for.
         """
         if isinstance(tree, TreeSize):
             tree, budget, num_candidates = tree.options(budget)
         DecoderOptions(num_candidates=num_candidates, ngrams=ngrams)  # checks them
+        check_candidates(num_candidates, heads)
         tree, budget = check_tree(tree, heads, num_candidates), check_budget(budget)
         with_ngrams = ngrams != "off" and looks_up(tree, heads, budget)
         joint = joint_of(heads, joint)

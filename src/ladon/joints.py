@@ -134,6 +134,7 @@ def markov(
             temperatures=temperatures,
             num_rows=MARKOV_ROWS,
             successors=successors if correction.num_successors else None,
+            gates=correction.gates(hidden),
         )
 
     return guess

@@ -130,6 +130,7 @@ def conditioned(
     temperatures: Tensor | None = None,
     num_rows: int | None = None,
     successors: Successors | None = None,
+    gates: Tensor | None = None,
 ) -> Lattice:
     """The lattice in which a guess depends on the token before it: rows are the best candidates of the depth before.
 
@@ -144,6 +145,7 @@ def conditioned(
         temperatures: [K], by which the corrected log-probabilities are divided; None leaves them.
         num_rows: R; what follows the other candidates is not known, and they stay leaves. None: a row for each.
         successors: guesses that a row has beside those of its depth; they are leaves.
+        gates: what everything that is added at a depth is multiplied by, [B, K]; None leaves it.
 
     Returns:
         A lattice whose rows hold C candidates, or C + m with successors. The first depth's rows are all after the root;
@@ -159,6 +161,8 @@ def conditioned(
         own = own.masked_fill(own >= given[..., -1:], -torch.inf)  # candidates already, or as good as the last
         given, added = torch.cat([given.expand_as(added), own], dim=-1), torch.cat([added, own_added], dim=-1)
         tokens = torch.cat([tokens, more], dim=-1)
+    if gates is not None:
+        added = added * gates[:, :, None, None].float()
     log_probs = within(given + added, outside(given), temperatures)
     log_probs, order = log_probs.sort(dim=-1, descending=True, stable=True)
     next_row = order.masked_fill(order >= num_rows, -1)

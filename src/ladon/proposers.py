@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ladon import growth
 from ladon.accept import Accepted
-from ladon.config import MOST_NODES, TREES
+from ladon.config import MOST_NODES, TREES, DecoderOptions
 from ladon.errors import TreeError
 from ladon.fixed_tree import FixedTree
 from ladon.heads import Heads
@@ -138,6 +138,12 @@ def candidates_needed(tree: str | FixedTree, num_candidates: int, budget: int) -
     if isinstance(tree, FixedTree):
         return max(1, tree.max_rank + 1)
     return 1 if tree == "chain" else max(1, min(num_candidates, budget - 1))
+
+
+def check_candidates(num_candidates: int, heads: Heads | None) -> None:
+    """`TreeError` if a head is asked for more candidates than there are tokens; the default is cut to them."""
+    if heads is not None and num_candidates > max(heads.vocab_size, DecoderOptions().num_candidates):
+        raise TreeError(f"num_candidates is {num_candidates}; give 1 to {heads.vocab_size}, the size of the vocabulary")
 
 
 def check_tree(tree: str | FixedTree, heads: Heads | None, num_candidates: int) -> str | FixedTree:

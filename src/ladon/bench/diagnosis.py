@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ladon.bench.report import finite
-from ladon.calibrate.prefixes import reached, true_rows, true_slots
+from ladon.calibrate.prefixes import mean_leaf_mass, reached, true_rows, true_slots
 from ladon.calibrate.temperatures import expected_calibration_error
 from ladon.generation import Decoder
 from ladon.lattice import Lattice
@@ -95,6 +95,7 @@ class Diagnosis:
         self._waiting: list[_Draft] = []
         self._prefixes: list[tuple[int, ...]] = []  # known, oracle, selected, accepted, top
         self._judged: list[list[tuple[Tensor, Tensor]]] = []  # of each depth: probabilities [C], which one is right
+        self._leaves: list[Tensor] = []
         self._undrafted = 0
 
     def follow(self, decoder: DiagnosedDecoder, rows: Sequence[Row]) -> Iterator[Step]:
@@ -128,6 +129,7 @@ class Diagnosis:
         known, selected = int((truth >= 0).sum()), int((slots >= 0).sum())
         accepted = min(draft.accepted, known)
         self._prefixes.append((known, int(rows.oracle), selected, accepted, int(rows.top)))
+        self._leaves.append(draft.lattice.leaf_mass())
         self._judged += [[] for _ in range(draft.lattice.depth - len(self._judged))]
         for depth in range(min(accepted + 1, known)):  # the parents of its candidates were accepted
             probabilities = rows.log_probs[0, depth].exp()
@@ -143,6 +145,7 @@ class Diagnosis:
             "row_steps": len(self._prefixes),
             "undrafted": self._undrafted,
             **{name: reached(column, num_depths) for name, column in zip(names, columns, strict=True)},
+            "leaf_mass": mean_leaf_mass(self._leaves, num_depths),
             "error": {
                 "positions": [len(judged) for judged in self._judged],
                 "top": [_error([(p[:1], right[:1]) for p, right in judged]) for judged in self._judged],

@@ -22,6 +22,6 @@ def default_proposer(target: Target, heads: Heads) -> HeadsProposer:
 
 
 def correction_of(heads: Heads) -> Correction | None:
-    """The heads' Markov correction for traces, which lie on the CPU in float32; None if they have none."""
+    """The heads' Markov correction for traces, which lie on the CPU in float32 and hold its gates; None for none."""
     correction = heads.correction
     return copy.deepcopy(correction).cpu().float().among if isinstance(correction, MarkovCorrection) else None

@@ -29,6 +29,7 @@ FORMAT = "ladon-lattice-trace"
 VERSION = "2"
 GRID = tuple(2.0 ** (quarter / 4) for quarter in range(-8, 9))  # temperatures 1/4 to 4
 _TENSORS = ("tokens", "logits", "log_normalizers", "roots", "truth", "row_starts")
+_OPTIONAL = ("gates",)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,6 +47,7 @@ class LatticeTrace:
         roots: the answer's token at the position, [P] int32.
         truth: the token that the model itself said k places after the root, [P, K] int32; -1 past the answer's end.
         row_starts: first position of each row, and P at the end, [R + 1] int64.
+        gates: what a gated Markov correction multiplies its strengths by, [P, K] float32; None: 1 everywhere.
         heads: hash of the heads' weights (`Heads.weights_hash`).
         joint: "product", or "paths" or "hidden" if heads or their correction have read the tokens before their guesses:
             candidates are then those after the true tokens, and mean nothing where the truth is not known.
@@ -58,6 +60,7 @@ class LatticeTrace:
     roots: Tensor
     truth: Tensor
     row_starts: Tensor
+    gates: Tensor | None = None
     heads: str = ""
     joint: str = PRODUCT
     about: Mapping[str, Any] = field(default_factory=dict)
@@ -115,7 +118,7 @@ class LatticeTrace:
         """What the heads offer after the true tokens, corrected by the one just before each guess.
 
         Args:
-            correction: as `ladon.lattice.conditioned` takes it.
+            correction: as `ladon.lattice.conditioned` takes it; the trace's gates hold.
 
         Returns:
             The same trace with candidates in their corrected order; the normalisers are those of the candidates and
@@ -123,7 +126,8 @@ class LatticeTrace:
         """
         given = torch.stack([self.log_probs(depth) for depth in range(1, self.num_heads + 1)], dim=1)
         before = torch.cat([self.roots[:, None], self.truth[:, :-1]], dim=1).clamp(min=0).long()
-        scores = given + correction(before[:, :, None], self.tokens.long())[:, :, 0].cpu()
+        added = correction(before[:, :, None], self.tokens.long())[:, :, 0].cpu()
+        scores = given + (added if self.gates is None else added * self.gates[..., None])
         logits, order = scores.sort(dim=-1, descending=True, stable=True)
         rest, most = outside(given), logits[:, :, 0]
         grid = torch.tensor(GRID)
@@ -143,6 +147,7 @@ class LatticeTrace:
             roots=self.roots[index],
             truth=self.truth[index],
             row_starts=torch.tensor([0, *map(len, parts)]).cumsum(0),
+            gates=None if self.gates is None else self.gates[index],
             heads=self.heads,
             joint=self.joint,
             about=self.about,
@@ -154,8 +159,10 @@ class LatticeTrace:
         partial = target.with_name(f"{target.name}.partial")
         about = {"format": FORMAT, "version": VERSION, "heads": self.heads, "joint": self.joint}
         about["about"] = json.dumps(dict(self.about))
+        tensors = {name: getattr(self, name) for name in (*_TENSORS, *_OPTIONAL)}
+        tensors = {name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None}
         try:
-            save_file({name: getattr(self, name).contiguous() for name in _TENSORS}, partial, metadata=about)
+            save_file(tensors, partial, metadata=about)
             partial.replace(target)
         except (OSError, SafetensorError) as error:
             partial.unlink(missing_ok=True)
@@ -175,7 +182,8 @@ class LatticeTrace:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
             raise InputError(f"cannot read the trace {path}: {error}; {again}") from error
-        if (metadata.get("format"), metadata.get("version")) != (FORMAT, VERSION) or tensors.keys() != set(_TENSORS):
+        is_whole = tensors.keys() - set(_OPTIONAL) == set(_TENSORS)
+        if (metadata.get("format"), metadata.get("version")) != (FORMAT, VERSION) or not is_whole:
             raise InputError(f"{path} is no {FORMAT} file of version {VERSION}; {again}")
         named = {"heads": metadata["heads"], "joint": metadata.get("joint", PRODUCT)}
         return cls(**tensors, **named, about=json.loads(metadata["about"]))

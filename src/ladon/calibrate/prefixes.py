@@ -8,6 +8,7 @@ Shapes: B row-steps, K depths, R conditioning rows, C candidates, N nodes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,3 +81,12 @@ def reached(prefixes: Tensor, num_depths: int) -> dict[str, Any]:
         return {"mean": None, "shares": [None] * num_depths}
     shares = (prefixes[:, None] > torch.arange(num_depths)).double().mean(0)
     return {"mean": round(float(prefixes.double().mean()), 4), "shares": [round(share, 4) for share in shares.tolist()]}
+
+
+def mean_leaf_mass(found: Sequence[Tensor], num_depths: int) -> list[float | None]:
+    """The mean over all row-steps of `Lattice.leaf_mass`, [b, k - 1] each, of all depths but the last, [K - 1].
+
+    Where lattices are not all as deep, each depth's mean is over those that have it; None where none does.
+    """
+    columns = [[mass[:, depth] for mass in found if mass.shape[1] > depth] for depth in range(num_depths - 1)]
+    return [round(float(torch.cat(column).double().mean()), 4) if column else None for column in columns]

@@ -20,6 +20,7 @@ from ladon.config import HIDDEN, MARKOV, PRODUCT, DecoderOptions
 from ladon.engine import Engine
 from ladon.errors import InputError
 from ladon.heads import Heads
+from ladon.heads.correction import MarkovCorrection
 from ladon.joints import own_joint
 from ladon.proposers import Stateless
 from ladon.requests import end_ids
@@ -88,7 +89,8 @@ class _Recorder(Stateless):
         self._heads, self._num_candidates, self._chunk = heads, min(num_candidates, heads.vocab_size), chunk
         self._rows: list[_Answer] = []
         self._joined = 0
-        self.answers: list[list[Tensor]] = []  # of each: row of each token, tokens, logits, log-normalisers, roots
+        # Of each answer: row of each token, tokens, logits, log-normalisers, roots; gates if there are any.
+        self.answers: list[list[Tensor]] = []
 
     def join(self, prompts: Sequence[Tensor], hidden: Tensor, states: Sequence[Tensor] = ()) -> None:
         """Rows are numbered in the order in which they join."""
@@ -111,15 +113,19 @@ class _Recorder(Stateless):
         self._rows = kept
 
     def _look_at(self, answer: _Answer) -> None:
-        roots = torch.stack(answer.roots)
+        roots, states = torch.stack(answer.roots), torch.stack(answer.hidden)
         following = functional.pad(roots, (0, self._heads.num_heads - 1)).unfold(0, self._heads.num_heads, 1)
-        parts = (torch.split(whole, self._chunk) for whole in (torch.stack(answer.hidden), following))
+        parts = (torch.split(whole, self._chunk) for whole in (states, following))
         found = [
             candidate_tables(self._heads, hidden, tokens, self._num_candidates)
             for hidden, tokens in zip(*parts, strict=True)
         ]
         tables = [torch.cat(tables).cpu() for tables in zip(*found, strict=True)]
         self.answers.append([torch.full((len(roots),), answer.number), *tables, roots.int().cpu()])
+        correction = self._heads.correction
+        gates = correction.gates(states) if isinstance(correction, MarkovCorrection) else None
+        if gates is not None:
+            self.answers[-1].append(gates.float().cpu())
 
 
 @dataclass(eq=False, slots=True)
@@ -184,7 +190,7 @@ def _assemble(
     order = rows.argsort(stable=True)
     is_last = torch.ones_like(order, dtype=torch.bool)
     is_last[:-1] = rows[order].diff() > 0
-    tokens, logits, normalizers, roots = (table[order[~is_last]] for table in tables)
+    tokens, logits, normalizers, roots, *gates = (table[order[~is_last]] for table in tables)
     return LatticeTrace(
         tokens=tokens,
         logits=logits,
@@ -192,6 +198,7 @@ def _assemble(
         roots=roots,
         truth=_following(answers, heads.num_heads),
         row_starts=torch.tensor([0, *(len(answer) - 1 for answer in answers)]).cumsum(0),
+        gates=gates[0] if gates else None,
         heads=heads.weights_hash,
         joint=PRODUCT if own_joint(heads) == MARKOV else own_joint(heads),
         about=about,

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ladon.calibrate.lattice_trace import LatticeTrace
-from ladon.calibrate.prefixes import reached, true_rows, true_slots
+from ladon.calibrate.prefixes import mean_leaf_mass, reached, true_rows, true_slots
 from ladon.config import HIDDEN, MARKOV_ROWS, PATHS
 from ladon.errors import TreeError
 from ladon.fixed_tree import FixedTree
@@ -92,8 +92,8 @@ def simulate_budgets(
         budgets: nodes per step and row, root included.
         temperatures: one per depth, [K], by which the heads' logits are divided; None leaves them.
         num_candidates: candidates kept per head, as `Decoder` takes it; None: as many as the trace has.
-        correction: by the token before, as `ladon.lattice.conditioned` takes it; None leaves guesses as they are. Its
-            successors are not simulated: a trace does not hold what heads said of them.
+        correction: by the token before, as `ladon.lattice.conditioned` takes it, with the trace's gates; None leaves
+            guesses as they are. Its successors are not simulated: a trace does not hold what heads said of them.
 
     Returns:
         A run for each budget. What a depth cap of the target (some models with long contexts) would cut is not cut.
@@ -137,19 +137,22 @@ def simulate_prefixes(
     Returns:
         `positions`, and with the mean and the share of the positions by depth (`ladon.calibrate.prefixes.reached`):
         `known`, depths that the answer still has; `oracle`, those of the lattice; `selected`, by budget those of the
-        tree; `top`, those of the chain.
+        tree; `top`, those of the chain. And the mean of `Lattice.leaf_mass`, by depth.
     """
     parts: list[list[Tensor]] = []
+    leaves: list[Tensor] = []
     for lattice, roots, truth in _lattices(trace, trace.num_candidates, temperatures, correction):
         rows = true_rows(lattice, truth)
         slots = true_slots(tree_builder("dynamic")(lattice, roots, max(budgets)), truth, max(budgets))
         selected = [(slots < budget).sum(1) for budget in budgets]
         parts.append([(truth >= 0).sum(1), rows.oracle, rows.top, *selected])
+        leaves.append(lattice.leaf_mass())
     columns = [reached(torch.cat(column), trace.num_heads) for column in zip(*parts, strict=True)]
     found = dict(zip(("known", "oracle", "top"), columns, strict=False))
     return {
         "positions": trace.num_positions,
         **found,
+        "leaf_mass": mean_leaf_mass(leaves, trace.num_heads),
         "selected": dict(zip(map(str, budgets), columns[len(found) :], strict=True)),
     }
 
@@ -191,7 +194,8 @@ def _lattices(
         lattice = Lattice(tokens=trace.tokens[part, :, None, :width].long(), log_probs=log_probs[part, :, None])
         roots = trace.roots[part].long()
         if correction is not None:
-            lattice = conditioned(lattice, roots, correction, temperatures=after, num_rows=MARKOV_ROWS)
+            gates = None if trace.gates is None else trace.gates[part]
+            lattice = conditioned(lattice, roots, correction, temperatures=after, num_rows=MARKOV_ROWS, gates=gates)
         yield lattice, roots, trace.truth[part].long()
 
 

@@ -39,6 +39,9 @@ def summary(calibration: Calibration) -> Iterable[RenderableType]:
             "(else: ranking); top-1: they are the best candidates, the chain",
             "dim",
         )
+        if any(calibration.prefixes["leaf_mass"]):
+            lost = ", ".join(f"{mass:.1%}" for mass in calibration.prefixes["leaf_mass"])
+            yield Text(f"probability of candidates after which nothing is guessed, depth by depth: {lost}", "dim")
     if calibration.joint in (PATHS, HIDDEN):
         kind = "dynamic trees" if calibration.simulated else "trees"
         yield Text(f"no {kind} are simulated: {NOT_SIMULATED}", "dim")

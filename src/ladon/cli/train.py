@@ -63,6 +63,7 @@ def train(
     init_heads: Annotated[str | None, _option("init_heads", "DIR")] = _DEFAULTS.init_heads,
     markov_rank: Annotated[int, _option("markov_rank")] = _DEFAULTS.markov_rank,
     markov_successors: Annotated[int, _option("markov_successors")] = _DEFAULTS.markov_successors,
+    markov_gate: Annotated[bool, _switch("markov_gate")] = _DEFAULTS.markov_gate,
     markov_start: Annotated[str, _option("markov_start")] = _DEFAULTS.markov_start,
     hidden_correction: Annotated[int, _option("hidden_correction")] = _DEFAULTS.hidden_correction,
     freeze_heads: Annotated[bool, _switch("freeze_heads")] = _DEFAULTS.freeze_heads,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ladon.calibration import Calibration
 from ladon.errors import HeadsError
 from ladon.heads.checkpoint import HeadsConfig, write_heads
-from ladon.heads.correction import MarkovCorrection
+from ladon.heads.correction import MARKOV_GATE, MarkovCorrection
 from ladon.heads.ends import input_embedding_module, output_projection
 from ladon.heads.fingerprint import Fingerprint, check_same_base, fingerprint
 from ladon.heads.hidden_correction import HiddenCorrection
@@ -103,19 +103,23 @@ class Heads(nn.Module, ABC):
         if isinstance(self.correction, HiddenCorrection):
             return self.project(self.correction(self.states(hidden), self.embed(following)))
         logits: Tensor = self(hidden, following)
-        return logits if self.correction is None else logits + self.correction(following)
+        if self.correction is None:
+            return logits
+        added: Tensor = self.correction(following, self.correction.gates(hidden))
+        return logits + added
 
-    def add_correction(self, rank: int, num_successors: int = 0) -> MarkovCorrection:
-        """Give heads that have none a Markov correction of this rank, its numbers not yet set.
+    def add_correction(self, rank: int, num_successors: int = 0, gate: int = 0) -> MarkovCorrection:
+        """Give heads that have none a Markov correction of this rank, with a gate if 1, its numbers not yet set.
 
         Raises:
             HeadsError: they have a correction, read the tokens before their guesses themselves, or have a vocabulary of
-                their own; or the rank is not 1 to V, or there are more successors than tokens.
+                their own; or the rank is not 1 to V, there are more successors than tokens, or `gate` is not 0 or 1.
         """
         self._check_correctable(MarkovCorrection.title)
-        self.correction = MarkovCorrection(
-            num_heads=self.num_heads, vocab_size=self.vocab_size, rank=rank, num_successors=num_successors
-        )
+        if not isinstance(gate, int) or gate not in (0, 1):
+            raise HeadsError(f"{MARKOV_GATE} is {gate!r}; give 1 for a gate, or 0 for none")
+        sizes = {"num_heads": self.num_heads, "vocab_size": self.vocab_size, "gate_size": gate * self.hidden_size}
+        self.correction = MarkovCorrection(rank=rank, num_successors=num_successors, **sizes)
         return self.correction.to(next(self.parameters()))
 
     def add_hidden_correction(self, width: int) -> HiddenCorrection:

@@ -4,7 +4,10 @@ Independent heads do not know which token their guess would follow, and head 1 d
 Here head k's logit of token v after token u becomes U_k(v) + a_k <W1[u], W2[v]>, one W1 and W2 for all depths (DSpark,
 arXiv 2607.05147, there for chains). Decoding needs the products of a few candidates only (`ladon.lattice.conditioned`).
 
-Shapes: K depths, V vocabulary, r rank.
+With a gate, a_k is multiplied by 2 sigmoid(<G_k, h>), h the hidden row that the heads read: how strongly the token
+before speaks then depends on the place.
+
+Shapes: K depths, H hidden width, V vocabulary, r rank.
 """
 
 from __future__ import annotations
@@ -13,18 +16,27 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from ladon.config import MARKOV
 from ladon.errors import HeadsError
 
-MARKOV_RANK, MARKOV_SUCCESSORS = "markov_rank", "markov_successors"  # options that all families share
+# Options that all families share.
+MARKOV_RANK, MARKOV_SUCCESSORS, MARKOV_GATE = "markov_rank", "markov_successors", "markov_gate"
 _ROWS = 1024  # tokens whose products with all others are in memory together
 
 
 class MarkovCorrection(nn.Module):
     """Added to the logits of heads, for training at all tokens, for decoding at their candidates.
 
-    `after` starts at zero, so that an untrained correction changes nothing.
+    `after` starts at zero, so that an untrained correction changes nothing; `gate` too, which is a factor of 1.
+
+    Args:
+        num_heads: K.
+        vocab_size: V.
+        rank: r, 1 to V.
+        num_successors: m, 0 to V.
+        gate_size: H, for a gate; 0: none.
 
     Attributes:
         before: W1, a row for each token that may stand before the guess, [V, r].
@@ -32,13 +44,17 @@ class MarkovCorrection(nn.Module):
         strength: a, one per depth, [K].
         successors: the m tokens that each token speaks for most, [V, m] int64, guesses though no head offers them; None
             for none.
+        gate: G, what the hidden row is multiplied by, [K, H]; None for none.
     """
 
     joint: ClassVar[str] = MARKOV
     title: ClassVar[str] = "Markov correction"
     successors: Tensor | None
+    gate: nn.Parameter | None
 
-    def __init__(self, *, num_heads: int, vocab_size: int, rank: int, num_successors: int = 0) -> None:
+    def __init__(
+        self, *, num_heads: int, vocab_size: int, rank: int, num_successors: int = 0, gate_size: int = 0
+    ) -> None:
         super().__init__()
         for name, value, least in ((MARKOV_RANK, rank, 1), (MARKOV_SUCCESSORS, num_successors, 0)):
             if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= vocab_size:
@@ -48,6 +64,7 @@ class MarkovCorrection(nn.Module):
         self.strength = nn.Parameter(torch.empty(num_heads))
         successors = torch.zeros(vocab_size, num_successors, dtype=torch.int64) if num_successors else None
         self.register_buffer("successors", successors)
+        self.gate = nn.Parameter(torch.empty(num_heads, gate_size)) if gate_size else None
 
     @property
     def rank(self) -> int:
@@ -62,26 +79,43 @@ class MarkovCorrection(nn.Module):
     @property
     def options(self) -> dict[str, int | str]:
         """What makes one of the same size, as `new_heads` takes it."""
-        own: dict[str, int | str] = {MARKOV_RANK: self.rank}
-        return own | {MARKOV_SUCCESSORS: self.num_successors} if self.num_successors else own
+        found: dict[str, int | str] = {MARKOV_RANK: self.rank}
+        if self.successors is not None:
+            found[MARKOV_SUCCESSORS] = self.num_successors
+        if self.gate is not None:
+            found[MARKOV_GATE] = 1
+        return found
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
-        """Random `before`, zero `after`, strength 1."""
+        """Random `before`, zero `after` and `gate`, strength 1."""
         generator = torch.Generator().manual_seed(seed)
         self.before.copy_(torch.randn(self.before.shape, generator=generator) * self.rank**-0.5)
         self.after.zero_()
         self.strength.fill_(1.0)
+        if self.gate is not None:
+            self.gate.zero_()
 
-    def forward(self, before: Tensor) -> Tensor:
-        """What is added to the logits of all heads, given the token before each guess: [..., K] to [..., K, V]."""
-        rows = self.before[before] * self.strength[:, None]
-        added: Tensor = nn.functional.linear(rows, self.after)
-        return added
+    def gates(self, hidden: Tensor) -> Tensor | None:
+        """What the strengths are multiplied by at hidden rows, [..., H] to [..., K], 0 to 2; None without a gate."""
+        return None if self.gate is None else 2 * functional.linear(hidden, self.gate).sigmoid()
+
+    def forward(self, before: Tensor, gates: Tensor | None = None) -> Tensor:
+        """What is added to the logits of all heads.
+
+        Args:
+            before: the token before each guess, [..., K] int64.
+            gates: what `gates` gives at the same places, [..., K].
+
+        Returns:
+            [..., K, V].
+        """
+        strength = self.strength if gates is None else self.strength * gates
+        return functional.linear(self.before[before] * strength[..., None], self.after)
 
     @torch.no_grad()
     def among(self, before: Tensor, guesses: Tensor) -> Tensor:
-        """The same for some guesses: tokens before [B, K, R] and guesses [B, K, C] to [B, K, R, C] float32."""
+        """The same for some guesses, ungated: tokens before [B, K, R] and guesses [B, K, C] to [B, K, R, C] float32."""
         rows = self.before[before] * self.strength[:, None, None]
         return (rows @ self.after[guesses].transpose(-1, -2)).float()
 
@@ -92,12 +126,12 @@ class MarkovCorrection(nn.Module):
             return
         for start in range(0, len(self.before), _ROWS):
             part = slice(start, start + _ROWS)
-            products = nn.functional.linear(self.before[part], self.after)
+            products = functional.linear(self.before[part], self.after)
             self.successors[part] = products.topk(self.num_successors, dim=-1).indices
 
     @torch.no_grad()
     def following(self, before: Tensor) -> tuple[Tensor, Tensor]:
-        """The successors of tokens [B, K, R], and what is added to their logits, float32: [B, K, R, m] both."""
+        """The successors of tokens [B, K, R], and what is added to their logits, ungated: [B, K, R, m], float32."""
         assert self.successors is not None  # whoever has none does not ask
         guesses = self.successors[before]
         rows = self.before[before] * self.strength[:, None, None]

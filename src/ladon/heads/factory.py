@@ -13,7 +13,7 @@ from ladon.calibration import CALIBRATION_FILE, Calibration, read_calibration
 from ladon.errors import HeadsError
 from ladon.heads.base import Heads
 from ladon.heads.checkpoint import check_token_ids, find_heads, is_own, read_config, read_tensors
-from ladon.heads.correction import MARKOV_RANK, MARKOV_SUCCESSORS
+from ladon.heads.correction import MARKOV_GATE, MARKOV_RANK, MARKOV_SUCCESSORS
 from ladon.heads.ends import output_projection
 from ladon.heads.formats.detect import detect
 from ladon.heads.formats.reading import open_checkpoint
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 FAMILIES: Mapping[str, type[Heads]] = {cls.family: cls for cls in (SharedHeads, MedusaHeads, LowRankHeads, HydraHeads)}
-CORRECTION_OPTIONS = (MARKOV_RANK, MARKOV_SUCCESSORS, HIDDEN_CORRECTION)  # beside those of a family
+CORRECTION_OPTIONS = (MARKOV_RANK, MARKOV_SUCCESSORS, MARKOV_GATE, HIDDEN_CORRECTION)  # beside those of a family
 
 
 def new_heads(
@@ -45,8 +45,8 @@ def new_heads(
             (each head reads the tokens before the one it guesses; option `num_blocks`, 1).
         seed: decides the random start values.
         **options: the family's own settings; `markov_rank` or `hidden_correction`, for a correction by the token before
-            each guess, of this rank or inner width; and `markov_successors`, for guesses that the former adds to those
-            of the heads after each token.
+            each guess, of this rank or inner width; with the former `markov_successors`, for guesses that it adds to
+            those of the heads after each token, and `markov_gate`, 1 if its strength is to depend on the hidden row.
 
     Returns:
         Heads whose logits equal the target's until they are trained.
@@ -147,10 +147,11 @@ def _build(family: str, num_heads: int, hidden_size: int, vocab_size: int, optio
         allowed = (*allowed, *CORRECTION_OPTIONS)
         raise HeadsError(f"{family} heads have no option {', '.join(unknown)}; they take {', '.join(allowed)}")
     heads = FAMILIES[family](num_heads=num_heads, hidden_size=hidden_size, vocab_size=vocab_size, **own)
+    further = [cast(int, options.get(name, 0)) for name in (MARKOV_SUCCESSORS, MARKOV_GATE)]
     if MARKOV_RANK in options:  # its values are checked there
-        heads.add_correction(cast(int, options[MARKOV_RANK]), cast(int, options.get(MARKOV_SUCCESSORS, 0)))
-    elif MARKOV_SUCCESSORS in options:
-        raise HeadsError(f"{MARKOV_SUCCESSORS} are those of a Markov correction; give {MARKOV_RANK} too")
+        heads.add_correction(cast(int, options[MARKOV_RANK]), *further)
+    elif any(further):
+        raise HeadsError(f"{MARKOV_SUCCESSORS} and {MARKOV_GATE} are of a Markov correction; give {MARKOV_RANK} too")
     if HIDDEN_CORRECTION in options:
         heads.add_hidden_correction(cast(int, options[HIDDEN_CORRECTION]))
     return heads

@@ -31,6 +31,7 @@ class TrainOptions:
     markov_successors: int = _setting(
         0, "tokens that a new correction adds to the heads' own guesses after each token; 0: none"
     )
+    markov_gate: bool = _setting(False, "let the strength of a new correction depend on the hidden row, by a gate")
     markov_start: str = _setting(
         "zero", "of a new correction: zero (it changes nothing at first) or bigrams (what pairs in the rows say)"
     )
@@ -106,8 +107,10 @@ class TrainOptions:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise InputError(f"{name} is {value}; give a number above 0")
-        if not self.markov_rank and (self.markov_successors or self.markov_start != "zero"):
-            raise InputError("markov_successors and markov_start are of a Markov correction; give markov_rank too")
+        if not self.markov_rank and (self.markov_successors or self.markov_gate or self.markov_start != "zero"):
+            raise InputError(
+                "markov_successors, markov_gate and markov_start are of a Markov correction; give markov_rank too"
+            )
         if self.variation > 1 or (self.variation and self.labels != "target"):
             raise InputError(f"variation is {self.variation}; give 0 to 1, with labels target")
         if self.markov_rank and self.hidden_correction:

@@ -169,7 +169,8 @@ def _drafted(heads: Heads, hidden: Tensor, root: Tensor, logits: Tensor) -> latt
         return hidden_rows(heads, correction, num_candidates)(hidden, root)
     found = lattice.from_logits(heads.draft(hidden, root) if heads.reads_following else logits, num_candidates)
     if isinstance(correction, MarkovCorrection):
-        return lattice.conditioned(found, root, correction.among, num_rows=MARKOV_ROWS)
+        gates = correction.gates(hidden)
+        return lattice.conditioned(found, root, correction.among, num_rows=MARKOV_ROWS, gates=gates)
     return found
 
 

@@ -20,7 +20,7 @@ EPSILON = 1e-8
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
 NORM_EPSILON = 1e-7
-_NO_MATRICES = ("bias", "embed", "norm", "conv")
+_NO_MATRICES = ("bias", "embed", "norm", "conv", "correction.gate")
 
 
 def make_optimizer(

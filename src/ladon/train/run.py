@@ -148,7 +148,7 @@ def start_heads(model: PreTrainedModel, options: TrainOptions, documents: Sequen
     else:
         heads = new_heads(model, options.num_heads, options.family, seed=options.seed, **dict(options.family_options))
     if heads.correction is None and options.markov_rank:
-        correction = heads.add_correction(options.markov_rank, options.markov_successors)
+        correction = heads.add_correction(options.markov_rank, options.markov_successors, options.markov_gate)
         correction.initialise(options.seed)
         if options.markov_start == "bigrams":
             start_from_bigrams(correction, documents, options.seed)
