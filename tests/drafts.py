@@ -19,7 +19,7 @@ from ladon.generation import Decoder
 from ladon.joints import product
 from ladon.lattice import Lattice
 from ladon.pickers import Picker
-from ladon.proposers import HeadsProposer, Proposer, RootProposer, tree_builder
+from ladon.proposers import HeadsProposer, Proposer, RootProposer, Stateless, tree_builder
 from ladon.pruning import Pruning
 from ladon.rows import Row
 from ladon.sampling import GREEDY
@@ -37,7 +37,7 @@ Truth = Sequence[Sequence[int]] | Mapping[tuple[int, ...], Sequence[int]]
 PROPOSERS = ("root", "oracle", "adversary", "random", "heads")
 
 
-class DraftedLattice:
+class DraftedLattice(Stateless):
     """Fills each depth with candidates that hold the true next token (oracle), never do (adversary), or may.
 
     The truth is what the reference decoding emitted: after each prompt, or of each row in the order in which the rows
@@ -55,7 +55,7 @@ class DraftedLattice:
         self._place = torch.zeros(0, dtype=torch.long)
         self._generator = torch.Generator().manual_seed(1)
 
-    def join(self, prompts, hidden):
+    def join(self, prompts, hidden, states=()):
         """The prefill's token is the first of the truth: the next one to draft is the second."""
         which = list(range(self._joined, self._joined + len(prompts)))
         if self._prompts is not None:
@@ -84,7 +84,7 @@ class DraftedLattice:
         return self._build(Lattice(tokens=tokens[:, :, None], log_probs=log_probs[:, :, None]), root, max_nodes)
 
 
-class TableProposer:
+class TableProposer(Stateless):
     """Drafts the same tree after the same root: tokens by root, [V, N] (the first is the root's own), and one shape.
 
     Small vocabularies only. What a tree holds then follows from the text alone, and laws can be enumerated.
@@ -106,15 +106,6 @@ class TableProposer:
                 tokens.append(dice.choice([token for token in range(vocab_size) if token not in taken]))
             table.append(tokens)
         return cls(torch.tensor(table), parents)
-
-    def join(self, prompts, hidden):
-        pass
-
-    def observe(self, accepted, hidden):
-        pass
-
-    def keep(self, rows):
-        pass
 
     def propose(self, hidden: Tensor, root: Tensor, max_nodes: int) -> TokenTree:
         return TokenTree(

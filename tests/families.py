@@ -17,8 +17,10 @@ import pytest
 import torch
 import transformers
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, modeling_layers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from ladon.heads.mtp import MtpHeads
 
 RELEASE = ".".join(transformers.__version__.split(".")[:2])
 VOCAB_SIZE = 97
@@ -247,7 +249,7 @@ _BROKEN = {
 }
 
 
-def config_of(name: str) -> PreTrainedConfig:
+def config_of(name: str, **options: Any) -> PreTrainedConfig:
     """The tiny config of a family; skips the test where transformers does not have it."""
     family = FAMILIES[name]
     model_type = family.model_type or name
@@ -258,12 +260,15 @@ def config_of(name: str) -> PreTrainedConfig:
     config_class = CONFIG_MAPPING[model_type]
     known = set(inspect.signature(config_class.__init__).parameters) | set(config_class.attribute_map)
     base = {key: value for key, value in _BASE.items() if key in known or key.endswith("token_id")}
-    return config_class(**{**base, **family.options})
+    return config_class(**{**base, **family.options, **options})
 
 
-def build(name: str, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
-    """A tiny random model of a family, in evaluation mode; the same weights at every call."""
-    config = config_of(name)
+def build(name: str, dtype: torch.dtype = torch.float64, **options: Any) -> PreTrainedModel:
+    """A tiny random model of a family, in evaluation mode; the same weights at every call.
+
+    `options` are settings of its config beside those of the family.
+    """
+    config = config_of(name, **options)
     torch.manual_seed(0)
     with warnings.catch_warnings():  # some older model files use torch.jit
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -275,6 +280,20 @@ def build(name: str, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
             if parameter.ndim > 1:  # large enough that the context decides the logits
                 nn.init.normal_(parameter, std=0.2)
     return model.to(dtype).eval()
+
+
+def random_mtp(
+    name: str, num_layers: int, dtype: torch.dtype = torch.float64, **options: Any
+) -> tuple[PreTrainedModel, MtpHeads]:
+    """A family's tiny model with random MTP modules; skips the test where transformers has none."""
+    if not hasattr(modeling_layers, "MtpModel"):
+        pytest.skip(f"transformers {RELEASE} has no MTP modules")
+    model = build(name, dtype, num_mtp_layers=num_layers, **options)
+    torch.manual_seed(1)
+    mtp = modeling_layers.MtpModel(model, num_layers)
+    for parameter in mtp.layers.parameters():
+        nn.init.normal_(parameter, mean=0.0 if parameter.ndim > 1 else 1.0, std=0.2)
+    return model, MtpHeads(model, mtp)
 
 
 def skeleton(name: str) -> PreTrainedModel:

@@ -54,6 +54,8 @@ MODEL_SIDE = [
     "prune_option",
     "joints",
     "proposers",
+    "mtp_text",
+    "mtp",
     "lookup",
     "revising",
     "draft_plan",

@@ -35,7 +35,7 @@ def language(seed: int, vocab_size: int, style: str = "plain") -> Of:
 def asked(of: Of, seen: list[list[tuple[int, ...]]] | None = None) -> After:
     """The same for tensors of paths; `seen` gets the paths of each call, of the first row."""
 
-    def after(paths: Tensor) -> Tensor:
+    def after(paths: Tensor, _: Tensor) -> Tensor:
         if seen is not None:
             seen.append([tuple(path) for path in paths[0].tolist()])
         return torch.stack(
@@ -161,7 +161,7 @@ def test_heads_with_a_vocabulary_of_their_own_are_asked_after_the_models_tokens(
 
 def test_a_broken_head_drafts_nothing() -> None:
     found = along_paths(
-        lambda paths: torch.full((*paths.shape[:2], 5), torch.nan if paths.shape[2] == 2 else 0.0),
+        lambda paths, _: torch.full((*paths.shape[:2], 5), torch.nan if paths.shape[2] == 2 else 0.0),
         torch.tensor(ROOTS),
         best_rows(3),
         depth=3,

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import ladon
 from drafts import FIXED, RandomSizing
-from families import FAMILIES, build
+from families import FAMILIES, build, random_mtp
 from ladon.constraints import Guide
 from ladon.host import host_values, to_host
 from ladon.prefill import PromptReader
@@ -159,8 +159,9 @@ def check_one_read_per_step(
     model, tree, reads, prune="off", reads_more=False, sizing=None, constraints=None, **options
 ):
     """With n-grams each row's prompt is read once more, when it joins."""
-    more = options.pop("heads", {})
-    heads = None if options.pop("alone", False) else ladon.new_heads(model, num_heads=3, **more)
+    heads = options.pop("heads", {})
+    if isinstance(heads, dict):  # what to make new ones of
+        heads = None if options.pop("alone", False) else ladon.new_heads(model, num_heads=3, **heads)
     decoder = ladon.Decoder(model, heads, tree=tree, budget=16, prune=prune, **options)
     decoder.sizing = sizing or decoder.sizing
     prompts = [torch.arange(3, 9), torch.arange(5, 25), torch.arange(7, 8)]
@@ -280,15 +281,21 @@ def test_one_read_per_step_of_every_kind_of_model(name, reads, monkeypatch):
     assert any(refilled) == (name == "longrope recomputed")
 
 
-@pytest.mark.parametrize("name", ["llama", "longrope recomputed", "indexer"])
+@pytest.mark.parametrize("tree", ["dynamic", "chain"])
+def test_one_read_per_step_with_mtp_modules(tree, reads):
+    model, heads = random_mtp("glm4_moe", 2)
+    check_one_read_per_step(model, tree, reads, heads=heads)
+
+
+@pytest.mark.parametrize("name", ["llama", "longrope recomputed", "indexer", "mtp"])
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_rows_that_join_and_leave_add_no_read(name, temperature, reads, monkeypatch):
     """A step in which prompts come to their end and others decode reads the device once; one without either, never.
 
     For n-grams it also reads the prompts that come to their end.
     """
-    model = make(name, monkeypatch)
-    decoder = ladon.Decoder(model, ladon.new_heads(model, num_heads=3), budget=16)
+    model, heads = random_mtp("glm4_moe", 2) if name == "mtp" else (make(name, monkeypatch), None)
+    decoder = ladon.Decoder(model, heads or ladon.new_heads(model, num_heads=3), budget=16)
     decoder._target.prefill_chunk = 5
     engine, picker = decoder.engine(max_rows=3), Sampler(temperature=temperature) if temperature else GREEDY
     rows = [

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ladon.fixed_tree import FixedTree, best_fixed_tree
     from ladon.generation import Decoder
     from ladon.heads import Heads, load_heads, new_heads
+    from ladon.heads.mtp import load_mtp
     from ladon.lossy import Nucleus, Typical
     from ladon.pruning import Pruning
     from ladon.rows import Row
@@ -49,6 +50,7 @@ _HOME = {
     "Heads": "ladon.heads",
     "load_heads": "ladon.heads",
     "new_heads": "ladon.heads",
+    "load_mtp": "ladon.heads.mtp",
     "load_demo": "ladon.bundled",
     "TreeSize": "ladon.tree_notations",
     "read_tree": "ladon.tree_notations",
@@ -87,6 +89,7 @@ __all__ = [
     "json_schema",
     "load_demo",
     "load_heads",
+    "load_mtp",
     "new_heads",
     "read_tree",
     "regex",

@@ -25,10 +25,11 @@ class Batch:
             the first ones, 0, 1, ...
     """
 
-    def __init__(self, target: Target, max_rows: int | None) -> None:
+    def __init__(self, target: Target, max_rows: int | None, *, resumes: bool = True) -> None:
+        """`resumes`: whether a row may start from its past; else its prompt is read whole."""
         if max_rows is not None and max_rows < 1:
             raise InputError(f"max_rows is {max_rows}; give how many rows may be in flight, 1 or more, or None")
-        self._target, self._max_rows = target, max_rows
+        self._target, self._max_rows, self._resumes = target, max_rows, resumes
         self._waiting: deque[Row] = deque()
         self._cache: TreeCache | None = None
         self.rows: list[Row] = []
@@ -72,6 +73,8 @@ class Batch:
             The trees that stay, by their old places, in their new order; None if all stay as they are.
         """
         for place, row in enumerate(self.rows):
+            if row.finished:
+                row.states.clear()  # it may have been cancelled while its prompt was read
             if row.finished and row.keeps_past:
                 row.past = self._target.keep(row, self.cache, place)
         tree_of = {place: index for index, place in enumerate(self.drafted)}
@@ -104,13 +107,15 @@ class Batch:
         self._cache.append(len(new))
         for place, row in enumerate(new, start=first):
             row.stats.joined = time.perf_counter()
-            row.stats.reused_tokens = self._target.resume(row, self._cache, place)
+            if self._resumes:
+                row.stats.reused_tokens = self._target.resume(row, self._cache, place)
         return new
 
     def drop(self) -> None:
         """Cancel the rows in flight, whatever state they are in."""
         for row in self.rows:
             row.cancel()
+            row.states.clear()
         self.rows, self.drafted, self._cache = [], [], None
 
 

@@ -237,7 +237,9 @@ class TreeCache(Cache):
 
     def append(self, count: int) -> None:
         """Put new rows of length 0 behind the others."""
-        self.set_lengths([*self.host_lengths, *[0] * count])
+        self.host_lengths = [*self.host_lengths, *[0] * count]
+        self.lengths = torch.nn.functional.pad(self.lengths, (0, count))
+        self.route.widest = 0
         self.route.reserve_rows(self.num_rows)
 
     def keep(self, rows: Sequence[int]) -> None:

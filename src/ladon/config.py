@@ -10,6 +10,8 @@ from ladon.errors import TreeError
 AUTO_BUDGET = 16  # nodes where one number must stand for "auto": no clock may decide and there is no profile
 MOST_NODES = 128  # nodes of the largest tree that budget="auto" chooses
 MOST_NGRAM_NODES = 48  # nodes of the largest tree that n-grams alone draft
+MTP_DEPTH = 3  # tokens that a model's MTP modules guess at least, the last module again and again
+MTP = "mtp"  # what the command line names them by
 PICTURE_STEPS = 64  # steps that one PNG picture of a run shows at most
 TREES = {  # the tree options that have a name, and what each means
     "dynamic": "grown anew at each step",

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 from ladon.budgets import check_budget, make_sizing
 from ladon.config import DecoderOptions
 from ladon.fixed_tree import FixedTree
+from ladon.heads.mtp import MtpHeads
 from ladon.joints import joint_of
 from ladon.lookup import Lookup, looks_up
+from ladon.mtp import MtpProposer
 from ladon.proposers import Proposer, RootProposer, as_chain, check_candidates, check_tree, drafting
 from ladon.pruning import Pruning
 from ladon.sizing import Sizing
@@ -87,6 +89,8 @@ class DraftPlan:
             return RootProposer()
         heads.bind(target.model, force=True)  # since then another decoder may have bound them to its own model
         tree = self.fitting(target, heads).tree
+        if isinstance(heads, MtpHeads):
+            return MtpProposer(heads, target.model, tree, self.num_candidates, self.budget, clock, self.joint)
         return drafting(heads, tree, self.num_candidates, self.budget, clock, self.joint)
 
     def lookup(self, target: Target) -> Lookup | None:

@@ -72,7 +72,7 @@ class Engine:
         self._pruning, self._rule = pruning, rule
         self._sizes = StepSizes(budget, stats, target.device)
         self._reviser = Reviser(self._sizes, lookup, clock)
-        self._batch = Batch(target, max_rows)
+        self._batch = Batch(target, max_rows, resumes=not proposer.reads_prompts)
         self._tree: TokenTree | None = None
 
     @property
@@ -156,9 +156,10 @@ class Engine:
         if not outcomes:
             self._stats.prefill_seconds += prefilled - started
             return Step(rows=[], emitted=[])
-        prompts = [] if read is None else [self._batch.rows[place].prompt for place in read.places]
+        joined = [] if read is None else [self._batch.rows[place] for place in read.places]
+        prompts = [row.prompt for row in joined]
         if read is not None:
-            self._proposer.join(prompts, read.hidden)
+            self._proposer.join(prompts, read.hidden, [row.take_states() for row in joined if row.states])
         hidden, root = _cat([outcome.hidden for outcome in outcomes]), _cat([outcome.root for outcome in outcomes])
         root = root.clamp(min=0)  # the host has yet to see who ends here for want of a token
         self._batch.drafted = [place for outcome in outcomes for place in outcome.places]
@@ -168,13 +169,14 @@ class Engine:
             self._tree = self._proposer.propose(hidden, root, width)
             table = self._reviser.transfer(_stacked([outcome.table for outcome in outcomes]), self._tree)
         grown, received = self._tree.num_nodes, time.perf_counter()
+        counts = [] if decoded is None else [count for count, *_ in table[: len(decoded.places)]]
+        self._proposer.mirror(counts)
         step = self._deliver(table, decoded, outcomes)
         delivered = time.perf_counter()
         with self._clock.paused(decoded is None):
             revised = self._reviser.revised(table, prompts, self._batch.decoding)
             self._tree = self._tree if revised is None else to_device(revised, self._target.device)
         if decoded is not None:
-            counts = [count for count, *_ in table[: len(decoded.places)]]
             seconds = received - prefilled + time.perf_counter() - delivered  # callers' stop rules are left out
             self._sizes.observe(counts, pruned=decoded.num_pruned, grown=grown, seconds=seconds)
         ended = time.perf_counter()
@@ -188,7 +190,9 @@ class Engine:
         if not batch.joining:
             return None
         before = batch.cache.host_lengths[first:]
-        done, hidden, logits = self._target.read([row.prompt for row in batch.joining], batch.cache)
+        joining = batch.joining
+        keep = (lambda place, states: joining[place].states.append(states)) if self._proposer.reads_prompts else None
+        done, hidden, logits = self._target.read([row.prompt for row in joining], batch.cache, keep)
         for row, old, new in zip(batch.joining, before, batch.cache.host_lengths[first:], strict=True):
             row.stats.prefill_tokens += new - old
             self._stats.prefill_tokens += new - old

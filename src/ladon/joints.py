@@ -6,12 +6,11 @@ Shapes: B rows, H hidden width, K depths, R conditioning rows, C candidates, V v
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from ladon.config import HIDDEN, HIDDEN_ROWS, JOINTS, MARKOV, MARKOV_ROWS, PATH_ROWS, PATHS, PRODUCT
+from ladon.config import HIDDEN, HIDDEN_ROWS, JOINTS, MARKOV, MARKOV_ROWS, MTP, PATH_ROWS, PATHS, PRODUCT
 from ladon.errors import HeadsError, InputError
 from ladon.fixed_tree import FixedTree
 from ladon.heads import ConditionedHeads, Heads
@@ -42,6 +41,8 @@ def joint_of(heads: Heads | None, joint: str) -> str:
     own = own_joint(heads)
     if name == "auto":
         return own
+    if name == PRODUCT and heads is not None and heads.family == MTP:
+        raise HeadsError(f'joint is "{joint}", but MTP modules read the tokens before their guesses; give "auto"')
     if name not in (PRODUCT, own):
         raise HeadsError(f'joint is "{joint}", but {_LACKING[name]}, or give "auto"')
     return joint
@@ -51,7 +52,7 @@ def own_joint(heads: Heads | None) -> str:
     """What "auto" means for these heads: the joint that they were trained for."""
     if heads is not None and heads.correction is not None:
         return heads.correction.joint
-    return PATHS if isinstance(heads, ConditionedHeads) else PRODUCT
+    return PATHS if heads is not None and heads.is_conditioned else PRODUCT
 
 
 def _name_and_rows(joint: str) -> tuple[str, int]:
@@ -77,7 +78,7 @@ def make_joint(
         tree: what is built of the lattice.
         max_nodes: nodes of the largest such tree, root included.
     """
-    name, num_rows = _name_and_rows(joint)
+    name, _ = _name_and_rows(joint)
     temperatures = calibrated_temperatures(heads, name)
     correction = heads.correction if name != PRODUCT else None
     if isinstance(correction, MarkovCorrection):
@@ -86,12 +87,19 @@ def make_joint(
     if isinstance(correction, HiddenCorrection):
         return hidden_rows(heads, correction, needed, temperatures)
     if name == PATHS and isinstance(heads, ConditionedHeads):
-        depth, most = min(heads.num_heads, max(1, max_nodes - 1)), max(1, max_nodes - 2)
-        if tree == "dynamic":
-            return paths(heads, best_rows(min(num_rows, most)), depth, needed, temperatures)
-        shape = tree if isinstance(tree, FixedTree) else FixedTree.chain(depth)
-        return paths(heads, rows_with_children(shape), max(1, shape.max_depth), needed, temperatures)
+        rows, depth = rows_and_depth(joint, tree, heads.num_heads, max_nodes)
+        return paths(heads, rows, depth, needed, temperatures)
     return product(heads, needed, temperatures)
+
+
+def rows_and_depth(joint: str, tree: str | FixedTree, num_heads: int, max_nodes: int) -> tuple[Rows, int]:
+    """After which partial paths heads are asked by the joint "paths", and how many heads; arguments as `make_joint`."""
+    depth = min(num_heads, max(1, max_nodes - 1))
+    if tree == "dynamic":
+        _, num_rows = _name_and_rows(joint)
+        return best_rows(min(num_rows, max(1, max_nodes - 2))), depth
+    shape = tree if isinstance(tree, FixedTree) else FixedTree.chain(depth)
+    return rows_with_children(shape), max(1, shape.max_depth)
 
 
 def product(heads: Heads, num_candidates: int, temperatures: Tensor | None = None) -> Joint:
@@ -139,7 +147,7 @@ def paths(
 
     def guess(hidden: Tensor, root: Tensor) -> Lattice:
         return along_paths(
-            partial(heads.after, hidden),
+            lambda paths, _: heads.after(hidden, paths),
             root,
             rows,
             depth=depth,

@@ -18,8 +18,9 @@ from torch.nn import functional
 from ladon.fixed_tree import FixedTree
 from ladon.lattice import Lattice, from_logits
 
-# Partial paths [B, R, k] int64, the root first, to the logits of head k after each of them, [B, R, D].
-After = Callable[[Tensor], Tensor]
+# Partial paths [B, R, k] int64, the root first, and which path of the depth before each goes on from, [B, R] int64, to
+# the logits of head k after each of them, [B, R, D].
+After = Callable[[Tensor, Tensor], Tensor]
 # Log-probabilities of all paths of a depth [B, R, C], and that depth, from 1, to the places among the R x C of those
 # that the next head is asked after, [B, R'] int64.
 Rows = Callable[[Tensor, int], Tensor]
@@ -88,11 +89,12 @@ def along_paths(
         A lattice whose R is the most paths that any head was asked after; rows beyond those of a depth are padding.
     """
     paths, path_values = root[:, None, None], torch.zeros_like(root[:, None], dtype=torch.float32)
+    parents = torch.zeros_like(root[:, None])
     tokens, log_probs, next_rows = [], [], []
     for level in range(depth):
         temperature = None if temperatures is None else temperatures[level : level + 1]
         # `from_logits` takes each path's row for a depth of its own.
-        found = from_logits(after(paths), num_candidates, temperatures=temperature, token_ids=token_ids)
+        found = from_logits(after(paths, parents), num_candidates, temperatures=temperature, token_ids=token_ids)
         tokens.append(found.tokens[:, :, 0])
         log_probs.append(found.log_probs[:, :, 0])
         next_rows.append(torch.full_like(tokens[-1], -1))
@@ -101,9 +103,9 @@ def along_paths(
             chosen = rows(values, level + 1)
             numbers = torch.arange(chosen.shape[1], device=root.device).expand_as(chosen)
             next_rows[-1].flatten(1).scatter_(1, chosen, numbers)
-            parents = (chosen // values.shape[2])[:, :, None].expand(-1, -1, level + 1)
-            last = tokens[-1].flatten(1).gather(1, chosen)
-            paths = torch.cat([paths.gather(1, parents), last[:, :, None]], dim=2)
+            parents = chosen // values.shape[2]
+            before = paths.gather(1, parents[:, :, None].expand(-1, -1, level + 1))
+            paths = torch.cat([before, tokens[-1].flatten(1).gather(1, chosen)[:, :, None]], dim=2)
             path_values = values.flatten(1).gather(1, chosen)
     return Lattice(
         tokens=_stacked(tokens, 0), log_probs=_stacked(log_probs, -torch.inf), next_row=_stacked(next_rows, -1)

@@ -12,20 +12,25 @@ import torch
 from torch import Tensor, nn
 
 from ladon.cache import TreeCache
+from ladon.forwards import at
 from ladon.masks import Sight, causal_mask
 from ladon.spans import PrefillGroup, Spans
 
-# The model's forward: tokens, positions, sight, cache, the index in each row to project -> logits, hidden state of it.
+# The model's forward: tokens, positions, sight, cache, the index in each row to project -> its logits, hidden states.
 Forward = Callable[[Tensor, Tensor, Sight, TreeCache, Tensor], tuple[Tensor, Tensor]]
+# What takes the hidden states [n, H] of a chunk of a prompt, by the prompt's place.
+Keep = Callable[[int, Tensor], None]
 Ends = dict[int, tuple[Tensor, Tensor]]  # of each prompt read to its end: hidden state [H] and logits [V]
 
 
 class PromptReader:
     """Reads prompts into the last rows of a cache."""
 
-    def __init__(self, forward: Forward, spans: Spans, chunk: int, device: torch.device) -> None:
-        """`chunk` is how many tokens of each row a forward takes at most, where nothing speaks against cutting."""
-        self._forward, self._spans, self._chunk, self._device = forward, spans, chunk, device
+    def __init__(
+        self, forward: Forward, spans: Spans, chunk: int, device: torch.device, keep: Keep | None = None
+    ) -> None:
+        """`chunk`: tokens of each row per forward at most, unless they must not be cut; `keep` gets hidden states."""
+        self._forward, self._spans, self._chunk, self._device, self._keep = forward, spans, chunk, device, keep
 
     def read(self, prompts: Sequence[Tensor], cache: TreeCache) -> Ends:
         """Read one chunk more of each prompt; how far it has been read is the length of its row.
@@ -81,10 +86,12 @@ class PromptReader:
         visible = causal_mask(slots, cache.route.reach).expand(len(group.rows), -1, -1)
         logits, hidden = self._forward(chunk, positions, Sight(visible=visible, queries=slots), cache, last)
         cache.route.widest = 0  # what a commit may move is a tree, not a prompt
+        if self._keep is not None:
+            for index, row in enumerate(group.rows):
+                self._keep(row, hidden[index, : len(prompts[row][start:stop])])
+        ends = at(hidden, last)
         return {
-            row: (hidden[index, 0], logits[index, 0])
-            for index, row in enumerate(group.rows)
-            if len(prompts[row]) <= stop
+            row: (ends[index, 0], logits[index, 0]) for index, row in enumerate(group.rows) if len(prompts[row]) <= stop
         }
 
     def _places(self, rows: list[int]) -> range | Tensor:

@@ -26,10 +26,22 @@ TreeBuilder = Callable[[Lattice, Tensor, int], TokenTree]
 
 
 class Proposer(Protocol):
-    """What the engine asks of a proposer. None of these may read the device."""
+    """What the engine asks of a proposer. None of these may read the device.
 
-    def join(self, prompts: Sequence[Tensor], hidden: Tensor) -> None:
-        """Rows come behind those there are: their prompts (1-D ids), read to the end, and last hidden rows [b, H]."""
+    Attributes:
+        reads_prompts: whether `join` is to get the hidden states of whole prompts; they are kept for no other.
+    """
+
+    reads_prompts: bool
+
+    def join(self, prompts: Sequence[Tensor], hidden: Tensor, states: Sequence[Tensor] = ()) -> None:
+        """Rows come behind those there are.
+
+        Args:
+            prompts: their token ids, [T] each, read to the end.
+            hidden: hidden state of the last token of each, [b, H].
+            states: those of all its tokens, [T, H] each, for a proposer that `reads_prompts`.
+        """
 
     def propose(self, hidden: Tensor, root: Tensor, max_nodes: int) -> TokenTree:
         """A tree of at most `max_nodes` nodes, best first, after the rows `hidden` [B, H] and the roots [B]."""
@@ -37,24 +49,32 @@ class Proposer(Protocol):
     def observe(self, accepted: Accepted, hidden: Tensor) -> None:
         """A step's outcome, before rows join: the accepted paths, and hidden rows of all verified nodes [B, N, H]."""
 
+    def mirror(self, counts: Sequence[int]) -> None:
+        """After the step's transfer: how many tokens each row that was observed has got."""
+
     def keep(self, rows: Sequence[int]) -> None:
         """Only the rows at these places stay, in this order; there may be none."""
 
 
-class _Stateless:
-    """A proposer for which only `propose` matters."""
+class Stateless:
+    """A proposer for which only `propose` matters, unless more is said."""
 
-    def join(self, prompts: Sequence[Tensor], hidden: Tensor) -> None:
+    reads_prompts = False
+
+    def join(self, prompts: Sequence[Tensor], hidden: Tensor, states: Sequence[Tensor] = ()) -> None:
         """Nothing to remember."""
 
     def observe(self, accepted: Accepted, hidden: Tensor) -> None:
         """Nothing to learn."""
 
+    def mirror(self, counts: Sequence[int]) -> None:
+        """Nothing to count."""
+
     def keep(self, rows: Sequence[int]) -> None:
         """Nothing to drop."""
 
 
-class RootProposer(_Stateless):
+class RootProposer(Stateless):
     """Drafts nothing: the tree is the root alone, and decoding is plain."""
 
     def propose(self, hidden: Tensor, root: Tensor, max_nodes: int) -> TokenTree:
@@ -62,7 +82,7 @@ class RootProposer(_Stateless):
         return root_tree(root)
 
 
-class HeadsProposer(_Stateless):
+class HeadsProposer(Stateless):
     """Drafts with decoding heads: one hidden row per sequence -> lattice -> tree.
 
     Attributes:

@@ -153,6 +153,11 @@ def refuse_unsupported(input_ids: Tensor, config: GenerationConfig, model_kwargs
         config: the merged generation config.
         model_kwargs: model inputs, the user's and those that `generate` has prepared.
     """
+    if getattr(config, "use_mtp", None):
+        raise InputError(
+            "use_mtp=True is transformers' own loop; leave it out, and give the decoder the model's MTP modules: "
+            f"ladon.Decoder(model, ladon.load_mtp(model)). Or {_UNSET}"
+        )
     mode = str(config.get_generation_mode().value)
     if mode not in ("greedy_search", "sample"):
         raise InputError(

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from ladon.constraints import Guide
@@ -35,6 +36,7 @@ class Row:
         keeps: what is kept of its new tokens: "logits", "scores" (after its law), both or nothing.
         kept: that, by name, for each new token [V] float32, on the device.
         past: keys and values of leading tokens of its prompt, which need not be read (`longest_past`); None: none.
+        states: hidden states of its prompt's chunks, [n, H] each, while it is read for a proposer that asks for them.
         keeps_past: whether `past` shall be its own, as far as it got, from the step after its end on.
         tokens: what has been emitted so far.
         finished: whether it has ended, in whatever way.
@@ -55,6 +57,7 @@ class Row:
     keeps: frozenset[str] = frozenset()
     kept: dict[str, list[Tensor]] = field(default_factory=dict)
     past: Past | None = None
+    states: list[Tensor] = field(default_factory=list, repr=False)
     keeps_past: bool = False
     tokens: list[int] = field(default_factory=list)
     finished: bool = False
@@ -78,6 +81,11 @@ class Row:
     def complete(self) -> bool | None:
         """Whether its text is whole, as its constraint has it; None without a constraint."""
         return None if self.guide is None else self.guide.here.is_complete
+
+    def take_states(self) -> Tensor:
+        """The hidden states of its whole prompt, [T, H]; the row lets go of them."""
+        states, self.states = torch.cat(self.states), []
+        return states
 
     def take(self, tokens: Sequence[int]) -> list[int]:
         """Append tokens one by one, as if they came alone, up to the first stop or the limit; return those taken.

@@ -19,12 +19,12 @@ from ladon.cache import TreeCache
 from ladon.capability import check_model, context_limit
 from ladon.dropping import Dropping
 from ladon.errors import UnsupportedModelError
-from ladon.forwards import at, lock_of, projection_inputs
+from ladon.forwards import lock_of, projection_inputs
 from ladon.heads.ends import output_projection
 from ladon.layer_inputs import layer_inputs_of
 from ladon.masks import Sight, localities, model_masks, tree_mask
 from ladon.past import Maker, Past
-from ladon.prefill import Ends, PromptReader
+from ladon.prefill import Ends, Keep, PromptReader
 from ladon.pruning import Pruner, Pruning
 from ladon.pruning_test import check_pruning
 from ladon.rows import Row
@@ -216,18 +216,21 @@ class Target:
         return self._forward(tokens, positions, sight, cache, drop=drop)
 
     @torch.no_grad()
-    def read(self, prompts: Sequence[Tensor], cache: TreeCache) -> tuple[list[int], Tensor | None, Tensor | None]:
+    def read(
+        self, prompts: Sequence[Tensor], cache: TreeCache, keep: Keep | None = None
+    ) -> tuple[list[int], Tensor | None, Tensor | None]:
         """Read one chunk more of prompts that are on their way into the last rows of a cache.
 
         Args:
             prompts: 1-D token ids without padding, at least one each; as far as `cache.lengths` says they are read.
             cache: has the prompts' rows behind all others.
+            keep: gets the hidden states of what is read.
 
         Returns:
             The places in `prompts` of those that are read to their end now; hidden state after the final norm [b, H]
             and logits [b, V] of their last tokens, one position per row. None where no prompt has come to its end.
         """
-        ends = self._reader().read(prompts, cache)
+        ends = self._reader(keep).read(prompts, cache)
         if not ends:
             return [], None, None
         hidden, logits = (torch.stack(parts) for parts in zip(*ends.values(), strict=True))
@@ -250,8 +253,8 @@ class Target:
         hidden, logits = (torch.stack([ends[row][part] for row in range(len(rows))]) for part in (0, 1))
         return hidden, logits
 
-    def _reader(self) -> PromptReader:
-        return PromptReader(self._forward, self._spans, self.prefill_chunk, self.device)
+    def _reader(self, keep: Keep | None = None) -> PromptReader:
+        return PromptReader(self._forward, self._spans, self.prefill_chunk, self.device, keep)
 
     def _recompute(self, cache: TreeCache, num_rows: int) -> None:
         """Fill rows that have just reached a switch again, with the frequencies of the other side, as generate does."""
@@ -291,4 +294,4 @@ class Target:
                 f"{type(self.model).__name__} cannot verify token trees: its output projection is not called as a "
                 "module, so what it receives cannot be seen. Use plain decoding of transformers for it"
             )
-        return output.logits, seen[0] if only is None else at(seen[0], only)
+        return output.logits, seen[0]

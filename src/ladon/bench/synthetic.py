@@ -22,7 +22,7 @@ from ladon.errors import InputError
 from ladon.generation import Decoder
 from ladon.heads import Heads
 from ladon.lattice import Lattice
-from ladon.proposers import Proposer, TreeBuilder, tree_builder
+from ladon.proposers import Proposer, Stateless, TreeBuilder, tree_builder
 from ladon.stats import StageClock
 from ladon.tree import TokenTree, root_tree
 
@@ -125,7 +125,7 @@ def _drafted(prompt: Prompt, answer: Sequence[int], rates: Tensor, places: int, 
     return (truth[:, :, None] + torch.arange(num_candidates) - rank[:, :, None]) % vocab_size
 
 
-class SyntheticProposer:
+class SyntheticProposer(Stateless):
     """Drafts what the imagined heads say; rows join and leave as with any proposer.
 
     Attributes:
@@ -139,7 +139,7 @@ class SyntheticProposer:
         self._drafts, self.build, self._clock, self._heads = drafts, build, clock, heads
         self._numbers = self._places = torch.zeros(0, dtype=torch.long)
 
-    def join(self, prompts: Sequence[Tensor], hidden: Tensor) -> None:
+    def join(self, prompts: Sequence[Tensor], hidden: Tensor, states: Sequence[Tensor] = ()) -> None:
         """Look up the new rows' answers; their first root is the first token of it."""
         numbers = torch.tensor([self._drafts.number_of(prompt) for prompt in prompts], device=hidden.device)
         self._numbers = torch.cat([self._numbers.to(hidden.device), numbers])

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ladon.accept import Accepted
 from ladon.calibrate.lattice_trace import GRID, LatticeTrace
 from ladon.config import HIDDEN, MARKOV, PRODUCT, DecoderOptions
 from ladon.engine import Engine
@@ -23,6 +22,7 @@ from ladon.errors import InputError
 from ladon.heads import Heads
 from ladon.heads.correction import MarkovCorrection
 from ladon.joints import own_joint
+from ladon.proposers import Stateless
 from ladon.requests import end_ids
 from ladon.rows import Row
 from ladon.stats import DecodeStats, StageClock
@@ -82,7 +82,7 @@ def record(
     return _assemble(recorder, places, [row.tokens for row in rows], heads, about or {})
 
 
-class _Recorder:
+class _Recorder(Stateless):
     """A proposer that drafts nothing, and keeps the heads' candidates at every token of the answers."""
 
     def __init__(self, heads: Heads, num_candidates: int, chunk: int) -> None:
@@ -92,7 +92,7 @@ class _Recorder:
         # Of each answer: row of each token, tokens, logits, log-normalisers, roots; gates if there are any.
         self.answers: list[list[Tensor]] = []
 
-    def join(self, prompts: Sequence[Tensor], hidden: Tensor) -> None:
+    def join(self, prompts: Sequence[Tensor], hidden: Tensor, states: Sequence[Tensor] = ()) -> None:
         """Rows are numbered in the order in which they join."""
         self._rows += [_Answer(self._joined + place) for place in range(len(prompts))]
         self._joined += len(prompts)
@@ -103,9 +103,6 @@ class _Recorder:
             row.hidden.append(state)
             row.roots.append(token)
         return root_tree(root)
-
-    def observe(self, accepted: Accepted, hidden: Tensor) -> None:
-        """Nothing to learn."""
 
     def keep(self, rows: Sequence[int]) -> None:
         """The rows at these places stay; the answers of the others are whole, and the heads look at them."""

@@ -12,7 +12,7 @@ from typer import Exit, Option
 
 from ladon.cli import options
 from ladon.cli.output import OutConsole, check_writable, print_json, progress_bar, say, write_whole
-from ladon.config import BenchOptions, help_of
+from ladon.config import MTP, BenchOptions, help_of
 from ladon.errors import InputError
 
 if TYPE_CHECKING:
@@ -149,6 +149,9 @@ def bench(
     )
     if loaded.heads is None and modes == _MODES:
         plan = replace(plan, modes=("plain", "ngrams"))  # all that there is without heads
+    elif heads == MTP and modes == _MODES and fixed_tree is None:
+        # a fixed tree is found by hit rates, which MTP modules do not have by themselves
+        plan = replace(plan, modes=tuple(mode for mode in plan.modes if mode != "fixed"))
     workload = workload_of(loaded, prompts, limit)
     bundled_heads = loaded.is_demo and heads in (None, DEMO)
     with progress_bar() as progress:

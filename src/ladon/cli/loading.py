@@ -15,8 +15,10 @@ import torch
 
 from ladon.bundled import demo_path, load_demo
 from ladon.cli.options import DTYPES, shortened
+from ladon.config import MTP
 from ladon.errors import InputError
 from ladon.heads import load_heads
+from ladon.heads.mtp import load_mtp
 from ladon.machine import cpu_flags
 
 if TYPE_CHECKING:
@@ -54,7 +56,8 @@ def load(
 
     Args:
         model: "demo", a folder, or a hub id.
-        heads: "demo", a folder or a hub id; None is the bundled heads for the bundled model, and no heads otherwise.
+        heads: "demo", a folder, a hub id, or "mtp" for the modules that the model ships with; None is the bundled heads
+            for the bundled model, and no heads otherwise.
         dtype: "auto" or a dtype's name.
         device: "auto" or a torch device.
         threads: CPU threads of torch; None leaves its choice.
@@ -78,11 +81,11 @@ def load(
     if model == DEMO and not placement:
         target, tokenizer, own_heads = load_demo(_dtype(dtype, torch.bfloat16, place))
         target = target.to(place)
-        found: Heads | None = own_heads.bind(target) if heads in (None, DEMO) else load_heads(str(heads), target)
+        found: Heads | None = own_heads.bind(target) if heads in (None, DEMO) else _heads(str(heads), target)
     else:
         source = str(demo_path()) if model == DEMO else model
         target, tokenizer = _from_transformers(source, dtype, place, trust_remote_code, placement or {})
-        found = None if heads is None else load_heads(demo_path() / "heads" if heads == DEMO else heads, target)
+        found = None if heads is None else _heads(heads, target)
     if ignore_generation_config:
         own = target.generation_config
         target.generation_config = transformers.GenerationConfig(
@@ -90,6 +93,13 @@ def load(
         )
     name = model if model == DEMO else Path(model).name
     return Loaded(name=name, model=target, tokenizer=tokenizer, heads=found, is_demo=model == DEMO)
+
+
+def _heads(name: str, target: PreTrainedModel) -> Heads:
+    """The heads of that name for a model that is not the bundled one."""
+    if name == MTP:
+        return load_mtp(target)
+    return load_heads(demo_path() / "heads" if name == DEMO else name, target)
 
 
 def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

@@ -22,7 +22,12 @@ ModelOption = Annotated[
 ]
 HeadsOption = Annotated[
     str | None,
-    Option("--heads", metavar="NAME", help="Folder or hub id of the model's heads; the bundled model brings its own."),
+    Option(
+        "--heads",
+        metavar="NAME",
+        help="Folder or hub id of the model's heads, or mtp for the MTP modules in it; the bundled model brings "
+        "its own.",
+    ),
 ]
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 DtypeOption = Annotated[
