@@ -18,9 +18,10 @@ MARKED = re.compile(
 NAMES = {
     "plain": "plain",
     "chain": "chain",
-    "fixed": "fixed tree (MEDUSA)",
-    "dynamic": "dynamic tree (MEDUSA+)",
+    "fixed": "fixed tree",
+    "dynamic": "dynamic tree",
     "auto": "dynamic tree, size chosen at each step",
+    "auto+ngrams": "the same with n-grams: the default",
     "pruned": "the same with early pruning",
 }
 RUNGS = {
