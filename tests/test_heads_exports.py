@@ -131,6 +131,20 @@ def test_vllm_keeps_the_draft_vocabulary(tiny_llama: PreTrainedModel, tmp_path: 
     torch.testing.assert_close(again(hidden), heads(hidden))
 
 
+@pytest.mark.parametrize(("option", "title"), [("markov_rank", "Markov"), ("hidden_correction", "hidden")])
+def test_heads_are_exported_without_their_correction(
+    tiny_llama: PreTrainedModel, tmp_path: Path, option: str, title: str
+) -> None:
+    corrected = new_heads(tiny_llama, 2, "medusa", projection="shared", **{option: 2})
+    corrected.base_name = "the tiny one"
+    with pytest.warns(UserWarning, match=f"medusa-v2 has no place for the {title} correction of these heads"):
+        export_heads(corrected, "medusa-v2", tmp_path / "out", model=tiny_llama)
+    found = load_heads(tmp_path / "out", tiny_llama, force=True)
+    assert found.correction is None
+    hidden = hidden_rows()
+    torch.testing.assert_close(found(hidden), corrected(hidden))
+
+
 def test_a_format_that_cannot_hold_the_heads_says_why(tiny_llama: PreTrainedModel, tmp_path: Path) -> None:
     wide, out = new_heads(tiny_llama, 2, "shared"), tmp_path / "out"
     for name in FORMATS[1:]:
@@ -142,12 +156,6 @@ def test_a_format_that_cannot_hold_the_heads_says_why(tiny_llama: PreTrainedMode
         export_heads(make_heads(tiny_llama, draft_vocab_size=5), "tgi", out)
     with pytest.raises(HeadsError, match="have biases, and vllm has no place"):
         export_heads(make_heads(tiny_llama, projection_bias=1), "vllm", out)
-    corrected = new_heads(tiny_llama, 2, "medusa", markov_rank=2)
-    with pytest.raises(HeadsError, match="have a Markov correction, and vllm has no place"):
-        export_heads(corrected, "vllm", out)
-    corrected = new_heads(tiny_llama, 2, "medusa", projection="shared", hidden_correction=2)
-    with pytest.raises(HeadsError, match="have a hidden correction, and medusa-v2 has no place"):
-        export_heads(corrected, "medusa-v2", out)
     with pytest.raises(HeadsError, match="'gguf' is unknown; known: own, medusa"):
         export_heads(wide, "gguf", out)
     assert not out.exists() and not list(tmp_path.iterdir())

@@ -40,7 +40,8 @@ def export(
 ) -> None:
     """Write heads in another system's format, exactly as they are; what a format cannot hold is refused.
 
-    Formats other than own hold MEDUSA's blocks alone: train heads of the family medusa for them. Some hold a copy of
+    Formats other than own hold MEDUSA's blocks alone: train heads of the family medusa for them. A correction by the
+    token before is left out, and the heads guess each by itself there. Some hold a copy of
     the model's output projection for each head, or the whole model, and need --model then.
 
     For example:

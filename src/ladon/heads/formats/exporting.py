@@ -1,4 +1,4 @@
-"""Heads written as other systems read them: exactly, or not at all."""
+"""Heads written as other systems read them: exactly, but for a correction of theirs, or not at all."""
 
 from __future__ import annotations
 
@@ -189,15 +189,16 @@ def _as_medusa(heads: Heads, name: str) -> MedusaHeads:
             f"these heads guess {heads.draft_vocab_size} of {heads.vocab_size} tokens, and {name} cannot say which. "
             "Use --format vllm or own"
         )
-    if heads.correction is not None:
-        raise HeadsError(
-            f"these heads have a {heads.correction.title}, and {name} has no place for it; it would be lost. Use "
-            "--format own"
-        )
     if heads.own_bias is not None and heads.own_bias.any():
         raise HeadsError(
             f"the projections of these heads have biases, and {name} has no place for them; they would be lost. Use "
             "--format own"
+        )
+    if heads.correction is not None:
+        warnings.warn(
+            f"{name} has no place for the {heads.correction.title} of these heads: it is left out, and they guess each "
+            "by itself there",
+            stacklevel=3,
         )
     return heads
 
