@@ -71,7 +71,9 @@ def _paragraphs(text: str | None) -> str:
     examples = [line[4:] for line in lines if line.startswith("    ")]
     parts = re.split(r"\n{2,}", prose)
     if examples:
-        parts.append("<!-- slow -->\n```bash\n" + "\n".join(examples) + "\n```")
+        far = any("org/" in line or "http:" in line for line in examples)
+        mark = "not run: needs the hub and a server" if far else "slow"
+        parts.append(f"<!-- {mark} -->\n```bash\n" + "\n".join(examples) + "\n```")
     return "\n\n".join(parts)
 
 
