@@ -72,8 +72,8 @@ class Recorder(EngineObserver):
     def verifies(self, rows: Sequence[Row], num_nodes: int) -> None:
         """Count the drafts that trees of so many nodes would have had in vain, had constraints not dropped them."""
         for row in rows:
-            if row.guide is not None:
-                drafts, illegal = row.guide.looked_through(num_nodes)
+            if row.grammar is not None:
+                drafts, illegal = row.grammar.looked_through(num_nodes)
                 for counts in (row.stats, self.stats):
                     counts.drafts_checked += drafts
                     counts.drafts_illegal += illegal
