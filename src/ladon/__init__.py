@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         InputError,
         LadonError,
         LogitsError,
+        SelfTestError,
         TreeError,
         UnsupportedModelError,
     )
@@ -59,6 +60,7 @@ _HOME = {
     "TreeError": "ladon.errors",
     "ConstraintError": "ladon.errors",
     "HeadsError": "ladon.errors",
+    "SelfTestError": "ladon.errors",
     "UnsupportedModelError": "ladon.errors",
 }
 
@@ -76,6 +78,7 @@ __all__ = [
     "Nucleus",
     "Pruning",
     "Row",
+    "SelfTestError",
     "TraceStep",
     "TreeError",
     "TreeSize",

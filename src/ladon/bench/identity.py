@@ -6,9 +6,9 @@ near-tie, else the output is wrong.
 
 - float64: no bound, there are no near-ties.
 - float32: 1e-4. Logits of one prefix differ by 1e-6 to 1e-4.
-- bfloat16, float16: `UNITS` rounding units of the largest logit, a unit being the dtype's epsilon (2^-7, 2^-10) times
-  that logit's size. In the bundled model logits near the top differ by at most 0.94 units between two calls; two of
-  them make 2, and deeper models round more often.
+- bfloat16, float16, and float32 computed in them (autocast, TF32): `UNITS` rounding units of the largest logit, a unit
+  being the dtype's epsilon (2^-7, 2^-10) times that logit's size. In the bundled model logits near the top differ by at
+  most 0.94 units between two calls; two of them make 2, and deeper models round more often.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from ladon.bench.systems import LadonSystem
 from ladon.decoder.trace import TraceStep
 from ladon.target.target import Target
 from ladon.trees.token_tree import TokenTree
+from ladon.util.devices import input_device, working_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -90,7 +91,7 @@ def compare(
         prompt=number,
         position=position,
         margin=_margin(logits, output, reference, position),
-        bound=near_tie_bound(model.dtype, logits),
+        bound=near_tie_bound(working_dtype(input_device(model), model.dtype), logits),
     )
 
 
@@ -116,7 +117,7 @@ def examine(
         prompt=number,
         position=position,
         margin=_margin(theirs, output, reference, position),
-        bound=near_tie_bound(model.dtype, theirs),
+        bound=near_tie_bound(working_dtype(input_device(model), model.dtype), theirs),
         deviation=math.inf if ours is None else float((ours - theirs).abs().max()),
     )
 

@@ -19,6 +19,7 @@ from ladon.decoder.decoder import Decoder
 from ladon.engine.sequence import Row
 from ladon.sampling.sampler import scores_of
 from ladon.target.target import Target
+from ladon.util.devices import working_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -133,7 +134,7 @@ def difference_of(target: Target, number: int, ours: Row, theirs: Row) -> Differ
         return Difference(prompt=number, position=place, margin=math.inf, bound=0.0)
     scores, logits = said_from(target, theirs, place)
     margin = float(scores.max() - min(scores[ours.tokens[place]], scores[theirs.tokens[place]]))
-    bound = near_tie_bound(target.dtype, logits)
+    bound = near_tie_bound(working_dtype(target.device, target.dtype), logits)
     return Difference(prompt=number, position=place, margin=margin, bound=bound)
 
 

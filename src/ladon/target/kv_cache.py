@@ -1,11 +1,14 @@
 """The key/value cache of tree decoding: preallocated, ragged, rewritten in place; and the slots a forward writes to.
 
 Every layer holds buffers [rows, heads, slots, D] for keys and for values (and for the keys of a sparse indexer, where
-the model has one); where keys and values have one shape, they are the two parts of one allocation, so that `commit`
-moves them in one operation. Row b has `lengths[b]` committed tokens in slots 0 to `lengths[b]` - 1; a verified
-tree puts node i of that row into slot `lengths[b]` + i, and `commit` moves the accepted nodes down to the committed
-part. Whatever lies beyond is stale: it is masked until the next tree overwrites it. It must stay finite, because a
-masked NaN in the values still spoils the softmax average.
+the model has one); where keys and values have one shape and dtype, they are the two parts of one allocation, so that
+`commit` moves them in one operation. A buffer has the dtype of what is written first (under autocast those of keys and
+values may differ), and a wider one once that comes, as in the caches of transformers.
+
+Row b has `lengths[b]` committed tokens in slots 0 to `lengths[b]` - 1; a verified tree puts node i of that row into
+slot `lengths[b]` + i, and `commit` moves the accepted nodes down to the committed part. Whatever lies beyond is stale:
+it is masked until the next tree overwrites it. It must stay finite, because a masked NaN in the values still spoils the
+softmax average.
 
 The B rows in use are the first of the buffers, and a forward works on a stretch of them, so that it needs a view and
 no copy. Rows come behind the others (`append`), with nothing committed: what the last owner of their place has left
@@ -122,8 +125,8 @@ class _TreeLayer(CacheLayerMixin):
         self.indexer_keys: Tensor | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Allocate the key and value buffers for states of these shapes."""
-        if key_states.shape == value_states.shape:
+        """Allocate the key and value buffers for states of these shapes and dtypes."""
+        if key_states.shape == value_states.shape and key_states.dtype == value_states.dtype:
             self.stores["both"] = self._allocate(2, key_states)
         else:
             self.stores |= {"keys": self._allocate(1, key_states), "values": self._allocate(1, value_states)}
@@ -136,8 +139,8 @@ class _TreeLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self._grow()
-        self._write(self.keys, key_states)
-        self._write(self.values, value_states)
+        self._write("keys", key_states)
+        self._write("values", value_states)
         return self._visible(self.keys), self._visible(self.values)
 
     def update_indexer(self, indexer_key_states: Tensor) -> Tensor:
@@ -147,8 +150,8 @@ class _TreeLayer(CacheLayerMixin):
             self.stores["indexer"] = self._allocate(1, states)
             self._name_parts()
         self._grow()
+        self._write("indexer_keys", states)
         assert self.indexer_keys is not None
-        self._write(self.indexer_keys, states)
         return self._visible(self.indexer_keys)[:, 0]
 
     def move_rows(self, source: Tensor, target: Tensor, used: int) -> None:
@@ -209,15 +212,21 @@ class _TreeLayer(CacheLayerMixin):
         if "indexer" in self.stores:
             self.indexer_keys = self.stores["indexer"][0]
 
-    def _write(self, buffer: Tensor, states: Tensor) -> None:
-        route = self.route
+    def _write(self, part: str, states: Tensor) -> None:
+        """Put the new states into the buffers of this name, which become wider ones if they cannot hold them."""
+        store = "indexer" if part == "indexer_keys" else part if part in self.stores else "both"
+        dtype = self.stores[store].dtype
+        if states.dtype != dtype:
+            self.stores[store] = self.stores[store].to(torch.promote_types(dtype, states.dtype))
+            self._name_parts()
+        route, buffer = self.route, getattr(self, part)
         if route.slots is None and isinstance(route.rows, range):
             rows = buffer[route.rows.start : route.rows.stop]
             rows.narrow(2, route.start, route.num_tokens).copy_(states)
             return
         _, heads, capacity, width = buffer.shape
         index = route.flat_slots(heads, capacity, buffer.device)
-        buffer.view(-1, width).index_copy_(0, index, states.reshape(-1, width))
+        buffer.view(-1, width).index_copy_(0, index, states.reshape(-1, width).to(buffer.dtype))
 
     def _visible(self, buffer: Tensor) -> Tensor:
         rows = self.route.rows
@@ -337,6 +346,11 @@ class TreeCache(Cache):
     def read_row(self, row: int, length: int) -> Stores:
         """Copies of a row's first `length` slots, layer by layer."""
         return [layer.read_row(row, length) for layer in self._all_layers()]
+
+    def fits(self, stores: Stores) -> bool:
+        """Whether what `read_row` gave can be written: layers that hold something hold it in the same parts."""
+        layers = zip(self._all_layers(), stores, strict=True)
+        return all(not layer.stores or layer.stores.keys() == states.keys() for layer, states in layers)
 
     def write_row(self, row: int, stores: Stores, length: int) -> None:
         """Make what `read_row` gave of some row the committed part of this one, `length` slots."""

@@ -31,6 +31,7 @@ from ladon.target.self_test import Verdict, tested
 from ladon.target.support import check_model, context_limit
 from ladon.target.verify_output import VerifyOutput
 from ladon.trees.token_tree import TokenTree, ancestor_mask, node_depths, position_ids
+from ladon.util.devices import arithmetic, input_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,7 +44,7 @@ class Target:
 
     Attributes:
         model: the transformers model, never changed.
-        device: where its inputs live.
+        device: where its inputs go.
         dtype: of its parameters.
         vocab_size: V, the width its output projection returns.
         context_limit: the most positions the model has, or None without a bound.
@@ -70,14 +71,16 @@ class Target:
         """Derive everything from the model, unless it is as it was when this was done last."""
         model = self.model
         config = model.config.get_text_config(decoder=True)
-        state = (config._attn_implementation, model.dtype, model.device, model.training, model.get_output_embeddings())
+        device = input_device(model)
+        numbers = (model.dtype, device, arithmetic(device))
+        state = (config._attn_implementation, numbers, model.training, model.get_output_embeddings())
         if state == self._made_for:
             return
         arguments = set(inspect.signature(model.forward).parameters)
         check_model(model, arguments)
         projection = output_projection(model)
         self._projection, self.vocab_size = projection.module, projection.vocab_size
-        self.device, self.dtype, self._config = model.device, model.dtype, config
+        self.device, self.dtype, self._config = device, model.dtype, config
         self.context_limit = context_limit(config)
         self._localities = localities(config)
         self._mask_dtype = None if config._attn_implementation == "sdpa" else self.dtype
@@ -90,7 +93,8 @@ class Target:
     def check(self) -> Verdict:
         """Make ready for a run: follow a change of the model, and run the self-test if it has not run since.
 
-        What may change between runs: attention implementation, dtype, device, training mode, output projection.
+        What may change between runs: attention implementation, dtype, device, training mode, output projection, and
+        how the device computes (autocast, precision of float32 products).
 
         Raises:
             UnsupportedModelError: if not even a chain gives what plain decoding gives, or the model now is one that
@@ -141,6 +145,8 @@ class Target:
     def resume(self, past: KeptPrefix | None, prompt_length: int, cache: TreeCache, place: int) -> int:
         """Let a new row of the cache start from `past`, if its prompt can go on from it; how many tokens that is."""
         if past is None or past.regime != self._regimes.number_at(prompt_length) or past.maker != Maker.of(self.model):
+            return 0
+        if not cache.fits(past.stores):
             return 0
         cache.write_row(place, past.stores, len(past))
         return len(past)
