@@ -63,7 +63,7 @@ def record(
         InputError: a prompt is empty or fills the model's context.
         UnsupportedModelError: the model cannot decode with Ladon.
     """
-    heads.bind(model, force=True)
+    heads = heads.bound(model, force=True)
     target = Target(model)
     rows = [row_of(index, prompt, max_new_tokens, target) for index, prompt in enumerate(prompts)]
     recorder = _Recorder(heads, num_candidates, batch_size)

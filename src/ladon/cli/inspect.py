@@ -216,8 +216,9 @@ def _compared(heads: Heads, model: PreTrainedModel) -> dict[str, Any]:
         in_model -= embedding.numel()  # a step reads a few rows of it
     heads.bind(model, force=True)
     with torch.no_grad(), projection_inputs(projection.module) as seen:
-        heads.draft(torch.zeros(1, heads.hidden_size, dtype=model.dtype), torch.zeros(1, dtype=torch.int64))
-    shared = projection.weight.numel() if seen else 0
+        hidden = torch.zeros(1, heads.hidden_size, dtype=model.dtype, device=next(heads.parameters()).device)
+        heads.draft(hidden, torch.zeros(1, dtype=torch.int64, device=hidden.device))
+    shared = projection.hidden_size * projection.vocab_size if seen else 0
     width = model.dtype.itemsize
     return found | {
         "dtype": str(model.dtype).removeprefix("torch."),

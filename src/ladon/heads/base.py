@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from ladon.errors import HeadsError
 from ladon.heads.calibration import Calibration
 from ladon.heads.checkpoint import HeadsConfig, write_heads
+from ladon.heads.copies import Placement, shared_copy
 from ladon.heads.correction import MARKOV_GATE, MarkovCorrection
 from ladon.heads.ends import input_embedding_module, output_projection
 from ladon.heads.fingerprint import Fingerprint, check_same_base, fingerprint
 from ladon.heads.hidden_correction import HiddenCorrection
+from ladon.util.devices import device_of, input_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -65,6 +67,7 @@ class Heads(nn.Module, ABC):
         # In tuples, so that the target's modules are no submodules: not saved, not trained, not moved with the heads.
         self._projection: tuple[nn.Module, ...] = ()
         self._embedding: tuple[nn.Module, ...] = ()
+        self._placement: Placement | None = None  # of a copy: where its parameters come from
 
     @abstractmethod
     def forward(self, hidden: Tensor, following: Tensor | None = None) -> Tensor:
@@ -203,7 +206,8 @@ class Heads(nn.Module, ABC):
     def bind(self, model: PreTrainedModel, force: bool = False) -> Self:
         """Attach to the target: check that it is the right one, go to its dtype and device, use its projection.
 
-        Binding again to the same model is cheap and follows a change of its dtype or device.
+        Binding again to the same model is cheap and follows a change of its dtype or device. What goes to a narrower
+        dtype stays as narrow; `bound` leaves these heads as they are.
 
         Args:
             model: the target.
@@ -222,11 +226,32 @@ class Heads(nn.Module, ABC):
             self.check_base(model)
         self._projection = (projection.module,)
         self._embedding = (input_embedding_module(model),)
-        for device in (projection.weight.device, model.device):
-            if device.type != "meta":  # where an offloaded module seems to be; parameters moved there would be lost
-                self.to(device)
-                break
-        return self.to(model.dtype)
+        device = _device_for(model)
+        # where an offloaded module seems to be, parameters would be lost
+        return self.to(dtype=model.dtype) if device.type == "meta" else self.to(device, model.dtype)
+
+    def bound(self, model: PreTrainedModel, force: bool = False, known: Self | None = None) -> Self:
+        """A copy bound to `model`, for those who run heads that others hold too; these stay as they are.
+
+        It shares all parameters that are in the model's dtype and on its device: they cost no memory, and what training
+        changes in them counts here as well. Any others are copied, and live as long as the copy.
+
+        Args:
+            model: the target.
+            force: as for `bind`.
+            known: a copy made before, whose parameters serve again if they are still those of these heads.
+
+        Raises:
+            HeadsError: as `bind` does.
+        """
+        placement = Placement(_device_for(model), model.dtype, None if known is None else known._placement)
+        made = self._copy(placement)
+        made._placement, placement.former = placement, None
+        return made.bind(model, force)
+
+    def _copy(self, placement: Placement) -> Self:
+        """These heads with their tensors so placed."""
+        return shared_copy(self, placement)
 
     def remember_base(self, model: PreTrainedModel) -> None:
         """Record `model` as the one these heads belong to."""
@@ -284,6 +309,11 @@ class Heads(nn.Module, ABC):
         check_same_base(self.base_name, self.base_fingerprint, model)
 
 
+def _device_for(model: PreTrainedModel) -> torch.device:
+    """Where heads of a model go: to its output projection."""
+    return device_of(output_projection(model).module) or input_device(model)
+
+
 def check_count(name: str, value: int) -> None:
     """Raise unless `value` is an integer of at least 1."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -292,4 +322,5 @@ def check_count(name: str, value: int) -> None:
 
 def seeded_normal(shape: tuple[int, ...], std: float, seed: int) -> Tensor:
     """Normal numbers [*shape] float32 on the CPU that depend on the seed alone."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * std
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu") * std

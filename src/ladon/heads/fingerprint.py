@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ladon.errors import HeadsError
-from ladon.heads.ends import input_embedding, output_projection
+from ladon.heads.ends import input_embedding, is_plain, output_projection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -124,7 +124,7 @@ def digits(values: Sequence[Tensor]) -> str:
 
 def _sample(matrices: Sequence[Tensor]) -> str:
     """`SAMPLES` weights spread over the matrices, or "" when any of them cannot be read as plain numbers."""
-    readable = all(m.dtype in PLAIN_DTYPES and not m.is_meta and m.numel() > 0 for m in matrices)
+    readable = all(is_plain(m) and not m.is_meta and m.numel() > 0 for m in matrices)
     if not matrices or not readable:
         return ""
     found = places([m.numel() for m in matrices])

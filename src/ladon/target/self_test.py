@@ -221,6 +221,7 @@ def _key(target: Testable) -> str:
     facts = {
         "config": {name: value for name, value in config.to_dict().items() if not name.startswith("_name")},
         "class": type(target.model).__qualname__,
+        "layers": _layers(target.model),
         "attention": config.get_text_config(decoder=True)._attn_implementation,
         "dtype": str(target.dtype),
         "device": target.device.type,
@@ -228,6 +229,12 @@ def _key(target: Testable) -> str:
         "versions": [transformers.__version__, torch.__version__],
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _layers(model: nn.Module) -> list[str]:
+    """Kinds of layers and of numbers in a model: quantised ones are others, though the config is the same."""
+    modules = {f"{type(module).__module__}.{type(module).__qualname__}" for module in model.modules()}
+    return sorted(modules | {f"{type(p).__qualname__} {p.dtype}" for p in model.parameters()})
 
 
 def _file() -> Path:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ladon.errors import InputError
 from ladon.heads.early_exit import EarlyExit, decoder_layers, new_early_exit
-from ladon.heads.ends import output_projection
+from ladon.heads.ends import is_plain, output_projection
 from ladon.target.pruning.dropping import Dropping, Slots
 from ladon.target.pruning.node_scores import CRITERIA, EarlyView, best_nodes, is_accepted, node_scores, path_scores
 from ladon.trees.token_tree import TokenTree
@@ -99,7 +99,7 @@ class Pruner:
         )
         self._layers = layers[options.layer :]
         weight = self._projection.weight
-        if options.criterion != "top-k" and (weight.ndim != 2 or not weight.is_floating_point() or weight.is_meta):
+        if options.criterion != "top-k" and (not is_plain(weight) or weight.ndim != 2 or weight.is_meta):
             raise InputError(
                 f"the output projection of {type(model).__name__} is packed or offloaded, and criterion "
                 f"{options.criterion!r} reads single rows of it; give criterion='top-k', or do not prune"
