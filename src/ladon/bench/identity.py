@@ -128,7 +128,7 @@ def replayed_logits(
 ) -> Tensor | None:
     """Logits [V] from which the mode picked new token `position`; None if it ends before, decoding alone."""
     target = Target(model)
-    ids = torch.tensor(list(prompt), device=model.device)
+    ids = torch.tensor(list(prompt), device=input_device(model))
     if position == 0:
         logits: Tensor = target.prefill([ids], target.new_cache(1))[1][0].float()
         return logits
@@ -162,7 +162,7 @@ def _margin(logits: Tensor, output: Sequence[int], reference: Sequence[int], pos
 
 def _generate_logits(model: PreTrainedModel, prompt: Sequence[int], position: int) -> Tensor:
     """Logits [V] from which `generate` picked new token `position`."""
-    ids = torch.tensor([list(prompt)], device=model.device)
+    ids = torch.tensor([list(prompt)], device=input_device(model))
     done = type(model).generate(
         model,
         ids,

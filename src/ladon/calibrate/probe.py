@@ -10,6 +10,7 @@ from ladon.decoder.decoder import Decoder
 from ladon.heads import Heads
 from ladon.heads.ends import output_projection
 from ladon.target.hooks import lock_of, projection_inputs
+from ladon.util.devices import input_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -45,7 +46,7 @@ def probe(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, heads: Hea
     decoder = Decoder(model, heads, tree="chain")
     right = asked = 0
     for text in _PROMPTS:
-        prompt = tokenizer(text, return_tensors="pt")["input_ids"].to(model.device)
+        prompt = tokenizer(text, return_tensors="pt")["input_ids"].to(input_device(model))
         rows = decoder.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=_TOKENS, do_sample=False)
         assert isinstance(rows, torch.Tensor)  # no dict was asked for
         with lock_of(model), projection_inputs(output_projection(model).module) as seen:

@@ -18,6 +18,7 @@ from ladon.errors import HeadsError, UnsupportedModelError
 from ladon.heads.base import check_count, seeded_normal
 from ladon.heads.checkpoint import EARLY_EXIT_FILES, find_folder, read_tensors, write_pair
 from ladon.heads.ends import output_projection
+from ladon.util.devices import device_of, input_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -169,8 +170,7 @@ def _decoder_and_layers(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleLis
 
 
 def _placed(made: EarlyExit, model: PreTrainedModel, layers: nn.ModuleList) -> EarlyExit:
-    device = next(layers[made.layer - 1].parameters()).device
-    return made.to(model.device if device.type == "meta" else device, model.dtype)
+    return made.to(device_of(layers[made.layer - 1]) or input_device(model), model.dtype)
 
 
 @torch.no_grad()

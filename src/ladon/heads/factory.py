@@ -22,6 +22,7 @@ from ladon.heads.hydra import HydraHeads
 from ladon.heads.lowrank import LowRankHeads
 from ladon.heads.medusa import MedusaHeads
 from ladon.heads.shared import SharedHeads
+from ladon.util.devices import is_offloaded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -56,6 +57,11 @@ def new_heads(
     """
     projection = output_projection(model)
     heads = _build(family, num_heads, projection.hidden_size, projection.vocab_size, options)
+    if is_offloaded(projection.module) and not heads.shares_projection:
+        raise HeadsError(
+            f"{family} heads start from the output projection, and this model's is offloaded. Make them on the model "
+            "loaded whole, or use family='shared'"
+        )
     heads.initialise(model, seed)
     if heads.correction is not None:
         heads.correction.initialise(seed)

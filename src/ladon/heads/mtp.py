@@ -19,6 +19,7 @@ from ladon.errors import HeadsError
 from ladon.heads.base import Heads
 from ladon.heads.copies import Placement, shared_copy
 from ladon.heads.ends import output_projection
+from ladon.util.devices import input_device, is_offloaded
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -161,8 +162,8 @@ def load_mtp(model: PreTrainedModel, num_heads: int | None = None) -> MtpHeads:
 
 def _device_of(model: PreTrainedModel) -> torch.device:
     """Where the modules go; `HeadsError` for an offloaded model, which seems to be nowhere."""
-    device: torch.device = model.device
-    if device.type == "meta":
+    device = input_device(model)
+    if device.type == "meta" or is_offloaded(model):
         raise HeadsError(
             f"the weights of {type(model).__name__} are offloaded, and MTP modules run beside them on one device. Load "
             "the model onto it whole, or use other heads"

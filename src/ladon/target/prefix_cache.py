@@ -14,7 +14,7 @@ from itertools import takewhile
 from torch import Tensor, nn
 
 from ladon.errors import InputError
-from ladon.util.devices import arithmetic, input_device
+from ladon.util.devices import arithmetic, input_device, offloading
 
 Stores = Sequence[Mapping[str, Tensor]]
 
@@ -24,7 +24,7 @@ class Maker:
     """A model as it was at some time.
 
     That is: its weights' places in memory, how often they had been written to, and how it computed. Weights changed in
-    place through `.data`, and adapters that are only switched, look as before.
+    place through `.data`, offloaded ones, and adapters that are only switched, look as before.
     """
 
     model: weakref.ref[nn.Module]
@@ -34,8 +34,16 @@ class Maker:
     @classmethod
     def of(cls, model: nn.Module) -> Maker:
         """`model` as it is now. Does not read the device."""
-        weights = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters()]
+        weights = [_state(module, own) for module in model.modules() for own in module._parameters.values()]
         return cls(model=weakref.ref(model), weights=hash(tuple(weights)), arithmetic=arithmetic(input_device(model)))
+
+
+def _state(module: nn.Module, parameter: Tensor | None) -> tuple[int, int]:
+    """Where a parameter of a module is, and how often it was written to; for an offloaded one, who holds it."""
+    holder = offloading(module)
+    if parameter is None or holder is not None:
+        return id(holder), 0
+    return parameter.data_ptr(), 0 if parameter.is_inference() else parameter._version
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)

@@ -19,13 +19,27 @@ def device_of(module: nn.Module) -> torch.device | None:
     The parameters of an offloaded module (accelerate's hooks) are on the meta device between forwards; its hook says
     where they are brought for one.
     """
-    hook = getattr(module, "_hf_hook", None)
-    for part in getattr(hook, "hooks", (hook,)):
-        device = getattr(part, "execution_device", None)
+    for hook in _hooks(module):
+        device = getattr(hook, "execution_device", None)
         if device is not None and not isinstance(device, dict):
             return torch.device(device)
     tensors = chain(module.parameters(), module.buffers())
     return next((tensor.device for tensor in tensors if not tensor.is_meta), None)
+
+
+def is_offloaded(model: nn.Module) -> bool:
+    """Whether parameters of a module, or of those in it, are elsewhere between forwards."""
+    return any(offloading(module) is not None for module in model.modules())
+
+
+def offloading(module: nn.Module) -> object | None:
+    """What holds a module's own parameters between forwards; None if the module does itself."""
+    return next((hook for hook in _hooks(module) if getattr(hook, "offload", False)), None)
+
+
+def _hooks(module: nn.Module) -> tuple[object, ...]:
+    hook = getattr(module, "_hf_hook", None)
+    return tuple(getattr(hook, "hooks", () if hook is None else (hook,)))
 
 
 def input_device(model: nn.Module) -> torch.device:
