@@ -108,6 +108,19 @@ def identity_line(results: Sequence[Result], unchecked: str | None) -> str:
     return f"identical: yes (each mode against transformers' generate, float32, {results[0].prompts} prompts{aside})"
 
 
+def plain_lines(results: Sequence[Result]) -> list[str]:
+    """How plain decoding, which the others are compared with, compares with transformers' `generate`: one line."""
+    ratios = {
+        result.batch: result.speedup_vs_transformers
+        for result in results
+        if result.mode == "plain" and result.speedup_vs_transformers is not None
+    }
+    if not ratios:
+        return []
+    shown = [f"{ratio:.2f}" + (f" at batch {batch}" if len(ratios) > 1 else "") for batch, ratio in ratios.items()]
+    return [f"plain decoding runs at {', '.join(shown)} of the speed of transformers' generate"]
+
+
 def difference_lines(findings: Findings, dtype: str) -> list[str]:
     """One line per output that left its reference: plain decoding in the timed dtype, `generate` in float32."""
     return [

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from typer import Exit, Option
+from typer import Exit
 
 from ladon.cli import options
+from ladon.cli.options import DRAFT, MEASURE, OUTPUT, WHAT, about, joined, option
 from ladon.cli.output import OutConsole, check_writable, print_json, progress_bar, say, write_whole
-from ladon.config import MTP, BenchOptions, help_of
+from ladon.config import MTP, BenchOptions
 from ladon.errors import InputError
 
 if TYPE_CHECKING:
@@ -22,93 +25,64 @@ if TYPE_CHECKING:
     from ladon.fixed_tree import FixedTree
 
 _DEFAULTS = BenchOptions()
-_MODES, _BUDGETS, _BATCHES = map(options.joined, (_DEFAULTS.modes, _DEFAULTS.budgets, _DEFAULTS.batches))
+_DEMO_PROMPTS = 16
 _NOT_IDENTICAL = 1  # exit code
 
-_PromptsOption = Annotated[
-    Path | None,
-    Option(
-        "--prompts",
-        metavar="FILE",
-        help="JSONL with `prompt`, or MT-Bench `turns`; held-out code for the bundled model.",
-    ),
-]
-_LimitOption = Annotated[int | None, Option("--limit", metavar="N", min=1, help="Use only the first so many prompts.")]
-_ModesOption = Annotated[
-    str, Option("--modes", metavar="NAME,...", help=f"{help_of(BenchOptions, 'modes').capitalize()}.")
-]
-_BudgetsOption = Annotated[
-    str, Option("--budget", metavar="N,...", help=f"{help_of(BenchOptions, 'budgets').capitalize()}.")
-]
-_BatchesOption = Annotated[
-    str, Option("--batch", metavar="N,...", help=f"{help_of(BenchOptions, 'batches').capitalize()}.")
-]
-_RepeatsOption = Annotated[
-    int, Option("--repeats", metavar="N", min=1, help=f"{help_of(BenchOptions, 'repeats').capitalize()}.")
-]
-_FixedTreeOption = Annotated[
-    Path | None,
-    Option("--fixed-tree", metavar="FILE", help="JSON file of rank paths for mode fixed, instead of calibrating one."),
-]
-_CalibrationOption = Annotated[
-    Path | None,
-    Option(
-        "--calibration",
-        metavar="FILE",
-        help="JSONL of prompts, all of which the model answers (first turns, --max-new-tokens each) to find the "
-        "best fixed tree of each size for its heads. If left out: known for the bundled heads, else the measured "
-        "prompts, which flatters the fixed tree.",
-    ),
-]
-_PruneOption = Annotated[str, Option("--prune", metavar="NAME", help=f"{help_of(BenchOptions, 'prune').capitalize()}.")]
-_DiagnoseOption = Annotated[
-    bool, Option("--diagnose/--no-diagnose", help=f"{help_of(BenchOptions, 'diagnose').capitalize()}.")
-]
-_AnswersOption = Annotated[
-    Path | None,
-    Option(
-        "--answers",
-        metavar="FILE",
-        help="Write answers as FastChat's MT-Bench rows: to FILE itself if there is one mode at one budget, else "
-        "each system's to a file beside it, such as OUT-dynamic-16.jsonl for OUT.jsonl.",
-    ),
-]
-_PlotsOption = Annotated[
-    Path | None,
-    Option(
-        "--plots",
-        metavar="DIR",
-        help="Write pictures (PNG) to this folder: speed-up against batch, expected and real tokens per step by size, "
-        "step times with their fit.",
-    ),
-]
-_OutputOption = Annotated[
-    Path | None, Option("--output", metavar="FILE", help="Write the JSON document to this file too.")
-]
+
+@dataclass(frozen=True, kw_only=True)
+class OneThread(options.Target):
+    """A model that is timed, on one CPU thread unless asked otherwise."""
+
+    threads: options.OneThreadOption = 1
 
 
+@options.with_groups()
 def bench(
-    model: options.ModelOption = "demo",
-    heads: options.HeadsOption = None,
-    prompts: _PromptsOption = None,
-    limit: _LimitOption = None,
-    modes: _ModesOption = _MODES,
-    budget: _BudgetsOption = _BUDGETS,
-    batch: _BatchesOption = _BATCHES,
+    target: OneThread,
+    prompts: Annotated[
+        Path | None,
+        option(WHAT, "FILE", "JSONL with `prompt`, or MT-Bench `turns`; held-out code for the bundled model."),
+    ] = None,
+    limit: options.LimitOption = None,
+    modes: Annotated[str, option(DRAFT, "NAME,...", about(BenchOptions, "modes"))] = joined(_DEFAULTS.modes),
+    budget: Annotated[str, option(DRAFT, "N,...", about(BenchOptions, "budgets"))] = joined(_DEFAULTS.budgets),
+    batch: Annotated[str, option(MEASURE, "N,...", about(BenchOptions, "batches"))] = joined(_DEFAULTS.batches),
     max_new_tokens: options.NewTokensOption = _DEFAULTS.max_new_tokens,
-    repeats: _RepeatsOption = _DEFAULTS.repeats,
-    fixed_tree: _FixedTreeOption = None,
-    calibration: _CalibrationOption = None,
-    prune: _PruneOption = _DEFAULTS.prune,
-    diagnose: _DiagnoseOption = _DEFAULTS.diagnose,
-    answers: _AnswersOption = None,
-    output: _OutputOption = None,
-    plots: _PlotsOption = None,
-    dtype: options.DtypeOption = "auto",
-    device: options.DeviceOption = "auto",
-    threads: options.OneThreadOption = 1,
-    trust_remote_code: options.TrustOption = False,
-    ignore_generation_config: options.IgnoreConfigOption = False,
+    repeats: Annotated[int, option(MEASURE, "N", about(BenchOptions, "repeats"), min=1)] = _DEFAULTS.repeats,
+    fixed_tree: Annotated[
+        Path | None, option(DRAFT, "FILE", "JSON file of rank paths for mode fixed, instead of calibrating one.")
+    ] = None,
+    calibration: Annotated[
+        Path | None,
+        option(
+            DRAFT,
+            "FILE",
+            "JSONL of prompts, all of which the model answers (first turns, --max-new-tokens each) to find the best "
+            "fixed tree of each size for its heads. If left out: known for the bundled heads, else the measured "
+            "prompts, which flatters the fixed tree.",
+        ),
+    ] = None,
+    prune: Annotated[str, option(DRAFT, "NAME", about(BenchOptions, "prune"))] = _DEFAULTS.prune,
+    diagnose: Annotated[bool, option(MEASURE, None, about(BenchOptions, "diagnose"))] = _DEFAULTS.diagnose,
+    answers: Annotated[
+        Path | None,
+        option(
+            OUTPUT,
+            "FILE",
+            "Write answers as FastChat's MT-Bench rows: to FILE itself if there is one mode at one budget, else each "
+            "system's to a file beside it, such as OUT-dynamic-16.jsonl for OUT.jsonl.",
+        ),
+    ] = None,
+    output: Annotated[Path | None, option(OUTPUT, "FILE", "Write the JSON document to this file too.")] = None,
+    plots: Annotated[
+        Path | None,
+        option(
+            OUTPUT,
+            "DIR",
+            "Write pictures (PNG) to this folder: speed-up against batch, expected and real tokens per step by size, "
+            "step times with their fit.",
+        ),
+    ] = None,
     as_json: options.JsonOption = False,
 ) -> None:
     """Measure plain, chain, fixed-tree and dynamic-tree decoding against each other and against transformers.
@@ -124,8 +98,8 @@ def bench(
     """
     plan = BenchOptions(
         modes=options.parse_modes(modes),
-        budgets=tuple(dict.fromkeys(options.parse_budgets(budget))),
-        batches=tuple(dict.fromkeys(options.parse_counts("--batch", batch))),
+        budgets=options.parse_budgets(budget),
+        batches=options.parse_counts("--batch", batch),
         max_new_tokens=max_new_tokens,
         repeats=repeats,
         prune=prune,
@@ -135,41 +109,85 @@ def bench(
     check_writable(output)
     if plots is not None:
         _check_pictures(plots)
-    from ladon.cli.bench_inputs import tree_source, workload_of
-    from ladon.cli.loading import DEMO, load
+    from ladon.cli.loading import load
 
-    loaded = load(
-        model,
-        heads,
-        dtype=dtype,
-        device=device,
-        threads=threads,
-        trust_remote_code=trust_remote_code,
-        ignore_generation_config=ignore_generation_config,
-    )
-    if loaded.heads is None and modes == _MODES:
-        plan = replace(plan, modes=("plain", "ngrams"))  # all that there is without heads
-    elif heads == MTP and modes == _MODES and fixed_tree is None:
-        # a fixed tree is found by hit rates, which MTP modules do not have by themselves
-        plan = replace(plan, modes=tuple(mode for mode in plan.modes if mode != "fixed"))
+    loaded = load(target)
+    if plan.modes == _DEFAULTS.modes:
+        plan = replace(plan, modes=_modes(loaded, target.heads, has_tree=fixed_tree is not None))
     workload = workload_of(loaded, prompts, limit)
-    bundled_heads = loaded.is_demo and heads in (None, DEMO)
     with progress_bar() as progress:
-        trees = tree_source(loaded, workload, fixed_tree, calibration, bundled_heads, plan.max_new_tokens, progress)
+        is_bundled = loaded.is_demo and target.heads in (None, "demo")
+        trees = tree_source(loaded, workload, fixed_tree, calibration, is_bundled, plan.max_new_tokens, progress)
         subject = make_subject(loaded, trees)
         document, findings, title = measure(subject, workload, plan, progress)
     show(document, findings, title)
     if answers is not None:
         _write_answers(answers, subject, findings, plan)
     if output is not None:
-        import json
-
         write_whole(output, (json.dumps(document, indent=2, allow_nan=False) + "\n").encode())
     if plots is not None:
         _write_pictures(plots, document)
     if as_json:
         print_json(document)
     fail_unless_identical(document)
+
+
+def _modes(loaded: Loaded, heads: str | None, *, has_tree: bool) -> tuple[str, ...]:
+    """The modes that are measured unless some are named: those that these heads can have."""
+    if loaded.heads is None:
+        return ("plain", "ngrams")
+    if heads == MTP and not has_tree:
+        # a fixed tree is found by hit rates, which MTP modules do not have by themselves
+        return tuple(mode for mode in _DEFAULTS.modes if mode != "fixed")
+    return _DEFAULTS.modes
+
+
+def tree_source(
+    loaded: Loaded,
+    workload: Workload,
+    fixed_tree: Path | None,
+    calibration: Path | None,
+    bundled_heads: bool,
+    max_new_tokens: int,
+    progress: Progress,
+) -> Callable[[int], FixedTree]:
+    """Where mode fixed gets its tree of a size from: a file, or the best of the size by the heads' hit rates.
+
+    Hit rates are measured on the model's answers to the prompts of `calibration`. Without such a file, those of the
+    bundled heads are known; for others they are measured on the prompts of the benchmark itself, and that is said.
+    """
+    from ladon.bench.calibration import calibrate
+    from ladon.bench.workloads import read_workload
+    from ladon.bundled import demo_fixed_tree
+    from ladon.fixed_tree import FixedTree, best_fixed_tree
+
+    if fixed_tree is not None:
+        given = FixedTree.load(fixed_tree)
+        return lambda size: given
+    if calibration is None and bundled_heads:
+        return demo_fixed_tree
+    other = None if calibration is None else read_workload(calibration)
+
+    @cache
+    def rates() -> list[list[float]]:
+        assert loaded.heads is not None  # modes that need a tree need heads, which is checked first
+        if other is None:
+            say("ladon: warning: the fixed tree is calibrated on the measured prompts; --calibration takes others")
+        questions = (other or workload).questions
+        return calibrate(loaded.model, loaded.heads, loaded.tokenizer, questions, max_new_tokens, progress)
+
+    return lambda size: best_fixed_tree(rates(), size)
+
+
+def workload_of(loaded: Loaded, prompts: Path | None, limit: int | None) -> Workload:
+    """The questions of a file, or held-out code for the bundled model."""
+    from ladon.bench.workloads import demo_workload, read_workload
+
+    if prompts is not None:
+        return read_workload(prompts, limit)
+    if not loaded.is_demo:
+        raise InputError("no prompts; give --prompts FILE with a JSON object with `prompt` or `turns` on each line")
+    return demo_workload(limit or _DEMO_PROMPTS)
 
 
 def _write_answers(path: Path, subject: Subject, findings: Findings, plan: BenchOptions) -> None:
@@ -221,19 +239,26 @@ def make_subject(loaded: Loaded, fixed_tree: Callable[[int], FixedTree]) -> Subj
 
 
 def measure(
-    subject: Subject, workload: Workload, plan: BenchOptions, progress: Progress
+    subject: Subject, workload: Workload, plan: BenchOptions, progress: Progress, before: dict[str, Any] | None = None
 ) -> tuple[dict[str, Any], Findings, str]:
-    """Run a benchmark; the JSON document, the findings, and a line that says what was measured where."""
-    from dataclasses import asdict
+    """Run a benchmark.
 
+    Args:
+        subject: what is measured.
+        workload: its prompts.
+        plan: the modes and sizes.
+        progress: told how far it is.
+        before: how busy the machine was at the start, if that is known already.
+
+    Returns:
+        The JSON document, the findings, and a line that says what was measured where.
+    """
     from ladon.bench.report import baselines, results
     from ladon.bench.runner import run_bench
     from ladon.cli.loading import dtype_name
-    from ladon.environment import environment, is_busy, load
+    from ladon.environment import environment, load
 
-    before = load()
-    if is_busy(before):
-        say(f"ladon: warning: the machine is busy (load average {before['load_average'][0]}); timings will suffer")
+    before = before or busy_state()
     findings = run_bench(subject, workload, plan, progress)
     place = environment(subject.model.device)
     dtype = dtype_name(subject.model)
@@ -249,15 +274,26 @@ def measure(
         "identity_unchecked": findings.unchecked,
         "results": [asdict(result) for result in results(findings)],
     }
-    prompts, repeats = _several(len(findings.requests), "prompt"), _several(plan.repeats, "repeat")
     title = (
-        f"{subject.name} · {dtype} · {prompts} of {workload.name} · up to {plan.max_new_tokens} tokens · {repeats} · "
-        f"{_several(place['threads'], 'thread')} · {place['cpu']}"
+        f"{subject.name} · {dtype} · {several(len(findings.requests), 'prompt')} of {workload.name} · up to "
+        f"{plan.max_new_tokens} tokens · {several(plan.repeats, 'repeat')} · {several(place['threads'], 'thread')} · "
+        f"{place['cpu']}"
     )
     return document, findings, title
 
 
-def _several(count: int, noun: str) -> str:
+def busy_state() -> dict[str, Any]:
+    """How busy the machine is, which is said if timings will suffer from it."""
+    from ladon.environment import is_busy, load
+
+    state = load()
+    if is_busy(state):
+        say(f"ladon: warning: the machine is busy (load average {state['load_average'][0]}); timings will suffer")
+    return state
+
+
+def several(count: int, noun: str) -> str:
+    """A number of things in words."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
@@ -273,9 +309,10 @@ def show(document: dict[str, Any], findings: Findings, title: str) -> None:
         console.print(lines.table(found, document["transformers"], batch))
     if findings.diagnoses:
         console.print(lines.diagnosis_table(found))
-    console.print(lines.identity_line(found, findings.unchecked), style="bold", markup=False)
+    for line in (lines.identity_line(found, findings.unchecked), *lines.plain_lines(found)):
+        console.print(line, style="bold", markup=False)
     notes = [*lines.diagnosis_lines(found), lines.repetition_line(found), lines.profile_line(found)]
-    notes += lines.size_lines(found)
-    notes += [*lines.filling_lines(found), *lines.difference_lines(findings, document["dtype"])]
+    notes += [*lines.size_lines(found), *lines.filling_lines(found)]
+    notes += lines.difference_lines(findings, document["dtype"])
     for note in notes:
         console.print(note, style="dim", markup=False)

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from typer import Option
-
 from ladon.cli import options
-from ladon.cli.conversation import COMMANDS, Conversation, read_line
-from ladon.cli.output import OutConsole, say
-from ladon.config import ChatOptions, DecoderOptions, help_of
+from ladon.cli.options import OUTPUT, WHAT, about, option
+from ladon.cli.output import OutConsole, say, write_whole
+from ladon.config import ChatOptions
 from ladon.errors import InputError, LadonError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from ladon.cli.loading import Loaded
     from ladon.generation import Decoder
     from ladon.past import Past
@@ -23,40 +26,24 @@ if TYPE_CHECKING:
     from ladon.stats import DecodeStats
     from ladon.steps import Step
 
-_DEFAULTS = DecoderOptions()
-_CHAT = ChatOptions()
-
-_SystemOption = Annotated[
-    str | None, Option("--system", metavar="TEXT", help="The system prompt, for models with a chat template.")
-]
-_ColourOption = Annotated[
-    bool,
-    Option("--color-by-depth", help="Give each token the colour of the depth at which it was drafted."),
-]
-_NewTokensOption = Annotated[
-    int, Option("--max-new-tokens", metavar="N", min=1, help=f"{help_of(ChatOptions, 'max_new_tokens').capitalize()}.")
-]
+Message = dict[str, str]
 
 
+@options.with_groups(without=("accept", "joint"))
 def chat(
-    model: options.ModelOption = "demo",
-    heads: options.HeadsOption = None,
-    system: _SystemOption = None,
-    max_new_tokens: _NewTokensOption = _CHAT.max_new_tokens,
-    tree: options.TreeOption = _DEFAULTS.tree,
-    budget: options.BudgetOption = str(_DEFAULTS.budget),
-    prune: options.PruneOption = _DEFAULTS.prune,
-    ngrams: options.NgramsOption = _DEFAULTS.ngrams,
-    temperature: options.TemperatureOption = _CHAT.temperature,
-    top_p: options.TopPOption = _CHAT.top_p,
-    top_k: options.TopKOption = _CHAT.top_k,
-    seed: options.SeedOption = _CHAT.seed,
-    color_by_depth: _ColourOption = False,
-    dtype: options.DtypeOption = "auto",
-    device: options.DeviceOption = "auto",
-    threads: options.ThreadsOption = None,
-    trust_remote_code: options.TrustOption = False,
-    ignore_generation_config: options.IgnoreConfigOption = False,
+    target: options.Target,
+    drafting: options.Drafting,
+    sampling: options.Sampling,
+    system: Annotated[
+        str | None, option(WHAT, "TEXT", "The system prompt, for models with a chat template.")
+    ] = None,
+    max_new_tokens: Annotated[
+        int, option(WHAT, "N", about(ChatOptions, "max_new_tokens"), min=1)
+    ] = ChatOptions.max_new_tokens,
+    color_by_depth: Annotated[
+        bool,
+        option(OUTPUT, None, "Give each token the colour of the depth at which it was drafted.", "--color-by-depth"),
+    ] = False,
 ) -> None:
     r"""Talk with a model, line by line; what was said before is kept in the cache and not read again.
 
@@ -71,24 +58,13 @@ def chat(
         ladon chat --temperature 0.7 --color-by-depth
         printf 'def f(x):\n/stats\n' | ladon chat --max-new-tokens 32
     """
-    nodes, shape = options.parse_budget(budget), options.parse_tree(tree)
-    law = options.sampling(temperature, top_k, top_p, seed)
-    from ladon.cli.loading import load, require_heads
-    from ladon.generation import Decoder
+    for_decoder, wanted = drafting.for_decoder(), sampling.for_generate()
+    from ladon.cli.loading import load
 
-    loaded = load(
-        model,
-        heads,
-        dtype=dtype,
-        device=device,
-        threads=threads,
-        trust_remote_code=trust_remote_code,
-        ignore_generation_config=ignore_generation_config,
-    )
-    require_heads(loaded, shape, ngrams)
-    conversation = Conversation(loaded.tokenizer, system)
-    decoder = Decoder(loaded.model, loaded.heads, tree=shape, budget=nodes, prune=prune, ngrams=ngrams)
-    session = Session(decoder, loaded, conversation, {**law, "max_new_tokens": max_new_tokens}, color_by_depth)
+    loaded = load(target)
+    decoder = loaded.decoder(**for_decoder)
+    wanted |= {"max_new_tokens": max_new_tokens}
+    session = Session(decoder, loaded, Conversation(loaded.tokenizer, system), wanted, color_by_depth)
     session.greet()
     for line in _lines():
         if not session.handle(line):
@@ -133,13 +109,13 @@ class Session:
     """A chat with one decoder: takes lines, writes answers."""
 
     def __init__(
-        self, decoder: Decoder, loaded: Loaded, conversation: Conversation, law: dict[str, Any], shows_depth: bool
+        self, decoder: Decoder, loaded: Loaded, conversation: Conversation, wanted: dict[str, Any], shows_depth: bool
     ) -> None:
-        """`law` is what `Decoder.rows` is told about limits and sampling; its seed is that of the session."""
+        """`wanted` is what `Decoder.rows` is told about limits and sampling; its seed is that of the session."""
         from ladon.stats import DecodeStats
 
         self._decoder, self._loaded, self._conversation = decoder, loaded, conversation
-        self._law, self._shows_depth = law, shows_depth
+        self._wanted, self._shows_depth = wanted, shows_depth
         self._console = OutConsole(highlight=False)
         self._pasts: list[Past] = []
         self._answers, self._said = 0, 0
@@ -225,24 +201,23 @@ class Session:
         return bool(said)
 
     def _row(self) -> Row:
-        """The last message as a row, which goes on from what is kept of the chat; `InputError` if it is too long."""
+        """The last message as a sequence that goes on from what is kept of the chat; `InputError` if it is too long."""
         import torch
 
-        from ladon.capability import context_limit
         from ladon.sampling import mix
 
         ids = self._conversation.prompt_ids()
-        limit = context_limit(self._loaded.model.config.get_text_config(decoder=True))
+        limit = self._loaded.context_limit
         if limit is not None and len(ids) >= limit:
             raise InputError(
                 f"the chat has {len(ids)} tokens with this message, and the model's context ends at {limit}; write a "
                 "shorter one, or /reset"
             )
-        law = self._law
-        if "seed" in law:
-            law = law | {"seed": mix(law["seed"], self._answers)}  # each answer draws anew
+        wanted = self._wanted
+        if "seed" in wanted:
+            wanted = wanted | {"seed": mix(wanted["seed"], self._answers)}  # each answer draws anew
         prompt = torch.tensor(ids, device=self._loaded.model.device)
-        (row,) = self._decoder.rows([prompt], past=self._pasts, return_dict_in_generate=True, **law)
+        (row,) = self._decoder.rows([prompt], past=self._pasts, return_dict_in_generate=True, **wanted)
         return row
 
     def _show(self, piece: str, depth: int | None) -> None:
@@ -282,3 +257,147 @@ def _took(said: int, stats: DecodeStats) -> str:
         f"{said} tokens in {stats.row_steps} steps, {speed}{stats.reused_tokens} prompt tokens reused, "
         f"{stats.prefill_tokens} read"
     )
+
+
+COMMANDS = {
+    "/help": "this list",
+    "/regen": "answer the last message again; sampled answers are drawn anew",
+    "/reset": "forget all that was said, but for the system prompt",
+    "/save FILE": "write the messages as JSON",
+    "/load FILE": "read them back",
+    "/stats": "what this session took so far",
+    "/quit": "leave, as does the end of the input",
+}
+_NAMES = {usage.split()[0]: " " in usage for usage in COMMANDS}  # whether it takes a file
+_ROLES = ("system", "user", "assistant")
+
+
+def read_line(line: str) -> tuple[str, str]:
+    """What a line asks for: a command and its file, or "" and the message; a message's own slash is written twice.
+
+    Raises:
+        InputError: an unknown command, or one with a file too many or too few.
+    """
+    if not line.startswith("/") or line.startswith("//"):
+        return "", line[1:] if line.startswith("/") else line
+    name, _, argument = line.strip().partition(" ")
+    argument = argument.strip()
+    if name not in _NAMES:
+        raise InputError(f"{name} is no command; commands are {', '.join(COMMANDS)}; a message that starts so: /{name}")
+    if bool(argument) != _NAMES[name]:
+        what = "name a file" if _NAMES[name] else f"it takes nothing more, but {argument!r} was given"
+        raise InputError(f"{name}: {what}")
+    return name, argument
+
+
+class Conversation:
+    """Messages, and the tokens that the model is given for them.
+
+    With a chat template, the template writes the messages; without one, the text is all of them in a row, which the
+    model continues. What it has said stays in its own tokens, which the cache holds: encoding the text again could
+    split it otherwise.
+
+    Attributes:
+        messages: with role and content.
+        has_template: whether the tokenizer has a chat template.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, system: str | None = None) -> None:
+        """Start with a system prompt or nothing; `InputError` for one where no template could place it."""
+        self._tokenizer = tokenizer
+        self.has_template = bool(tokenizer.chat_template)
+        if system is not None and not self.has_template:
+            raise InputError(
+                "--system is given, but the tokenizer has no chat template; leave it out, or use a chat model"
+            )
+        self._start: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+        self.messages = list(self._start)
+        self._known: list[tuple[str, list[int]]] = []  # beginnings of the chat, and the tokens that they have had
+
+    def reset(self) -> None:
+        """Forget everything but the system prompt."""
+        self.messages, self._known = list(self._start), []
+
+    def ask(self, text: str) -> None:
+        """Add a message of the user's."""
+        self.messages.append({"role": "user", "content": text})
+
+    def ask_again(self) -> None:
+        """Take the last answer back; `InputError` if nothing has been asked."""
+        if self.messages and self.messages[-1]["role"] == "assistant":
+            self.messages.pop()
+        if not self.messages or self.messages[-1]["role"] != "user":
+            raise InputError("there is no message to answer again; write one")
+
+    def prompt_ids(self) -> list[int]:
+        """The tokens after which the model answers the last message.
+
+        Raises:
+            InputError: the chat template refuses the messages, or they have no tokens.
+        """
+        text = self._text()
+        whole = self._encode(text, is_start=True)
+        beginnings = [(known, ids) for known, ids in self._known if text.startswith(known)]
+        if beginnings:
+            known, ids = max(beginnings, key=lambda beginning: len(beginning[0]))
+            longer = [*ids, *self._encode(text[len(known) :], is_start=False)]
+            if self._decode(longer) == self._decode(whole):  # a tokenizer may add a space where the rest begins
+                whole = longer
+        if not whole:
+            raise InputError("the message has no tokens; write some text")
+        self._known.append((text, whole))
+        return whole
+
+    def answer(self, text: str, token_ids: Sequence[int]) -> None:
+        """Add what the model has said after `prompt_ids`, as text and as tokens."""
+        self.messages.append({"role": "assistant", "content": text})
+        special, said = set(self._tokenizer.all_special_ids), list(token_ids)
+        while said and said[-1] in special:
+            said.pop()  # the end of the answer; the template writes its own
+        prompt, ids = self._known[-1]
+        self._known.append((prompt + text, [*ids, *said]))
+
+    def save(self, file: str) -> None:
+        """Write the messages as JSON; `InputError` if that cannot be."""
+        document = {"messages": self.messages}
+        write_whole(_path(file), (json.dumps(document, ensure_ascii=False, indent=1) + "\n").encode())
+
+    def load(self, file: str) -> None:
+        """Read messages that `save` has written; `InputError`, and no change, if the file holds none."""
+        try:
+            document = json.loads(_path(file).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise InputError(f"cannot read {file}: {error.strerror}; give a file that /save has written") from error
+        except ValueError as error:  # neither UTF-8 nor JSON
+            raise InputError(f"{file} is not JSON ({error}); give a file that /save has written") from error
+        messages = document.get("messages") if isinstance(document, dict) else None
+        if not isinstance(messages, list) or not all(map(_is_message, messages)):
+            raise InputError(
+                f"{file} holds no chat; give a JSON object with `messages`, a list of objects with `role` "
+                f"({', '.join(_ROLES)}) and `content`"
+            )
+        self._known = []
+        self.messages = [{"role": message["role"], "content": message["content"]} for message in messages]
+
+    def _text(self) -> str:
+        if not self.has_template:
+            return "".join(message["content"] for message in self.messages)
+        try:
+            return str(self._tokenizer.apply_chat_template(self.messages, add_generation_prompt=True, tokenize=False))
+        except Exception as error:  # of another type for every way in which a template can refuse
+            raise InputError(f"the chat template refuses the chat: {' '.join(str(error).split())[:300]}") from error
+
+    def _encode(self, text: str, *, is_start: bool) -> list[int]:
+        ids = self._tokenizer(text, add_special_tokens=is_start and not self.has_template)["input_ids"]
+        return [int(token) for token in ids]
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def _path(file: str) -> Path:
+    return Path(os.path.expanduser(file))
+
+
+def _is_message(message: object) -> bool:
+    return isinstance(message, dict) and message.get("role") in _ROLES and isinstance(message.get("content"), str)

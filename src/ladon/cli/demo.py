@@ -1,37 +1,43 @@
-"""`ladon demo`: the bundled model, live and measured."""
+"""`ladon demo`: the bundled model, live and measured, within three minutes."""
 
 from __future__ import annotations
 
+import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
-from typer import Option
-
 from ladon.cli import options
-from ladon.cli.bench import fail_unless_identical, make_subject, measure, show
-from ladon.cli.output import OutConsole, print_json, progress_bar
+from ladon.cli.bench import busy_state, fail_unless_identical, make_subject, measure, several, show
+from ladon.cli.options import DRAFT, MEASURE, WHAT, about, option
+from ladon.cli.output import OutConsole, print_json, progress_bar, say
 from ladon.config import AUTO_BUDGET, BenchOptions, DecoderOptions
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from ladon.bench.findings import Findings, Progress, Subject
     from ladon.cli.loading import Loaded
 
 _DEFAULTS = BenchOptions()
-_BUDGET = str(DecoderOptions().budget)
 _SHOWN_LINES = 6  # of a prompt, before its live completion
+_SECONDS = 170.0  # for all of it: three minutes, and a little left for what was not foreseen
+_LINE_SECONDS = 10.0  # between lines of progress where standard error is no terminal
+_TRIAL_SHARE = 4  # the trial writes a quarter of the tokens
 
 
+@options.with_groups()
 def demo(
     prompts: Annotated[
-        int, Option("--prompts", metavar="N", min=1, help="How many held-out prompts are measured.")
+        int,
+        option(
+            WHAT, "N", "How many held-out prompts are measured: at most, as many as fit in the three minutes.", min=1
+        ),
     ] = 5,
-    live: Annotated[
-        int, Option("--live", metavar="N", min=0, help="How many of them are completed before your eyes.")
-    ] = 2,
+    live: Annotated[int, option(WHAT, "N", "How many of them are completed before your eyes.", min=0)] = 2,
     max_new_tokens: options.NewTokensOption = _DEFAULTS.max_new_tokens,
-    budget: options.BudgetOption = _BUDGET,
+    budget: Annotated[str, option(DRAFT, "N", about(DecoderOptions, "budget"))] = str(DecoderOptions.budget),
     repeats: Annotated[
-        int, Option("--repeats", metavar="N", min=1, help="Timed runs of each prompt and mode.")
+        int, option(MEASURE, "N", "Timed runs of each prompt and mode.", min=1)
     ] = _DEFAULTS.repeats,
     dtype: options.DtypeOption = "auto",
     threads: options.OneThreadOption = 1,
@@ -41,28 +47,32 @@ def demo(
 
     The prompts come from modules of the running Python that the model was never trained on.
     Each token has the colour of its origin: drafted at some depth, or the bonus token.
-    Nothing is downloaded. The exit code is 1 if a mode wrote something else than transformers in float32.
+    Nothing is downloaded, and all of it takes three minutes at most: a slow machine measures fewer prompts.
+    The exit code is 1 if a mode wrote something else than transformers in float32.
 
     For example:
 
         ladon demo
         ladon demo --prompts 4 --budget 32 --json
     """
-    nodes = options.parse_budget(budget)
+    started, nodes = _clock(), options.parse_budget(budget)
     plan = BenchOptions(
         budgets=(nodes if isinstance(nodes, int) else AUTO_BUDGET,), max_new_tokens=max_new_tokens, repeats=repeats
     )
+    say("ladon: [1/4] loading PyTorch, transformers and the bundled model; this takes some seconds")
     from ladon.bench.workloads import demo_workload
     from ladon.bundled import demo_fixed_tree
     from ladon.cli.loading import DEMO, load
 
-    loaded = load(DEMO, None, dtype=dtype, device="cpu", threads=threads)
-    workload = demo_workload(prompts)
+    loaded = load(options.Target(model=DEMO, dtype=dtype, device="cpu", threads=threads))
+    texts = [question.turns[0] for question in demo_workload(prompts).questions]
+    say(f"ladon: [2/4] completing {several(len(texts[:live]), 'prompt')}, as you watch")
     console = OutConsole(highlight=False)
-    for question in workload.questions[:live]:
-        _complete(console, loaded, question.turns[0], plan)
-    with progress_bar() as progress:
-        document, findings, title = measure(make_subject(loaded, demo_fixed_tree), workload, plan, progress)
+    for text in texts[:live]:
+        _complete(console, loaded, text, plan)
+    with progress_bar(_LINE_SECONDS) as progress:
+        subject = make_subject(loaded, demo_fixed_tree)
+        document, findings, title = _measure(subject, len(texts), plan, progress, started + _SECONDS)
     show(document, findings, title)
     if as_json:
         print_json(demo_json(document))
@@ -106,3 +116,49 @@ def _complete(console: Console, loaded: Loaded, prompt: str, plan: BenchOptions)
         console.print(
             f"{decoder.stats.tokens} tokens in {steps} forwards: {decoder.stats.acceptance_length:.2f} per forward\n"
         )
+
+
+def _measure(
+    subject: Subject, prompts: int, plan: BenchOptions, progress: Progress, end: float
+) -> tuple[dict[str, Any], Findings, str]:
+    """Measure every mode, on as many of the prompts as fit in the time until `end`: a short trial tells.
+
+    Where not even one fits, the trial's own numbers are the result.
+    """
+    from ladon.bench.workloads import demo_workload
+
+    before, started = busy_state(), _clock()
+    say("ladon: [3/4] trying every mode on a short answer, to see how many prompts fit in three minutes")
+    trial = replace(plan, max_new_tokens=-(-plan.max_new_tokens // _TRIAL_SHARE), repeats=1)
+    tried = measure(subject, demo_workload(1), trial, progress, before)
+    turn, now = turn_seconds(tried[1], plan.max_new_tokens / trial.max_new_tokens), _clock()
+    count, repeats = fitting(prompts, plan.repeats, turn, end - now - (now - started))
+    if not count:
+        say("ladon: [4/4] this machine is slow: what was tried is all that is measured")
+        return tried
+    what = f"{several(count, 'prompt')} of {prompts}, {several(repeats, 'repeat')}"
+    say(f"ladon: [4/4] measuring {what}: about {count * (repeats + 1) * turn:.0f} seconds")
+    return measure(subject, demo_workload(count), replace(plan, repeats=repeats), progress, before)
+
+
+def turn_seconds(findings: Findings, longer: float) -> float:
+    """Seconds in which every mode answers one prompt once, if it writes `longer` times what it wrote there."""
+    runs = [run for entry in findings.measured for repeat in (*entry.timed, *entry.profiled) for run in repeat]
+    return sum(run.seconds + (longer - 1) * run.stats.decode_seconds for run in runs)
+
+
+def fitting(prompts: int, repeats: int, turn: float, seconds: float) -> tuple[int, int]:
+    """How many prompts and repeats of each fit in the time; 0 prompts if none does.
+
+    A prompt costs a turn per repeat, and less than another one for the comparison with transformers. Prompts are left
+    out first, repeats only where one prompt is left.
+    """
+    for fewer in range(repeats, 0, -1):
+        count = min(prompts, int(seconds / (turn * (fewer + 1))))
+        if count:
+            return count, fewer
+    return 0, 0
+
+
+def _clock() -> float:
+    return time.monotonic()

@@ -7,23 +7,25 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from typer import Argument, Exit, Option
+from typer import Argument, Exit
 
 from ladon.cli import options
+from ladon.cli.options import MACHINE, OUTPUT, WHAT, about, option
 from ladon.cli.output import check_writable, print_json, progress_bar, say
-from ladon.config import DecoderOptions, DistillOptions, help_of
+from ladon.config import DistillOptions
 from ladon.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from ladon.cli.loading import Loaded
-    from ladon.train.distill import Answer, Report
+    from ladon.train.distill import Answer, Answerer, Report, Settings
 
-_DEFAULTS, _DRAFTING = DistillOptions(), DecoderOptions()
+_DEFAULTS = DistillOptions()
 _SOME_FAILED = 1
 _LINE_SECONDS = 30.0  # between lines of progress where standard error is no terminal
 # What a checkpoint's generation config may ask for that changes which tokens come; answers are written without it.
@@ -34,65 +36,66 @@ _NOT_APPLIED = (
 _NEUTRAL = (None, 0, 1, 1.0)
 
 
-def _help(name: str) -> str:
-    return f"{help_of(DistillOptions, name).capitalize()}."
+@dataclass(frozen=True, kw_only=True)
+class Endpoint:
+    """A server that answers instead of a model that is loaded here."""
+
+    endpoint: Annotated[
+        str | None,
+        option(
+            MACHINE,
+            "URL",
+            "Let an OpenAI-compatible server answer, such as http://localhost:8000/v1; --model then names the "
+            "tokenizer alone.",
+        ),
+    ] = None
+    concurrency: Annotated[
+        int, option(MACHINE, "N", about(DistillOptions, "concurrency"), min=1)
+    ] = DistillOptions.concurrency
+    api_key_env: Annotated[
+        str | None, option(MACHINE, "NAME", "Environment variable that holds the endpoint's key.")
+    ] = None
+    endpoint_model: Annotated[
+        str | None, option(MACHINE, "NAME", "The model's name there; that of --model if left out.")
+    ] = None
+
+    def key(self, heads: str | None) -> str | None:
+        """The endpoint's key, if there is one; `InputError` for options that do not go together."""
+        if self.endpoint is None:
+            if self.api_key_env is None and not self.endpoint_model:
+                return None
+            given = "--api-key-env" if self.api_key_env is not None else "--endpoint-model"
+            raise InputError(f"{given} is for --endpoint, which is not given; give both or none")
+        if heads is not None:
+            raise InputError("--heads does nothing with --endpoint, where the server decodes; leave it out")
+        if self.api_key_env is None:
+            return None
+        key = os.environ.get(self.api_key_env, "").strip()
+        if not key:
+            raise InputError(f"--api-key-env names {self.api_key_env}, which is not set; put the key into that variable")
+        return key
 
 
-_PromptsArgument = Annotated[
-    str, Argument(metavar="PROMPTS", help="A JSONL or Parquet file of prompts or chats, or a data set's hub id.")
-]
-_OutOption = Annotated[Path, Option("--out", metavar="FILE", help="JSONL file that the answers are appended to.")]
-_BatchOption = Annotated[int, Option("--batch", metavar="N", min=1, help=_help("batch"))]
-_NewTokensOption = Annotated[int, Option("--max-new-tokens", metavar="N", min=1, help=_help("max_new_tokens"))]
-_SystemOption = Annotated[str | None, Option("--system", metavar="TEXT", help="System message of every chat.")]
-_FieldOption = Annotated[
-    str | None, Option("--field", metavar="NAME", help="Field of the prompts, if it is not one of the usual ones.")
-]
-_LimitOption = Annotated[int | None, Option("--limit", metavar="N", min=1, help="Take the first N rows only.")]
-_SplitOption = Annotated[str, Option("--split", metavar="NAME", help="Split of a data set from the hub.")]
-_EndpointOption = Annotated[
-    str | None,
-    Option(
-        "--endpoint",
-        metavar="URL",
-        help="Let an OpenAI-compatible server answer, such as http://localhost:8000/v1; --model then names the "
-        "tokenizer alone.",
-    ),
-]
-_ConcurrencyOption = Annotated[int, Option("--concurrency", metavar="N", min=1, help=_help("concurrency"))]
-_KeyOption = Annotated[
-    str | None, Option("--api-key-env", metavar="NAME", help="Environment variable that holds the endpoint's key.")
-]
-_EndpointModelOption = Annotated[
-    str | None, Option("--endpoint-model", metavar="NAME", help="The model's name there; that of --model if left out.")
-]
-
-
+@options.with_groups(without=("ignore_generation_config", "prune", "accept", "ngrams", "joint"))
 def distill(
-    prompts: _PromptsArgument,
-    out: _OutOption,
-    model: options.ModelOption = "demo",
-    heads: options.HeadsOption = None,
-    batch: _BatchOption = _DEFAULTS.batch,
-    max_new_tokens: _NewTokensOption = _DEFAULTS.max_new_tokens,
-    temperature: options.TemperatureOption = _DEFAULTS.temperature,
-    top_p: options.TopPOption = _DEFAULTS.top_p,
-    top_k: options.TopKOption = _DEFAULTS.top_k,
-    seed: options.SeedOption = _DEFAULTS.seed,
-    system: _SystemOption = None,
-    field: _FieldOption = None,
-    limit: _LimitOption = None,
-    split: _SplitOption = "train",
-    endpoint: _EndpointOption = None,
-    concurrency: _ConcurrencyOption = _DEFAULTS.concurrency,
-    api_key_env: _KeyOption = None,
-    endpoint_model: _EndpointModelOption = None,
-    tree: options.TreeOption = _DRAFTING.tree,
-    budget: options.BudgetOption = str(_DRAFTING.budget),
-    dtype: options.DtypeOption = "auto",
-    device: options.DeviceOption = "auto",
-    threads: options.ThreadsOption = None,
-    trust_remote_code: options.TrustOption = False,
+    target: options.Target,
+    drafting: options.Drafting,
+    sampling: options.Sampling,
+    endpoint: Endpoint,
+    prompts: Annotated[
+        str, Argument(metavar="PROMPTS", help="A JSONL or Parquet file of prompts or chats, or a data set's hub id.")
+    ],
+    out: Annotated[Path, option(OUTPUT, "FILE", "JSONL file that the answers are appended to.")],
+    batch: Annotated[int, option(WHAT, "N", about(DistillOptions, "batch"), min=1)] = DistillOptions.batch,
+    max_new_tokens: Annotated[
+        int, option(WHAT, "N", about(DistillOptions, "max_new_tokens"), min=1)
+    ] = DistillOptions.max_new_tokens,
+    system: Annotated[str | None, option(WHAT, "TEXT", "System message of every chat.")] = None,
+    field: Annotated[
+        str | None, option(WHAT, "NAME", "Field of the prompts, if it is not one of the usual ones.")
+    ] = None,
+    limit: Annotated[int | None, option(WHAT, "N", "Take the first N rows only.", min=1)] = None,
+    split: Annotated[str, option(WHAT, "NAME", "Split of a data set from the hub.")] = "train",
     as_json: options.JsonOption = False,
 ) -> None:
     """Let the model answer prompts, one row of training data each.
@@ -109,28 +112,17 @@ def distill(
         ladon distill org/chats --split train --limit 50000 --out answers.jsonl --model path/to/model --temperature 0.7
         ladon distill chats.jsonl --out answers.jsonl --model org/name --endpoint http://localhost:8000/v1
     """
-    nodes, shape = options.parse_budget(budget), options.parse_tree(tree)
-    key = _checked(endpoint, api_key_env, endpoint_model, heads, out)
-    from ladon.cli.loading import dtype_name, load, load_tokenizer
-    from ladon.train.distill import Answerer, Settings
+    budget, tree = options.parse_budget(drafting.budget), options.parse_tree(drafting.tree)
+    check_writable(out)
+    key = endpoint.key(target.heads)
     from ladon.train.distill import distill as run
-    from ladon.train.endpoint import EndpointModel
-    from ladon.train.local import LocalModel, weights_hash
     from ladon.train.prompts import read_prompts
 
-    law: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
-    law["max_new_tokens"] = max_new_tokens
-    local: LocalModel | None = None
-    if endpoint is not None:
-        settings = Settings(model=endpoint_model or model, dtype="unknown", **law)
-        tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
-        answerer: Answerer = EndpointModel(endpoint, tokenizer, concurrency=concurrency, api_key=key)
+    common = {**asdict(sampling), "max_new_tokens": max_new_tokens}
+    if endpoint.endpoint is not None:
+        answerer, settings, tokenizer = _served(target, endpoint, key, common)
     else:
-        loaded = load(model, heads, dtype=dtype, device=device, threads=threads, trust_remote_code=trust_remote_code)
-        _warn_of_generation_config(loaded)
-        tokenizer, weights = loaded.tokenizer, weights_hash(loaded.model)
-        settings = Settings(model=loaded.name, dtype=dtype_name(loaded.model), weights=weights, **law)
-        answerer = local = LocalModel(loaded.model, loaded.heads, tokenizer, batch=batch, tree=shape, budget=nodes)
+        answerer, settings, tokenizer = _local(target, common, batch=batch, tree=tree, budget=budget)
     asked = read_prompts(prompts, tokenizer, field=field, system=system, limit=limit, split=split)
     with _progress() as progress:
         report = run(
@@ -142,7 +134,7 @@ def distill(
             progress=progress,
             notice=lambda line: say(f"ladon: {line}"),
         )
-    document = _document(report, None if local is None else local.acceptance_length)
+    document = _document(report, getattr(answerer, "acceptance_length", None))
     for line in _lines(document, out):
         say(line)
     if as_json:
@@ -151,28 +143,37 @@ def distill(
         raise Exit(_SOME_FAILED)
 
 
-def _checked(
-    endpoint: str | None, api_key_env: str | None, endpoint_model: str | None, heads: str | None, out: Path
-) -> str | None:
-    """The endpoint's key, if there is one; `InputError` for options that do not go together."""
-    check_writable(out)
-    if endpoint is None:
-        given = "--api-key-env" if api_key_env is not None else "--endpoint-model" if endpoint_model else None
-        if given is not None:
-            raise InputError(f"{given} is for --endpoint, which is not given; give both or none")
-        return None
-    if heads is not None:
-        raise InputError("--heads does nothing with --endpoint, where the server decodes; leave it out")
-    if api_key_env is None:
-        return None
-    key = os.environ.get(api_key_env, "").strip()
-    if not key:
-        raise InputError(f"--api-key-env names {api_key_env}, which is not set; put the key into that variable")
-    return key
+def _served(
+    target: options.Target, endpoint: Endpoint, key: str | None, common: dict[str, Any]
+) -> tuple[Answerer, Settings, PreTrainedTokenizerBase]:
+    """A server that answers, what its rows have in common, and the tokenizer."""
+    from ladon.cli.loading import load_tokenizer
+    from ladon.train.distill import Settings
+    from ladon.train.endpoint import EndpointModel
+
+    settings = Settings(model=endpoint.endpoint_model or target.model, dtype="unknown", **common)
+    tokenizer = load_tokenizer(target)
+    answerer = EndpointModel(str(endpoint.endpoint), tokenizer, concurrency=endpoint.concurrency, api_key=key)
+    return answerer, settings, tokenizer
+
+
+def _local(
+    target: options.Target, common: dict[str, Any], **drafting: Any
+) -> tuple[Answerer, Settings, PreTrainedTokenizerBase]:
+    """The model that answers here, what its rows have in common, and the tokenizer."""
+    from ladon.cli.loading import dtype_name, load
+    from ladon.train.distill import Settings
+    from ladon.train.local import LocalModel, weights_hash
+
+    loaded = load(target)
+    _warn_of_generation_config(loaded)
+    weights, dtype = weights_hash(loaded.model), dtype_name(loaded.model)
+    settings = Settings(model=loaded.name, dtype=dtype, weights=weights, **common)
+    return LocalModel(loaded.model, loaded.heads, loaded.tokenizer, **drafting), settings, loaded.tokenizer
 
 
 def _warn_of_generation_config(loaded: Loaded) -> None:
-    """Say what the checkpoint asks for and does not get: the answers are the model's own law, as heads learn it."""
+    """Say what the checkpoint asks for and does not get: the the answers follow the model's own distribution, which heads learn."""
     config = loaded.model.generation_config
     asked = [name for name in _NOT_APPLIED if getattr(config, name, None) not in _NEUTRAL]
     if asked:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from typer import Argument, Option
+from typer import Argument
 
 from ladon.cli import options
+from ladon.cli.options import OUTPUT, READ, option
 from ladon.cli.output import OutConsole, print_json
 from ladon.config import AUTO_BUDGET
 from ladon.errors import InputError
@@ -20,32 +21,28 @@ if TYPE_CHECKING:
     from ladon.heads.formats.reading import Checkpoint
     from ladon.tree_notations import TreeSize
 
-_PathArgument = Annotated[
-    str | None,
-    Argument(
-        metavar="PATH",
-        help="Folder, file or hub id of heads in any format that Ladon reads, or of a model; demo: the bundled heads.",
-        show_default=False,
-    ),
-]
-_BaseOption = Annotated[
-    str | None,
-    Option("--model", metavar="NAME", help="Also say whether the heads are this model's (demo, a folder or a hub id)."),
-]
-_NodesOption = Annotated[
-    int, Option("--nodes", metavar="N", min=1, help="Size of the best fixed tree that is drawn, root included.")
-]
-_TreeOption = Annotated[
-    Path | None,
-    Option("--tree", metavar="FILE", help="Draw the tree in this file, in any notation of trees; it needs no PATH."),
-]
 
-
+@options.with_groups()
 def inspect(
-    path: _PathArgument = None,
-    model: _BaseOption = None,
-    nodes: _NodesOption = AUTO_BUDGET,
-    tree: _TreeOption = None,
+    path: Annotated[
+        str | None,
+        Argument(
+            metavar="PATH",
+            help="Folder, file or hub id of heads in any format that Ladon reads, or of a model; demo: the bundled "
+            "heads.",
+            show_default=False,
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        option(READ, "NAME", "Also say whether the heads are this model's (demo, a folder or a hub id)."),
+    ] = None,
+    nodes: Annotated[
+        int, option(OUTPUT, "N", "Size of the best fixed tree that is drawn, root included.", min=1)
+    ] = AUTO_BUDGET,
+    tree: Annotated[
+        Path | None, option(READ, "FILE", "Draw the tree in this file, in any notation of trees; it needs no PATH.")
+    ] = None,
     dtype: options.DtypeOption = "auto",
     trust_remote_code: options.TrustOption = False,
     as_json: options.JsonOption = False,
@@ -60,13 +57,17 @@ def inspect(
     """
     if path is None and tree is None:
         raise InputError("nothing to inspect; give PATH, a folder of heads or of a model, or --tree FILE")
+    if path is None and model is not None:
+        raise InputError("--model is the model of heads; give PATH, their folder, too")
     shape = None if tree is None else _read_tree(tree)
     about: dict[str, Any] = {"kind": "tree"}
     if path is not None:
-        base = None if model is None else _load_base(model, dtype, trust_remote_code)
-        about = describe(path, base)
-    elif model is not None:
-        raise InputError("--model is the model of heads; give PATH, their folder, too")
+        base = None
+        if model is not None:
+            from ladon.cli.loading import load
+
+            base = load(options.Target(model=model, dtype=dtype, device="cpu", trust_remote_code=trust_remote_code))
+        about = describe(path, base.model if base else None)
     rates = (about.get("calibration") or {}).get("hit_rates", ())
     about["tree"] = _tree(shape, rates, nodes)
     from ladon.cli.inspect_view import show
@@ -85,12 +86,6 @@ def _read_tree(path: Path) -> FixedTree | TreeSize:
     return read_tree(path)
 
 
-def _load_base(model: str, dtype: str, trust_remote_code: bool) -> PreTrainedModel:
-    from ladon.cli.loading import load
-
-    return load(model, None, dtype=dtype, device="cpu", trust_remote_code=trust_remote_code).model
-
-
 def describe(path: str, model: PreTrainedModel | None = None) -> dict[str, Any]:
     """What lies at a path, as JSON values.
 
@@ -101,15 +96,14 @@ def describe(path: str, model: PreTrainedModel | None = None) -> dict[str, Any]:
     Raises:
         HeadsError: nothing there, no checkpoint, or a damaged one.
     """
-    from ladon.bundled import demo_path
-    from ladon.cli.loading import DEMO
+    from ladon.cli.loading import DEMO, heads_place
     from ladon.heads.checkpoint import find_heads, is_own
     from ladon.heads.factory import read_heads
     from ladon.heads.formats.detect import LAYOUTS, detect
     from ladon.heads.formats.keys import sort_keys
     from ladon.heads.formats.reading import open_checkpoint
 
-    place = demo_path() / "heads" if path == DEMO else find_heads(path)
+    place = Path(heads_place(path)) if path == DEMO else find_heads(path)
     kind, layout = "heads", "Ladon"
     if not is_own(place):
         checkpoint = open_checkpoint(place, path)
@@ -153,16 +147,9 @@ def _model(path: str, checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _sizes(heads: Heads) -> dict[str, Any]:
-    return {
-        "family": heads.family,
-        "options": heads.options,
-        "num_heads": heads.num_heads,
-        "hidden_size": heads.hidden_size,
-        "vocab_size": heads.vocab_size,
-        "draft_vocab_size": heads.vocab_size if heads.token_ids is None else len(heads.token_ids),
-        "is_conditioned": heads.is_conditioned,
-        "weights_hash": heads.weights_hash,
-    }
+    names = ("family", "options", "num_heads", "hidden_size", "vocab_size", "is_conditioned", "weights_hash")
+    guessed = heads.vocab_size if heads.token_ids is None else len(heads.token_ids)
+    return {name: getattr(heads, name) for name in names} | {"draft_vocab_size": guessed}
 
 
 def _memory(module: Any) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -85,19 +86,26 @@ class Bars(Protocol):
 
 
 @contextmanager
-def progress_bar() -> Iterator[Bars]:
-    """Bars on standard error that show what is being done; silent where that is no terminal.
+def progress_bar(line_seconds: float | None = None) -> Iterator[Bars]:
+    """Bars on standard error that show what is being done.
 
     They are drawn only when told of progress, between two calls: a thread of their own would disturb the timings.
 
     What is done when a bar first shows is not counted as fast: it was there before, or took no time.
 
+    Args:
+        line_seconds: where standard error is no terminal, a line stands for the bars, at least so many seconds after
+            the one before; None is silent there.
+
     Yields:
         A function of (what, calls done, calls in all, a note).
     """
+    if not sys.stderr.isatty():
+        yield _lines(line_seconds)
+        return
     counts, note_column = TextColumn("{task.completed}/{task.total}"), TextColumn("{task.fields[note]}")
     columns = (TextColumn("{task.description}"), BarColumn(), counts, TimeRemainingColumn(), note_column)
-    options: dict[str, Any] = {"transient": True, "auto_refresh": False, "disable": not sys.stderr.isatty()}
+    options: dict[str, Any] = {"transient": True, "auto_refresh": False}
     with Progress(*columns, console=Console(stderr=True), speed_estimate_period=_SPEED_SECONDS, **options) as bar:
         tasks: dict[str, TaskID] = {}
 
@@ -107,6 +115,19 @@ def progress_bar() -> Iterator[Bars]:
             bar.update(tasks[what], completed=done, total=total, note=note, refresh=True)
 
         yield show
+
+
+def _lines(seconds: float | None) -> Bars:
+    """Progress as lines: one when something begins or ends, and in between after so many seconds."""
+    last: dict[str, float] = {}
+
+    def show(what: str, done: int, total: int, note: str = "") -> None:
+        now = time.monotonic()
+        if seconds is not None and (what not in last or done == total or now - last[what] >= seconds):
+            last[what] = now
+            say(f"ladon: {what}: {done} of {total}" + (f", {note}" if note else ""))
+
+    return show
 
 
 def _is_special(path: Path) -> bool:
