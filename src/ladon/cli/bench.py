@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ladon.bench.findings import Findings, Progress, Subject
     from ladon.bench.workloads import Workload
     from ladon.cli.loading import Loaded
-    from ladon.fixed_tree import FixedTree
+    from ladon.trees.fixed_tree import FixedTree
 
 _DEFAULTS = BenchOptions()
 _DEMO_PROMPTS = 16
@@ -158,8 +158,8 @@ def tree_source(
     """
     from ladon.bench.calibration import calibrate
     from ladon.bench.workloads import read_workload
-    from ladon.bundled import demo_fixed_tree
-    from ladon.fixed_tree import FixedTree, best_fixed_tree
+    from ladon.demo.bundled import demo_fixed_tree
+    from ladon.trees.fixed_tree import FixedTree, best_fixed_tree
 
     if fixed_tree is not None:
         given = FixedTree.load(fixed_tree)
@@ -256,7 +256,7 @@ def measure(
     from ladon.bench.report import baselines, results
     from ladon.bench.runner import run_bench
     from ladon.cli.loading import dtype_name
-    from ladon.environment import environment, load
+    from ladon.util.machine import environment, load
 
     before = before or busy_state()
     findings = run_bench(subject, workload, plan, progress)
@@ -284,7 +284,7 @@ def measure(
 
 def busy_state() -> dict[str, Any]:
     """How busy the machine is, which is said if timings will suffer from it."""
-    from ladon.environment import is_busy, load
+    from ladon.util.machine import is_busy, load
 
     state = load()
     if is_busy(state):

@@ -23,8 +23,8 @@ from ladon.errors import InputError
 if TYPE_CHECKING:
     from ladon.calibrate.lattice_trace import LatticeTrace
     from ladon.calibrate.step_times import StepTimes
-    from ladon.calibration import Calibration
     from ladon.cli.loading import Loaded
+    from ladon.heads.calibration import Calibration
 
 _PRUNING_PROMPTS = 32  # whose answers pruning is judged on, at most
 
@@ -50,9 +50,7 @@ def calibrate(
     ] = False,
     batches: Annotated[str, option(MEASURE, "N,...", "Sequences decoded together in timed steps.")] = "1,4",
     contexts: Annotated[str, option(MEASURE, "N,...", "Tokens in the cache of each sequence in timed steps.")] = "256",
-    trace: Annotated[
-        Path | None, option(OUTPUT, "FILE", "Write the recorded trace too, a safetensors file.")
-    ] = None,
+    trace: Annotated[Path | None, option(OUTPUT, "FILE", "Write the recorded trace too, a safetensors file.")] = None,
     from_trace: Annotated[
         Path | None, option(MEASURE, "FILE", "Use a trace that was recorded before; the model answers nothing.")
     ] = None,
@@ -120,8 +118,8 @@ def _sizes(text: str) -> tuple[int, ...]:
 
 def _destination(target: options.Target, out: Path | None, dry_run: bool) -> Path | None:
     """The folder to write to; None in a dry run."""
-    from ladon.calibration import CALIBRATION_FILE
     from ladon.cli.loading import DEMO
+    from ladon.heads.calibration import CALIBRATION_FILE
 
     if dry_run:
         return None
@@ -152,7 +150,7 @@ class _Work:
     @property
     def _place(self) -> dict[str, Any]:
         """What measurements are true of."""
-        from ladon.environment import environment
+        from ladon.util.machine import environment
 
         return environment(self._model.device) | {"dtype": self._dtype}
 
@@ -227,7 +225,7 @@ class _Work:
     def write(self, found: Calibration, measured: list[StepTimes], folder: Path) -> Path | None:
         """Write the calibration, and keep the step times for this machine; where, or None if there are none."""
         from ladon.calibrate.step_times import profile_of
-        from ladon.profiles import place_of, write_profile
+        from ladon.tree_size.profile_store import place_of, write_profile
 
         found.save(folder)
         return write_profile(place_of(self._model, self._heads), profile_of(measured)) if measured else None

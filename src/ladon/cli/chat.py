@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from ladon.cli.loading import Loaded
-    from ladon.generation import Decoder
-    from ladon.past import Past
-    from ladon.rows import Row
-    from ladon.stats import DecodeStats
-    from ladon.steps import Step
+    from ladon.decoder.decoder import Decoder
+    from ladon.engine.sequence import Row
+    from ladon.engine.stats import DecodeStats
+    from ladon.engine.step import Step
+    from ladon.target.prefix_cache import Past
 
 Message = dict[str, str]
 
@@ -34,9 +34,7 @@ def chat(
     target: options.Target,
     drafting: options.Drafting,
     sampling: options.Sampling,
-    system: Annotated[
-        str | None, option(WHAT, "TEXT", "The system prompt, for models with a chat template.")
-    ] = None,
+    system: Annotated[str | None, option(WHAT, "TEXT", "The system prompt, for models with a chat template.")] = None,
     max_new_tokens: Annotated[
         int, option(WHAT, "N", about(ChatOptions, "max_new_tokens"), min=1)
     ] = ChatOptions.max_new_tokens,
@@ -112,7 +110,7 @@ class Session:
         self, decoder: Decoder, loaded: Loaded, conversation: Conversation, wanted: dict[str, Any], shows_depth: bool
     ) -> None:
         """`wanted` is what `Decoder.rows` is told about limits and sampling; its seed is that of the session."""
-        from ladon.stats import DecodeStats
+        from ladon.engine.stats import DecodeStats
 
         self._decoder, self._loaded, self._conversation = decoder, loaded, conversation
         self._wanted, self._shows_depth = wanted, shows_depth
@@ -174,7 +172,7 @@ class Session:
 
     def _answer(self) -> bool:
         """Answer the last message, as it comes; whether anything was said."""
-        from ladon.text import Detokenizer
+        from ladon.decoder.detokenizer import Detokenizer
 
         row = self._row()
         context = [] if self._conversation.has_template else row.prompt_ids
@@ -204,7 +202,7 @@ class Session:
         """The last message as a sequence that goes on from what is kept of the chat; `InputError` if it is too long."""
         import torch
 
-        from ladon.sampling import mix
+        from ladon.sampling.gumbel import mix
 
         ids = self._conversation.prompt_ids()
         limit = self._loaded.context_limit

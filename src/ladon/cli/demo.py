@@ -36,9 +36,7 @@ def demo(
     live: Annotated[int, option(WHAT, "N", "How many of them are completed before your eyes.", min=0)] = 2,
     max_new_tokens: options.NewTokensOption = _DEFAULTS.max_new_tokens,
     budget: Annotated[str, option(DRAFT, "N", about(DecoderOptions, "budget"))] = str(DecoderOptions.budget),
-    repeats: Annotated[
-        int, option(MEASURE, "N", "Timed runs of each prompt and mode.", min=1)
-    ] = _DEFAULTS.repeats,
+    repeats: Annotated[int, option(MEASURE, "N", "Timed runs of each prompt and mode.", min=1)] = _DEFAULTS.repeats,
     dtype: options.DtypeOption = "auto",
     threads: options.OneThreadOption = 1,
     as_json: options.JsonOption = False,
@@ -61,8 +59,8 @@ def demo(
     )
     say("ladon: [1/4] loading PyTorch, transformers and the bundled model; this takes some seconds")
     from ladon.bench.workloads import demo_workload
-    from ladon.bundled import demo_fixed_tree
     from ladon.cli.loading import DEMO, load
+    from ladon.demo.bundled import demo_fixed_tree
 
     loaded = load(options.Target(model=DEMO, dtype=dtype, device="cpu", threads=threads))
     texts = [question.turns[0] for question in demo_workload(prompts).questions]
@@ -93,8 +91,8 @@ def _complete(console: Console, loaded: Loaded, prompt: str, plan: BenchOptions)
     from rich.text import Text
 
     from ladon.cli.prompts import encode
-    from ladon.generation import Decoder
-    from ladon.text import Detokenizer
+    from ladon.decoder.decoder import Decoder
+    from ladon.decoder.detokenizer import Detokenizer
     from ladon.viz.record import origins
     from ladon.viz.terminal import legend, token_text
 

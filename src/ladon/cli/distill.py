@@ -49,9 +49,9 @@ class Endpoint:
             "tokenizer alone.",
         ),
     ] = None
-    concurrency: Annotated[
-        int, option(MACHINE, "N", about(DistillOptions, "concurrency"), min=1)
-    ] = DistillOptions.concurrency
+    concurrency: Annotated[int, option(MACHINE, "N", about(DistillOptions, "concurrency"), min=1)] = (
+        DistillOptions.concurrency
+    )
     api_key_env: Annotated[
         str | None, option(MACHINE, "NAME", "Environment variable that holds the endpoint's key.")
     ] = None
@@ -72,7 +72,9 @@ class Endpoint:
             return None
         key = os.environ.get(self.api_key_env, "").strip()
         if not key:
-            raise InputError(f"--api-key-env names {self.api_key_env}, which is not set; put the key into that variable")
+            raise InputError(
+                f"--api-key-env names {self.api_key_env}, which is not set; put the key into that variable"
+            )
         return key
 
 

@@ -15,19 +15,15 @@ from ladon.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from ladon.fixed_tree import FixedTree
+    from ladon.trees.fixed_tree import FixedTree
 
 
 @options.with_groups()
 def export(
     heads: Annotated[str, Argument(metavar="HEADS", help="Folder, file or hub id of the heads, in any format.")],
-    format: Annotated[
-        str, option(OUTPUT, "NAME", "medusa, medusa-v2, tgi, vllm, tensorrt-llm, modelopt or own.")
-    ],
+    format: Annotated[str, option(OUTPUT, "NAME", "medusa, medusa-v2, tgi, vllm, tensorrt-llm, modelopt or own.")],
     out: Annotated[Path, option(OUTPUT, "DIR", "A new folder for them.")],
-    model: Annotated[
-        str | None, option(READ, "NAME", "Their model, where the format holds weights of it.")
-    ] = None,
+    model: Annotated[str | None, option(READ, "NAME", "Their model, where the format holds weights of it.")] = None,
     tree: Annotated[
         Path | None,
         option(READ, "FILE", "Rank paths for tensorrt-llm; the best calibrated tree if left out."),
@@ -74,8 +70,7 @@ def _stored(name: str, trust_remote_code: bool) -> tuple[PreTrainedModel, PreTra
 
 
 def _rank_paths(path: Path) -> FixedTree:
-    from ladon.fixed_tree import FixedTree
-    from ladon.tree_notations import read_tree
+    from ladon.trees.fixed_tree import FixedTree, read_tree
 
     tree = read_tree(path)
     if not isinstance(tree, FixedTree):

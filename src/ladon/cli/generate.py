@@ -17,10 +17,10 @@ from ladon.errors import InputError
 if TYPE_CHECKING:
     from ladon.bench.workloads import Question
     from ladon.cli.loading import Loaded
-    from ladon.constraints import Constraint
-    from ladon.generation import Decoder
-    from ladon.rows import Row
-    from ladon.stats import DecodeStats
+    from ladon.constraints.state import Constraint
+    from ladon.decoder.decoder import Decoder
+    from ladon.engine.sequence import Row
+    from ladon.engine.stats import DecodeStats
 
 
 @options.with_groups()
@@ -112,8 +112,8 @@ def _read_constraint(
     names = [name for name, value in given.items() if value is not None]
     if len(names) > 1:
         raise InputError(f"{' and '.join(names)} were given; give one of them")
-    from ladon import structured
     from ladon.bench.workloads import read_text
+    from ladon.constraints import llguidance_backend as structured
 
     if json_schema is not None:
         is_text = json_schema.lstrip()[:1] in ("", "{", "[", '"') or json_schema in ("true", "false")
@@ -129,7 +129,7 @@ def _answer_one(
     decoder: Decoder, loaded: Loaded, text: str, wanted: dict[str, Any], *, is_silent: bool
 ) -> dict[str, Any]:
     """Write one answer as it comes; what is known of it."""
-    from ladon.text import PieceStreamer
+    from ladon.decoder.detokenizer import PieceStreamer
 
     ids = encode(loaded.tokenizer, text).to(loaded.model.device)
     streamer = None if is_silent else PieceStreamer(loaded.tokenizer, partial(print, end="", flush=True))
@@ -152,7 +152,7 @@ def _answer_many(
 ) -> dict[str, Any]:
     """Answer prompts together, and write each answer once it and all before it are done; what is known of them."""
     from ladon.bench.report import finite
-    from ladon.rows import warn_of_dead_ends
+    from ladon.engine.sequence import warn_of_dead_ends
 
     rows, shown = _rows(decoder, loaded, questions, wanted), 0
     for _ in decoder.decode(rows, max_rows=batch):

@@ -16,10 +16,9 @@ from ladon.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ladon.fixed_tree import FixedTree
     from ladon.heads import Heads
     from ladon.heads.formats.reading import Checkpoint
-    from ladon.tree_notations import TreeSize
+    from ladon.trees.fixed_tree import FixedTree, TreeSize
 
 
 @options.with_groups()
@@ -79,7 +78,7 @@ def inspect(
 
 
 def _read_tree(path: Path) -> FixedTree | TreeSize:
-    from ladon.tree_notations import read_tree
+    from ladon.trees.fixed_tree import read_tree
 
     if not path.is_file():
         raise InputError(f"there is no tree file {options.shortened(str(path))}; give a JSON file of rank paths")
@@ -184,9 +183,9 @@ def _compared(heads: Heads, model: PreTrainedModel) -> dict[str, Any]:
     """Whether the heads are this model's, and what a draft reads of memory beside a plain step of it."""
     import torch
 
-    from ladon.forwards import projection_inputs
     from ladon.heads.ends import input_embedding, output_projection
     from ladon.heads.fingerprint import MIN_AGREEMENT, agreement, fingerprint
+    from ladon.target.hooks import projection_inputs
 
     projection = output_projection(model)
     sizes = {"hidden_size": projection.hidden_size, "vocab_size": projection.vocab_size}
@@ -218,7 +217,7 @@ def _compared(heads: Heads, model: PreTrainedModel) -> dict[str, Any]:
 
 def _tree(shape: FixedTree | TreeSize | None, rates: Any, nodes: int) -> dict[str, Any] | None:
     """The tree to draw: that of the file, or the best one for the hit rates."""
-    from ladon.fixed_tree import FixedTree, best_fixed_tree
+    from ladon.trees.fixed_tree import FixedTree, best_fixed_tree
     from ladon.viz.fixed import path_values
 
     is_best = shape is None

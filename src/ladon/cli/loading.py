@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ladon.bundled import demo_path, load_demo
-from ladon.capability import context_limit
 from ladon.cli.options import DTYPES, Target, shortened
 from ladon.config import MTP
+from ladon.decoder.decoder import Decoder
+from ladon.demo.bundled import demo_path, load_demo
 from ladon.errors import InputError
-from ladon.generation import Decoder
 from ladon.heads import Heads, load_heads
 from ladon.heads.mtp import load_mtp
-from ladon.machine import cpu_flags
+from ladon.target.support import context_limit
+from ladon.util.machine import cpu_flags
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -20,8 +20,7 @@ from ladon.config import AUTO_BUDGET, BENCH_MODES, TREES, DecoderOptions, Sampli
 from ladon.errors import InputError
 
 if TYPE_CHECKING:
-    from ladon.fixed_tree import FixedTree
-    from ladon.tree_notations import TreeSize
+    from ladon.trees.fixed_tree import FixedTree, TreeSize
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 # The panels of --help, in their order; every command shows those that it has options for.
@@ -52,7 +51,8 @@ DtypeOption = Annotated[
 ]
 OneThreadOption = Annotated[int | None, option(MACHINE, "N", "CPU threads of torch.", min=1)]
 TrustOption = Annotated[
-    bool, option(MACHINE, None, "Run Python code that comes with the model. Off unless asked for.", "--trust-remote-code")
+    bool,
+    option(MACHINE, None, "Run Python code that comes with the model. Off unless asked for.", "--trust-remote-code"),
 ]
 PromptFileOption = Annotated[Path | None, option(WHAT, "FILE", "A UTF-8 file with the text to continue.")]
 LimitOption = Annotated[int | None, option(WHAT, "N", "Use only the first so many prompts.", min=1)]
@@ -68,9 +68,9 @@ class Machine:
 
     dtype: DtypeOption = "auto"
     device: Annotated[str, option(MACHINE, "NAME", "auto (a GPU if there is one), cpu, cuda, ...")] = "auto"
-    threads: Annotated[
-        int | None, option(MACHINE, "N", "CPU threads of torch; its own choice if left out.", min=1)
-    ] = None
+    threads: Annotated[int | None, option(MACHINE, "N", "CPU threads of torch; its own choice if left out.", min=1)] = (
+        None
+    )
     trust_remote_code: TrustOption = False
 
 
@@ -122,7 +122,7 @@ class Drafting:
     def for_decoder(self) -> dict[str, Any]:
         """The arguments of `Decoder` that these are; `InputError` for a value that is none."""
         budget, tree = parse_budget(self.budget), parse_tree(self.tree)
-        from ladon.lossy import parsed_rule
+        from ladon.sampling.lossy import parsed_rule
 
         accept = parsed_rule(self.accept) or DecoderOptions.accept
         given = {"tree": tree, "budget": budget, "prune": self.prune, "accept": accept}
@@ -133,14 +133,17 @@ class Drafting:
 class Sampling:
     """How tokens are sampled."""
 
-    temperature: Annotated[float, option(WHAT, "T", about(SamplingOptions, "temperature"))] = SamplingOptions.temperature
+    temperature: Annotated[float, option(WHAT, "T", about(SamplingOptions, "temperature"))] = (
+        SamplingOptions.temperature
+    )
     top_p: Annotated[float, option(WHAT, "P", about(SamplingOptions, "top_p"))] = SamplingOptions.top_p
     top_k: Annotated[int, option(WHAT, "K", about(SamplingOptions, "top_k"))] = SamplingOptions.top_k
     seed: Annotated[int, option(WHAT, "S", about(SamplingOptions, "seed"))] = SamplingOptions.seed
 
     def for_generate(self) -> dict[str, Any]:
         """The arguments of `Decoder.generate` that these are; `InputError` for sampling parameters that are none."""
-        from ladon.sampling import check_settings, row_seeds
+        from ladon.sampling.gumbel import row_seeds
+        from ladon.sampling.sampler import check_settings
 
         check_settings(self.temperature, self.top_k, self.top_p)
         row_seeds(self.seed, 1)
@@ -239,12 +242,12 @@ def parse_modes(text: str) -> tuple[str, ...]:
 
 
 def parse_tree(text: str) -> str | FixedTree | TreeSize:
-    """A tree option's name, or the tree in a file, in any of the notations of `ladon.tree_notations`."""
+    """A tree option's name, or the tree in a file, in any of the notations of `ladon.trees.fixed_tree`."""
     if text in TREES:
         return text
     if not os.path.isfile(text):  # also false for a name that is too long, such as the paths themselves
         raise InputError(f"--tree is {shortened(text)!r}; give {', '.join(TREES)}, or a file with a tree")
-    from ladon.tree_notations import read_tree
+    from ladon.trees.fixed_tree import read_tree
 
     return read_tree(text)
 
