@@ -20,8 +20,7 @@ from ladon.bench.repetition import Repetition, repeated_tokens
 from ladon.bench.runner import run_bench
 from ladon.bench.systems import LadonSystem, Run, System, TransformersSystem, cut, merged
 from ladon.bench.workloads import Question, Workload, make_workload, prompt_ids, read_workload
-from ladon.cli.bench import measure
-from ladon.cli.bench_inputs import tree_source
+from ladon.cli.bench import measure, tree_source
 from ladon.cli.loading import Loaded
 from ladon.cli.main import run as run_command
 from ladon.config import BenchOptions

@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from ladon.cli.conversation import COMMANDS, Conversation, read_line
+from ladon.cli.chat import COMMANDS, Conversation, read_line
 from ladon.cli.main import run
 from ladon.decoder.detokenizer import Detokenizer
 from ladon.errors import InputError

@@ -8,12 +8,12 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 from typer import Exit
 
 from ladon.cli import options
-from ladon.cli.options import DRAFT, MEASURE, OUTPUT, WHAT, about, joined, option
+from ladon.cli.options import DRAFT, MEASURE, OUTPUT, WHAT, option, setting
 from ladon.cli.output import OutConsole, check_writable, print_json, progress_bar, say, write_whole
 from ladon.config import MTP, BenchOptions
 from ladon.errors import InputError
@@ -33,57 +33,50 @@ _NOT_IDENTICAL = 1  # exit code
 class OneThread(options.Target):
     """A model that is timed, on one CPU thread unless asked otherwise."""
 
-    threads: options.OneThreadOption = 1
+    threads: int | None = options.ONE_THREAD
 
 
-@options.with_groups()
+@options.command()
 def bench(
     target: OneThread,
-    prompts: Annotated[
-        Path | None,
-        option(WHAT, "FILE", "JSONL with `prompt`, or MT-Bench `turns`; held-out code for the bundled model."),
-    ] = None,
-    limit: options.LimitOption = None,
-    modes: Annotated[str, option(DRAFT, "NAME,...", about(BenchOptions, "modes"))] = joined(_DEFAULTS.modes),
-    budget: Annotated[str, option(DRAFT, "N,...", about(BenchOptions, "budgets"))] = joined(_DEFAULTS.budgets),
-    batch: Annotated[str, option(MEASURE, "N,...", about(BenchOptions, "batches"))] = joined(_DEFAULTS.batches),
-    max_new_tokens: options.NewTokensOption = _DEFAULTS.max_new_tokens,
-    repeats: Annotated[int, option(MEASURE, "N", about(BenchOptions, "repeats"), min=1)] = _DEFAULTS.repeats,
-    fixed_tree: Annotated[
-        Path | None, option(DRAFT, "FILE", "JSON file of rank paths for mode fixed, instead of calibrating one.")
-    ] = None,
-    calibration: Annotated[
-        Path | None,
-        option(
-            DRAFT,
-            "FILE",
-            "JSONL of prompts, all of which the model answers (first turns, --max-new-tokens each) to find the best "
-            "fixed tree of each size for its heads. If left out: known for the bundled heads, else the measured "
-            "prompts, which flatters the fixed tree.",
-        ),
-    ] = None,
-    prune: Annotated[str, option(DRAFT, "NAME", about(BenchOptions, "prune"))] = _DEFAULTS.prune,
-    diagnose: Annotated[bool, option(MEASURE, None, about(BenchOptions, "diagnose"))] = _DEFAULTS.diagnose,
-    answers: Annotated[
-        Path | None,
-        option(
-            OUTPUT,
-            "FILE",
-            "Write answers as FastChat's MT-Bench rows: to FILE itself if there is one mode at one budget, else each "
-            "system's to a file beside it, such as OUT-dynamic-16.jsonl for OUT.jsonl.",
-        ),
-    ] = None,
-    output: Annotated[Path | None, option(OUTPUT, "FILE", "Write the JSON document to this file too.")] = None,
-    plots: Annotated[
-        Path | None,
-        option(
-            OUTPUT,
-            "DIR",
-            "Write pictures (PNG) to this folder: speed-up against batch, expected and real tokens per step by size, "
-            "step times with their fit.",
-        ),
-    ] = None,
-    as_json: options.JsonOption = False,
+    prompts: Path | None = option(
+        WHAT, None, "FILE", "JSONL with `prompt`, or MT-Bench `turns`; held-out code for the bundled model."
+    ),
+    limit: int | None = options.LIMIT,
+    modes: str = setting(DRAFT, BenchOptions, "modes", "NAME,..."),
+    budget: str = setting(DRAFT, BenchOptions, "budgets", "N,..."),
+    batch: str = setting(MEASURE, BenchOptions, "batches", "N,..."),
+    max_new_tokens: int = options.new_tokens(_DEFAULTS.max_new_tokens),
+    repeats: int = setting(MEASURE, BenchOptions, "repeats", "N", min=1),
+    fixed_tree: Path | None = option(
+        DRAFT, None, "FILE", "JSON file of rank paths for mode fixed, instead of calibrating one."
+    ),
+    calibration: Path | None = option(
+        DRAFT,
+        None,
+        "FILE",
+        "JSONL of prompts, all of which the model answers (first turns, --max-new-tokens each) to find the best "
+        "fixed tree of each size for its heads. If left out: known for the bundled heads, else the measured "
+        "prompts, which flatters the fixed tree.",
+    ),
+    prune: str = setting(DRAFT, BenchOptions, "prune", "NAME"),
+    diagnose: bool = setting(MEASURE, BenchOptions, "diagnose"),
+    answers: Path | None = option(
+        OUTPUT,
+        None,
+        "FILE",
+        "Write answers as FastChat's MT-Bench rows: to FILE itself if there is one mode at one budget, else each "
+        "system's to a file beside it, such as OUT-dynamic-16.jsonl for OUT.jsonl.",
+    ),
+    output: Path | None = option(OUTPUT, None, "FILE", "Write the JSON document to this file too."),
+    plots: Path | None = option(
+        OUTPUT,
+        None,
+        "DIR",
+        "Write pictures (PNG) to this folder: speed-up against batch, expected and real tokens per step by size, "
+        "step times with their fit.",
+    ),
+    as_json: bool = options.JSON,
 ) -> None:
     """Measure plain, chain, fixed-tree and dynamic-tree decoding against each other and against transformers.
 

@@ -9,12 +9,10 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-from typer import Argument
+from typing import TYPE_CHECKING, Any
 
 from ladon.cli import options
-from ladon.cli.options import MEASURE, OUTPUT, WHAT, option
+from ladon.cli.options import MEASURE, OUTPUT, WHAT, argument, flag, option
 from ladon.cli.output import OutConsole, check_writable, print_json, progress_bar, say
 from ladon.cli.prompts import Asked, asked_of
 from ladon.config import BenchOptions
@@ -29,39 +27,32 @@ if TYPE_CHECKING:
 _PRUNING_PROMPTS = 32  # whose answers pruning is judged on, at most
 
 
-@options.with_groups(without=("ignore_generation_config",))
+@options.command(without=("ignore_generation_config",))
 def calibrate(
     target: options.Target,
-    prompts: Annotated[
-        str | None,
-        Argument(
-            metavar="PROMPTS",
-            help="What `ladon distill` reads: JSONL, Parquet or a data set on the hub, of prompts or chats; for the "
-            "bundled model, code that nothing else uses.",
-            show_default=False,
-        ),
-    ] = None,
-    max_new_tokens: options.NewTokensOption = BenchOptions.max_new_tokens,
-    limit: options.LimitOption = None,
-    batch: Annotated[int, option(WHAT, "N", "Prompts answered together.", min=1)] = 16,
-    step_times: Annotated[bool, option(MEASURE, None, "Time decode steps on this machine.")] = True,
-    pruning: Annotated[
-        bool, option(MEASURE, None, "Find out whether early pruning pays on this machine, and how.")
-    ] = False,
-    batches: Annotated[str, option(MEASURE, "N,...", "Sequences decoded together in timed steps.")] = "1,4",
-    contexts: Annotated[str, option(MEASURE, "N,...", "Tokens in the cache of each sequence in timed steps.")] = "256",
-    trace: Annotated[Path | None, option(OUTPUT, "FILE", "Write the recorded trace too, a safetensors file.")] = None,
-    from_trace: Annotated[
-        Path | None, option(MEASURE, "FILE", "Use a trace that was recorded before; the model answers nothing.")
-    ] = None,
-    simulate: Annotated[
-        str, option(MEASURE, "N,...", "Sizes of trees to simulate, root included. The chain always is.")
-    ] = "8,16,32,64",
-    out: Annotated[
-        Path | None, option(OUTPUT, "DIR", "Write calibration.json into this folder, not into the heads' own.")
-    ] = None,
-    dry_run: Annotated[bool, option(OUTPUT, None, "Measure and show, but write no calibration.", "--dry-run")] = False,
-    as_json: options.JsonOption = False,
+    prompts: str | None = argument(
+        "PROMPTS",
+        "What `ladon distill` reads: JSONL, Parquet or a data set on the hub, of prompts or chats; for the "
+        "bundled model, code that nothing else uses.",
+        None,
+    ),
+    max_new_tokens: int = options.new_tokens(BenchOptions.max_new_tokens),
+    limit: int | None = options.LIMIT,
+    batch: int = option(WHAT, 16, "N", "Prompts answered together.", min=1),
+    step_times: bool = option(MEASURE, True, None, "Time decode steps on this machine."),
+    pruning: bool = option(MEASURE, False, None, "Find out whether early pruning pays on this machine, and how."),
+    batches: str = option(MEASURE, "1,4", "N,...", "Sequences decoded together in timed steps."),
+    contexts: str = option(MEASURE, "256", "N,...", "Tokens in the cache of each sequence in timed steps."),
+    trace: Path | None = option(OUTPUT, None, "FILE", "Write the recorded trace too, a safetensors file."),
+    from_trace: Path | None = option(
+        MEASURE, None, "FILE", "Use a trace that was recorded before; the model answers nothing."
+    ),
+    simulate: str = option(
+        MEASURE, "8,16,32,64", "N,...", "Sizes of trees to simulate, root included. The chain always is."
+    ),
+    out: Path | None = option(OUTPUT, None, "DIR", "Write calibration.json into this folder, not into the heads' own."),
+    dry_run: bool = flag(OUTPUT, "--dry-run", "Measure and show, but write no calibration."),
+    as_json: bool = options.JSON,
 ) -> None:
     """Measure heads on their model: hit rates, temperatures, the best fixed trees, and step times on this machine.
 

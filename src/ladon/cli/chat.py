@@ -8,10 +8,10 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 from ladon.cli import options
-from ladon.cli.options import OUTPUT, WHAT, about, option
+from ladon.cli.options import OUTPUT, WHAT, flag, option, setting
 from ladon.cli.output import OutConsole, say, write_whole
 from ladon.config import ChatOptions
 from ladon.errors import InputError, LadonError
@@ -29,19 +29,16 @@ if TYPE_CHECKING:
 Message = dict[str, str]
 
 
-@options.with_groups(without=("accept", "joint"))
+@options.command(without=("accept", "joint"))
 def chat(
     target: options.Target,
     drafting: options.Drafting,
     sampling: options.Sampling,
-    system: Annotated[str | None, option(WHAT, "TEXT", "The system prompt, for models with a chat template.")] = None,
-    max_new_tokens: Annotated[
-        int, option(WHAT, "N", about(ChatOptions, "max_new_tokens"), min=1)
-    ] = ChatOptions.max_new_tokens,
-    color_by_depth: Annotated[
-        bool,
-        option(OUTPUT, None, "Give each token the colour of the depth at which it was drafted.", "--color-by-depth"),
-    ] = False,
+    system: str | None = option(WHAT, None, "TEXT", "The system prompt, for models with a chat template."),
+    max_new_tokens: int = setting(WHAT, ChatOptions, "max_new_tokens", "N", min=1),
+    color_by_depth: bool = flag(
+        OUTPUT, "--color-by-depth", "Give each token the colour of the depth at which it was drafted."
+    ),
 ) -> None:
     r"""Talk with a model, line by line; what was said before is kept in the cache and not read again.
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 from ladon.cli import options
 from ladon.cli.bench import busy_state, fail_unless_identical, make_subject, measure, several, show
-from ladon.cli.options import DRAFT, MEASURE, WHAT, about, option
+from ladon.cli.options import DRAFT, MEASURE, WHAT, option, setting
 from ladon.cli.output import OutConsole, print_json, progress_bar, say
 from ladon.config import AUTO_BUDGET, BenchOptions, DecoderOptions
 
@@ -25,21 +25,18 @@ _LINE_SECONDS = 10.0  # between lines of progress where standard error is no ter
 _TRIAL_SHARE = 4  # the trial writes a quarter of the tokens
 
 
-@options.with_groups()
+@options.command()
 def demo(
-    prompts: Annotated[
-        int,
-        option(
-            WHAT, "N", "How many held-out prompts are measured: at most, as many as fit in the three minutes.", min=1
-        ),
-    ] = 5,
-    live: Annotated[int, option(WHAT, "N", "How many of them are completed before your eyes.", min=0)] = 2,
-    max_new_tokens: options.NewTokensOption = _DEFAULTS.max_new_tokens,
-    budget: Annotated[str, option(DRAFT, "N", about(DecoderOptions, "budget"))] = str(DecoderOptions.budget),
-    repeats: Annotated[int, option(MEASURE, "N", "Timed runs of each prompt and mode.", min=1)] = _DEFAULTS.repeats,
-    dtype: options.DtypeOption = "auto",
-    threads: options.OneThreadOption = 1,
-    as_json: options.JsonOption = False,
+    prompts: int = option(
+        WHAT, 5, "N", "How many held-out prompts are measured: at most, as many as fit in the three minutes.", min=1
+    ),
+    live: int = option(WHAT, 2, "N", "How many of them are completed before your eyes.", min=0),
+    max_new_tokens: int = options.new_tokens(_DEFAULTS.max_new_tokens),
+    budget: str = setting(DRAFT, DecoderOptions, "budget", "N"),
+    repeats: int = option(MEASURE, _DEFAULTS.repeats, "N", "Timed runs of each prompt and mode.", min=1),
+    dtype: str = options.DTYPE,
+    threads: int | None = options.ONE_THREAD,
+    as_json: bool = options.JSON,
 ) -> None:
     """Complete code with the bundled model, live, then compare plain decoding, the chain and every kind of tree.
 

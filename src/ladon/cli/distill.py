@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-from typer import Argument, Exit
+from typer import Exit
 
 from ladon.cli import options
-from ladon.cli.options import MACHINE, OUTPUT, WHAT, about, option
+from ladon.cli.options import MACHINE, OUTPUT, WHAT, argument, option, setting
 from ladon.cli.output import check_writable, print_json, progress_bar, say
 from ladon.config import DistillOptions
 from ladon.errors import InputError
@@ -40,24 +40,16 @@ _NEUTRAL = (None, 0, 1, 1.0)
 class Endpoint:
     """A server that answers instead of a model that is loaded here."""
 
-    endpoint: Annotated[
-        str | None,
-        option(
-            MACHINE,
-            "URL",
-            "Let an OpenAI-compatible server answer, such as http://localhost:8000/v1; --model then names the "
-            "tokenizer alone.",
-        ),
-    ] = None
-    concurrency: Annotated[int, option(MACHINE, "N", about(DistillOptions, "concurrency"), min=1)] = (
-        DistillOptions.concurrency
+    endpoint: str | None = option(
+        MACHINE,
+        None,
+        "URL",
+        "Let an OpenAI-compatible server answer, such as http://localhost:8000/v1; --model then names the "
+        "tokenizer alone.",
     )
-    api_key_env: Annotated[
-        str | None, option(MACHINE, "NAME", "Environment variable that holds the endpoint's key.")
-    ] = None
-    endpoint_model: Annotated[
-        str | None, option(MACHINE, "NAME", "The model's name there; that of --model if left out.")
-    ] = None
+    concurrency: int = setting(MACHINE, DistillOptions, "concurrency", "N", min=1)
+    api_key_env: str | None = option(MACHINE, None, "NAME", "Environment variable that holds the endpoint's key.")
+    endpoint_model: str | None = option(MACHINE, None, "NAME", "The model's name there; that of --model if left out.")
 
     def key(self, heads: str | None) -> str | None:
         """The endpoint's key, if there is one; `InputError` for options that do not go together."""
@@ -78,27 +70,21 @@ class Endpoint:
         return key
 
 
-@options.with_groups(without=("ignore_generation_config", "prune", "accept", "ngrams", "joint"))
+@options.command(without=("ignore_generation_config", "prune", "accept", "ngrams", "joint"))
 def distill(
     target: options.Target,
     drafting: options.Drafting,
     sampling: options.Sampling,
     endpoint: Endpoint,
-    prompts: Annotated[
-        str, Argument(metavar="PROMPTS", help="A JSONL or Parquet file of prompts or chats, or a data set's hub id.")
-    ],
-    out: Annotated[Path, option(OUTPUT, "FILE", "JSONL file that the answers are appended to.")],
-    batch: Annotated[int, option(WHAT, "N", about(DistillOptions, "batch"), min=1)] = DistillOptions.batch,
-    max_new_tokens: Annotated[
-        int, option(WHAT, "N", about(DistillOptions, "max_new_tokens"), min=1)
-    ] = DistillOptions.max_new_tokens,
-    system: Annotated[str | None, option(WHAT, "TEXT", "System message of every chat.")] = None,
-    field: Annotated[
-        str | None, option(WHAT, "NAME", "Field of the prompts, if it is not one of the usual ones.")
-    ] = None,
-    limit: Annotated[int | None, option(WHAT, "N", "Take the first N rows only.", min=1)] = None,
-    split: Annotated[str, option(WHAT, "NAME", "Split of a data set from the hub.")] = "train",
-    as_json: options.JsonOption = False,
+    prompts: str = argument("PROMPTS", "A JSONL or Parquet file of prompts or chats, or a data set's hub id."),
+    out: Path = option(OUTPUT, ..., "FILE", "JSONL file that the answers are appended to."),
+    batch: int = setting(WHAT, DistillOptions, "batch", "N", min=1),
+    max_new_tokens: int = setting(WHAT, DistillOptions, "max_new_tokens", "N", min=1),
+    system: str | None = option(WHAT, None, "TEXT", "System message of every chat."),
+    field: str | None = option(WHAT, None, "NAME", "Field of the prompts, if it is not one of the usual ones."),
+    limit: int | None = option(WHAT, None, "N", "Take the first N rows only.", min=1),
+    split: str = option(WHAT, "train", "NAME", "Split of a data set from the hub."),
+    as_json: bool = options.JSON,
 ) -> None:
     """Let the model answer prompts, one row of training data each.
 
@@ -175,7 +161,7 @@ def _local(
 
 
 def _warn_of_generation_config(loaded: Loaded) -> None:
-    """Say what the checkpoint asks for and does not get: the the answers follow the model's own distribution, which heads learn."""
+    """Say what the checkpoint asks for and does not get: heads learn the model's own distribution."""
     config = loaded.model.generation_config
     asked = [name for name in _NOT_APPLIED if getattr(config, name, None) not in _NEUTRAL]
     if asked:

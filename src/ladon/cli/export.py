@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
-
-from typer import Argument
+from typing import TYPE_CHECKING
 
 from ladon.cli import options
-from ladon.cli.options import OUTPUT, READ, option
+from ladon.cli.options import OUTPUT, READ, argument, option
 from ladon.cli.output import print_json, say
 from ladon.errors import InputError
 
@@ -18,18 +16,17 @@ if TYPE_CHECKING:
     from ladon.trees.fixed_tree import FixedTree
 
 
-@options.with_groups()
+@options.command()
 def export(
-    heads: Annotated[str, Argument(metavar="HEADS", help="Folder, file or hub id of the heads, in any format.")],
-    format: Annotated[str, option(OUTPUT, "NAME", "medusa, medusa-v2, tgi, vllm, tensorrt-llm, modelopt or own.")],
-    out: Annotated[Path, option(OUTPUT, "DIR", "A new folder for them.")],
-    model: Annotated[str | None, option(READ, "NAME", "Their model, where the format holds weights of it.")] = None,
-    tree: Annotated[
-        Path | None,
-        option(READ, "FILE", "Rank paths for tensorrt-llm; the best calibrated tree if left out."),
-    ] = None,
-    trust_remote_code: options.TrustOption = False,
-    as_json: options.JsonOption = False,
+    heads: str = argument("HEADS", "Folder, file or hub id of the heads, in any format."),
+    format: str = option(OUTPUT, ..., "NAME", "medusa, medusa-v2, tgi, vllm, tensorrt-llm, modelopt or own."),
+    out: Path = option(OUTPUT, ..., "DIR", "A new folder for them."),
+    model: str | None = option(READ, None, "NAME", "Their model, where the format holds weights of it."),
+    tree: Path | None = option(
+        READ, None, "FILE", "Rank paths for tensorrt-llm; the best calibrated tree if left out."
+    ),
+    trust_remote_code: bool = options.TRUST,
+    as_json: bool = options.JSON,
 ) -> None:
     """Write heads in another system's format, exactly as they are; what a format cannot hold is refused.
 

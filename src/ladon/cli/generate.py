@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 from ladon.cli import options
-from ladon.cli.options import OUTPUT, WHAT, about, option
+from ladon.cli.options import OUTPUT, WHAT, flag, option, setting
 from ladon.cli.output import print_json, say
 from ladon.cli.prompts import encode, read_prompt, read_questions
 from ladon.config import BenchOptions, GenerateOptions
@@ -23,39 +23,29 @@ if TYPE_CHECKING:
     from ladon.engine.stats import DecodeStats
 
 
-@options.with_groups()
+@options.command()
 def generate(
     target: options.Target,
     drafting: options.Drafting,
     sampling: options.Sampling,
-    prompt: Annotated[
-        list[str] | None, option(WHAT, "TEXT", "The text to continue; several: give it several times.")
-    ] = None,
-    prompt_file: options.PromptFileOption = None,
-    prompts: Annotated[
-        Path | None,
-        option(
-            WHAT,
-            "FILE",
-            "Many prompts: JSONL with `prompt`, or MT-Bench `turns` (the first is asked); or a .txt file with one on "
-            "each line.",
-        ),
-    ] = None,
-    batch: Annotated[int, option(WHAT, "N", about(GenerateOptions, "batch"), min=1)] = GenerateOptions.batch,
-    max_new_tokens: options.NewTokensOption = BenchOptions.max_new_tokens,
-    json_schema: Annotated[
-        str | None, option(WHAT, "SCHEMA", "Write JSON that fits this schema: JSON text, or a file with it.")
-    ] = None,
-    regex: Annotated[
-        str | None, option(WHAT, "PATTERN", "Write what matches this regular expression as a whole.")
-    ] = None,
-    grammar: Annotated[
-        Path | None, option(WHAT, "FILE", "Write what this grammar, in Lark's notation, allows.")
-    ] = None,
-    stats: Annotated[
-        bool, option(OUTPUT, None, "Show counts and times on standard error at the end.", "--stats")
-    ] = False,
-    as_json: options.JsonOption = False,
+    prompt: list[str] | None = option(WHAT, None, "TEXT", "The text to continue; several: give it several times."),
+    prompt_file: Path | None = options.PROMPT_FILE,
+    prompts: Path | None = option(
+        WHAT,
+        None,
+        "FILE",
+        "Many prompts: JSONL with `prompt`, or MT-Bench `turns` (the first is asked); or a .txt file with one on "
+        "each line.",
+    ),
+    batch: int = setting(WHAT, GenerateOptions, "batch", "N", min=1),
+    max_new_tokens: int = options.new_tokens(BenchOptions.max_new_tokens),
+    json_schema: str | None = option(
+        WHAT, None, "SCHEMA", "Write JSON that fits this schema: JSON text, or a file with it."
+    ),
+    regex: str | None = option(WHAT, None, "PATTERN", "Write what matches this regular expression as a whole."),
+    grammar: Path | None = option(WHAT, None, "FILE", "Write what this grammar, in Lark's notation, allows."),
+    stats: bool = flag(OUTPUT, "--stats", "Show counts and times on standard error at the end."),
+    as_json: bool = options.JSON,
 ) -> None:
     """Continue one prompt, from --prompt, --prompt-file or standard input; or many, from --prompts.
 

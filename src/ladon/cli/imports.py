@@ -5,12 +5,10 @@ from __future__ import annotations
 import warnings
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-from typer import Argument
+from typing import TYPE_CHECKING, Any
 
 from ladon.cli import options
-from ladon.cli.options import OUTPUT, READ, option
+from ladon.cli.options import OUTPUT, READ, argument, flag, option
 from ladon.cli.output import print_json, progress_bar, say
 from ladon.errors import UnsupportedModelError
 
@@ -20,20 +18,16 @@ if TYPE_CHECKING:
     from ladon.heads.formats.detect import Found
 
 
-@options.with_groups()
+@options.command()
 def import_heads(
     machine: options.Machine,
-    source: Annotated[
-        str, Argument(metavar="SRC", help="Folder, file or hub id of the heads, or of a model with heads.")
-    ],
-    out: Annotated[Path, option(OUTPUT, "DIR", "A new folder for them.")],
-    model: Annotated[str | None, option(READ, "NAME", "Their model: checked, and tried out.")] = None,
-    force: Annotated[
-        bool, option(READ, None, "Accept a model other than the one that the files tell of.", "--force")
-    ] = False,
-    revision: Annotated[str | None, option(READ, "NAME", "Branch, tag or commit on the hub.")] = None,
-    probe: Annotated[bool, option(READ, None, "Decode a few words with the heads afterwards.")] = True,
-    as_json: options.JsonOption = False,
+    source: str = argument("SRC", "Folder, file or hub id of the heads, or of a model with heads."),
+    out: Path = option(OUTPUT, ..., "DIR", "A new folder for them."),
+    model: str | None = option(READ, None, "NAME", "Their model: checked, and tried out."),
+    force: bool = flag(READ, "--force", "Accept a model other than the one that the files tell of."),
+    revision: str | None = option(READ, None, "NAME", "Branch, tag or commit on the hub."),
+    probe: bool = option(READ, True, None, "Decode a few words with the heads afterwards."),
+    as_json: bool = options.JSON,
 ) -> None:
     """Bring heads of MEDUSA, TGI, vLLM, TensorRT-LLM, Model-Optimizer or Hydra into Ladon's format.
 

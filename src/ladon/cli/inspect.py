@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-from typer import Argument
+from typing import TYPE_CHECKING, Any
 
 from ladon.cli import options
-from ladon.cli.options import OUTPUT, READ, option
+from ladon.cli.options import OUTPUT, READ, argument, option
 from ladon.cli.output import OutConsole, print_json
 from ladon.config import AUTO_BUDGET
 from ladon.errors import InputError
@@ -21,30 +19,23 @@ if TYPE_CHECKING:
     from ladon.trees.fixed_tree import FixedTree, TreeSize
 
 
-@options.with_groups()
+@options.command()
 def inspect(
-    path: Annotated[
-        str | None,
-        Argument(
-            metavar="PATH",
-            help="Folder, file or hub id of heads in any format that Ladon reads, or of a model; demo: the bundled "
-            "heads.",
-            show_default=False,
-        ),
-    ] = None,
-    model: Annotated[
-        str | None,
-        option(READ, "NAME", "Also say whether the heads are this model's (demo, a folder or a hub id)."),
-    ] = None,
-    nodes: Annotated[
-        int, option(OUTPUT, "N", "Size of the best fixed tree that is drawn, root included.", min=1)
-    ] = AUTO_BUDGET,
-    tree: Annotated[
-        Path | None, option(READ, "FILE", "Draw the tree in this file, in any notation of trees; it needs no PATH.")
-    ] = None,
-    dtype: options.DtypeOption = "auto",
-    trust_remote_code: options.TrustOption = False,
-    as_json: options.JsonOption = False,
+    path: str | None = argument(
+        "PATH",
+        "Folder, file or hub id of heads in any format that Ladon reads, or of a model; demo: the bundled heads.",
+        None,
+    ),
+    model: str | None = option(
+        READ, None, "NAME", "Also say whether the heads are this model's (demo, a folder or a hub id)."
+    ),
+    nodes: int = option(OUTPUT, AUTO_BUDGET, "N", "Size of the best fixed tree that is drawn, root included.", min=1),
+    tree: Path | None = option(
+        READ, None, "FILE", "Draw the tree in this file, in any notation of trees; it needs no PATH."
+    ),
+    dtype: str = options.DTYPE,
+    trust_remote_code: bool = options.TRUST,
+    as_json: bool = options.JSON,
 ) -> None:
     """Say what a checkpoint of heads is: format, sizes, memory, training, calibration, and its best fixed tree.
 

@@ -51,7 +51,7 @@ class Loaded:
         return Decoder(self.model, self.heads, **options)
 
     def require_heads(self, tree: object = "dynamic", ngrams: str = "off") -> None:
-        """Raise `InputError` if the tree needs heads and none were named: n-grams alone draft what grows, and chains."""
+        """Raise `InputError` if the tree needs heads and there are none: n-grams alone draft what grows, and chains."""
         if self.heads is None and tree != "off" and (ngrams == "off" or tree not in ("dynamic", "chain")):
             raise InputError(f"no heads for {self.name}; give --heads FOLDER, or --tree off for plain decoding")
 

@@ -1,20 +1,20 @@
 """Options that commands share, each declared once, and the reading of their values.
 
-A group of options is a dataclass; a command names it as one parameter. `with_groups` spreads the groups into the options
-that typer reads from a command's signature, and gathers their values again when the command runs.
+An option is declared as the default of a parameter, or of a field of a dataclass: a group of options, which a command
+names as one parameter. `command` makes of them the signature that typer reads, and gathers the groups' values again
+when the command runs.
 """
 
 from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Callable, Collection
+from dataclasses import Field, dataclass, field, fields, is_dataclass
 from functools import wraps
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
-from typer import Option
+from typer import Argument, Option
 
 from ladon.config import AUTO_BUDGET, BENCH_MODES, TREES, DecoderOptions, SamplingOptions, help_of
 from ladon.errors import InputError
@@ -29,95 +29,100 @@ WHAT, DRAFT, READ, TRAIN, MEASURE, OUTPUT, MACHINE = PANELS = (
 )  # fmt: skip
 
 
-def option(panel: str, metavar: str | None, text: str, *names: str, **more: Any) -> Any:
-    """An option in a panel of --help; it goes by its parameter's name, unless `names` are given."""
-    return Option(*names, metavar=metavar, help=text, rich_help_panel=panel, **more)
+def option(panel: str, default: Any, metavar: str | None, text: str, *names: str, **more: Any) -> Any:
+    """An option in a panel of --help, required if `default` is `...`; it goes by its parameter's name or by `names`."""
+    info = Option(*names, metavar=metavar, help=text, rich_help_panel=panel, **more)
+    return field(default=default, metadata={"typer": info})
+
+
+def flag(panel: str, name: str, text: str) -> Any:
+    """An option without a value, which switches something on."""
+    return option(panel, False, None, text, name)
+
+
+def setting(panel: str, config: type[Any], name: str, metavar: str | None = None, **more: Any) -> Any:
+    """An option whose default and help are those of a setting in `ladon.config`."""
+    default = getattr(config, name)
+    default = ",".join(map(str, default)) if isinstance(default, tuple) else default
+    return option(panel, default, metavar, about(config, name), **more)
+
+
+def argument(metavar: str, text: str, default: Any = ...) -> Any:
+    """What a command is given without the name of an option."""
+    return field(default=default, metadata={"typer": Argument(metavar=metavar, help=text, show_default=False)})
 
 
 def about(config: type[Any], name: str) -> str:
-    """The documentation of a setting in `ladon.config`, as the help of its option."""
+    """The documentation of a setting, as the help of its option."""
     text = help_of(config, name)
     return f"{text[0].upper()}{text[1:]}."
 
 
-DtypeOption = Annotated[
-    str,
-    option(
-        MACHINE,
-        None,
-        "auto (the checkpoint's; on a CPU float32 for float16, and for bfloat16 if the CPU lacks it), "
-        f"{', '.join(DTYPES)}.",
-    ),
-]
-OneThreadOption = Annotated[int | None, option(MACHINE, "N", "CPU threads of torch.", min=1)]
-TrustOption = Annotated[
-    bool,
-    option(MACHINE, None, "Run Python code that comes with the model. Off unless asked for.", "--trust-remote-code"),
-]
-PromptFileOption = Annotated[Path | None, option(WHAT, "FILE", "A UTF-8 file with the text to continue.")]
-LimitOption = Annotated[int | None, option(WHAT, "N", "Use only the first so many prompts.", min=1)]
-NewTokensOption = Annotated[int, option(WHAT, "N", "Tokens to write at most.", min=1)]
-JsonOption = Annotated[
-    bool, option(OUTPUT, None, "Print one JSON document as the last line of standard output.", "--json")
-]
+DTYPE = option(
+    MACHINE,
+    "auto",
+    None,
+    "auto (the checkpoint's; on a CPU float32 for float16, and for bfloat16 if the CPU lacks it), "
+    f"{', '.join(DTYPES)}.",
+)
+ONE_THREAD = option(MACHINE, 1, "N", "CPU threads of torch.", min=1)
+TRUST = flag(MACHINE, "--trust-remote-code", "Run Python code that comes with the model. Off unless asked for.")
+PROMPT_FILE = option(WHAT, None, "FILE", "A UTF-8 file with the text to continue.")
+LIMIT = option(WHAT, None, "N", "Use only the first so many prompts.", min=1)
+JSON = flag(OUTPUT, "--json", "Print one JSON document as the last line of standard output.")
+
+
+def new_tokens(default: int) -> Any:
+    """How much is written."""
+    return option(WHAT, default, "N", "Tokens to write at most.", min=1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
     """Where and how a model runs."""
 
-    dtype: DtypeOption = "auto"
-    device: Annotated[str, option(MACHINE, "NAME", "auto (a GPU if there is one), cpu, cuda, ...")] = "auto"
-    threads: Annotated[int | None, option(MACHINE, "N", "CPU threads of torch; its own choice if left out.", min=1)] = (
-        None
-    )
-    trust_remote_code: TrustOption = False
+    dtype: str = DTYPE
+    device: str = option(MACHINE, "auto", "NAME", "auto (a GPU if there is one), cpu, cuda, ...")
+    threads: int | None = option(MACHINE, None, "N", "CPU threads of torch; its own choice if left out.", min=1)
+    trust_remote_code: bool = TRUST
 
 
 @dataclass(frozen=True, kw_only=True)
 class Target(Machine):
     """A model and its heads, and where they run: what `ladon.cli.loading.load` takes."""
 
-    model: Annotated[
-        str, option(WHAT, "NAME", "The bundled model (demo), a folder in transformers' format, or a hub id.")
-    ] = "demo"
-    heads: Annotated[
-        str | None,
-        option(
-            DRAFT,
-            "NAME",
-            "Folder or hub id of the model's heads, or mtp for the MTP modules in it; the bundled model brings its own.",
-        ),
-    ] = None
-    ignore_generation_config: Annotated[
-        bool,
-        option(
-            WHAT,
-            None,
-            "Decode without what the model's generation config asks for, such as repetition_penalty; its special "
-            "tokens stay.",
-            "--ignore-generation-config",
-        ),
-    ] = False
+    model: str = option(
+        WHAT, "demo", "NAME", "The bundled model (demo), a folder in transformers' format, or a hub id."
+    )
+    heads: str | None = option(
+        DRAFT,
+        None,
+        "NAME",
+        "Folder or hub id of the model's heads, or mtp for the MTP modules in it; the bundled model brings its own.",
+    )
+    ignore_generation_config: bool = flag(
+        WHAT,
+        "--ignore-generation-config",
+        "Decode without what the model's generation config asks for, such as repetition_penalty; its special "
+        "tokens stay.",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Drafting:
     """How tokens are drafted, and which drafts are kept."""
 
-    tree: Annotated[str, option(DRAFT, "TREE", about(DecoderOptions, "tree"))] = DecoderOptions.tree
-    budget: Annotated[str, option(DRAFT, "N", about(DecoderOptions, "budget"))] = str(DecoderOptions.budget)
-    prune: Annotated[str, option(DRAFT, "NAME", about(DecoderOptions, "prune"))] = DecoderOptions.prune
-    accept: Annotated[
-        str,
-        option(
-            DRAFT,
-            "RULE",
-            f"{about(DecoderOptions, 'accept')} Settings: typical:epsilon=0.09,delta=0.3 and nucleus:top_p=0.8.",
-        ),
-    ] = DecoderOptions.accept
-    ngrams: Annotated[str, option(DRAFT, "NAME", about(DecoderOptions, "ngrams"))] = DecoderOptions.ngrams
-    joint: Annotated[str, option(DRAFT, "NAME", about(DecoderOptions, "joint"))] = DecoderOptions.joint
+    tree: str = setting(DRAFT, DecoderOptions, "tree", "TREE")
+    budget: str = setting(DRAFT, DecoderOptions, "budget", "N")
+    prune: str = setting(DRAFT, DecoderOptions, "prune", "NAME")
+    accept: str = option(
+        DRAFT,
+        DecoderOptions.accept,
+        "RULE",
+        f"{about(DecoderOptions, 'accept')} Settings: typical:epsilon=0.09,delta=0.3 and nucleus:top_p=0.8.",
+    )
+    ngrams: str = setting(DRAFT, DecoderOptions, "ngrams", "NAME")
+    joint: str = setting(DRAFT, DecoderOptions, "joint", "NAME")
 
     def for_decoder(self) -> dict[str, Any]:
         """The arguments of `Decoder` that these are; `InputError` for a value that is none."""
@@ -133,12 +138,10 @@ class Drafting:
 class Sampling:
     """How tokens are sampled."""
 
-    temperature: Annotated[float, option(WHAT, "T", about(SamplingOptions, "temperature"))] = (
-        SamplingOptions.temperature
-    )
-    top_p: Annotated[float, option(WHAT, "P", about(SamplingOptions, "top_p"))] = SamplingOptions.top_p
-    top_k: Annotated[int, option(WHAT, "K", about(SamplingOptions, "top_k"))] = SamplingOptions.top_k
-    seed: Annotated[int, option(WHAT, "S", about(SamplingOptions, "seed"))] = SamplingOptions.seed
+    temperature: float = setting(WHAT, SamplingOptions, "temperature", "T")
+    top_p: float = setting(WHAT, SamplingOptions, "top_p", "P")
+    top_k: int = setting(WHAT, SamplingOptions, "top_k", "K")
+    seed: int = setting(WHAT, SamplingOptions, "seed", "S")
 
     def for_generate(self) -> dict[str, Any]:
         """The arguments of `Decoder.generate` that these are; `InputError` for sampling parameters that are none."""
@@ -155,54 +158,48 @@ class Sampling:
 Command = Callable[..., None]
 
 
-def with_groups(*, without: Collection[str] = ()) -> Callable[[Command], Command]:
-    """Spread a command's groups into options, sorted by panel.
+def command(*, without: Collection[str] = ()) -> Callable[[Command], Command]:
+    """Make a function a command: its groups become options, and all options stand in the order of their panels.
 
     Args:
         without: fields of the groups that are no options of this command; they keep their defaults.
     """
 
-    def spread(command: Command) -> Command:
-        hints = get_type_hints(command, include_extras=True)
-        groups: dict[str, tuple[type[Any], list[str]]] = {}
+    def decorate(function: Command) -> Command:
+        hints = get_type_hints(function)
+        groups: dict[str, list[str]] = {}
         shown: list[inspect.Parameter] = []
-        for name, parameter in inspect.signature(command).parameters.items():
+        for name, parameter in inspect.signature(function).parameters.items():
             if is_dataclass(hints[name]):
-                options = [each for each in _options_of(hints[name]) if each.name not in without]
-                groups[name] = hints[name], [each.name for each in options]
-                shown += options
+                types = get_type_hints(hints[name])
+                found = [each for each in fields(hints[name]) if each.name not in without]
+                groups[name] = [each.name for each in found]
+                shown += [_parameter(each.name, types[each.name], each) for each in found]
             else:
-                shown.append(_keyword(name, hints[name], parameter.default))
-        shown.sort(key=_panel)
+                shown.append(_parameter(name, hints[name], parameter.default))
 
-        @wraps(command)
+        @wraps(function)
         def run(**given: Any) -> None:
-            for name, (group, names) in groups.items():
-                given[name] = group(**{each: given.pop(each) for each in names})
-            command(**given)
+            for name, names in groups.items():
+                given[name] = hints[name](**{each: given.pop(each) for each in names})
+            function(**given)
 
-        found: Any = run  # typer reads the signature and the annotations
-        found.__signature__ = inspect.Signature(shown)
-        found.__annotations__ = {each.name: each.annotation for each in shown}
+        made: Any = run  # typer reads the signature and the annotations
+        made.__signature__ = inspect.Signature(sorted(shown, key=_panel))
+        made.__annotations__ = {each.name: each.annotation for each in shown}
         return run
 
-    return spread
+    return decorate
 
 
-def _options_of(group: type[Any]) -> list[inspect.Parameter]:
-    """The fields of a group: options as they are annotated, or as the `help` of a plain field of settings says."""
-    hints = get_type_hints(group, include_extras=True)
-    found = []
-    for field in fields(group):
-        hint = hints[field.name]
-        if get_origin(hint) is not Annotated:
-            hint = Annotated[hint, option(TRAIN, field.metadata.get("metavar"), about(group, field.name))]
-        found.append(_keyword(field.name, hint, field.default))
-    return found
-
-
-def _keyword(name: str, hint: Any, default: Any) -> inspect.Parameter:
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=hint, default=default)
+def _parameter(name: str, kind: Any, declared: Field[Any]) -> inspect.Parameter:
+    """An option as typer reads it; a plain field of settings, which has a help only, is one of training."""
+    about = declared.metadata
+    info = about.get("typer") or Option(
+        metavar=about["metavar"], help=f"{about['help'][0].upper()}{about['help'][1:]}.", rich_help_panel=TRAIN
+    )
+    annotation = Annotated[kind, info]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=declared.default, annotation=annotation)
 
 
 def _panel(parameter: inspect.Parameter) -> int:
@@ -255,8 +252,3 @@ def parse_tree(text: str) -> str | FixedTree | TreeSize:
 def shortened(text: str) -> str:
     """A value for an error message, which is one line."""
     return text if len(text) <= 80 else text[:79] + "…"
-
-
-def joined(values: Sequence[object]) -> str:
-    """Values as an option's text."""
-    return ",".join(str(value) for value in values)

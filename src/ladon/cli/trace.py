@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 from ladon.cli import options
 from ladon.cli.options import OUTPUT, WHAT, option
@@ -16,26 +16,24 @@ if TYPE_CHECKING:
     from ladon.viz.record import Record
 
 
-@options.with_groups(without=("prune", "accept", "joint"))
+@options.command(without=("prune", "accept", "joint"))
 def trace(
     target: options.Target,
     drafting: options.Drafting,
-    prompt: Annotated[str | None, option(WHAT, "TEXT", "The text to continue.")] = None,
-    prompt_file: options.PromptFileOption = None,
-    max_new_tokens: options.NewTokensOption = 32,
-    html: Annotated[Path | None, option(OUTPUT, "FILE", "Write one self-contained web page instead.")] = None,
-    png: Annotated[
-        Path | None,
-        option(
-            OUTPUT,
-            "FILE",
-            f"Write a picture instead, of {PICTURE_STEPS} steps at most; it says so if there are more.",
-        ),
-    ] = None,
-    png_steps: Annotated[
-        int, option(OUTPUT, "N", "How many steps the picture shows at most.", min=1, max=PICTURE_STEPS)
-    ] = PICTURE_STEPS,
-    as_json: options.JsonOption = False,
+    prompt: str | None = option(WHAT, None, "TEXT", "The text to continue."),
+    prompt_file: Path | None = options.PROMPT_FILE,
+    max_new_tokens: int = options.new_tokens(32),
+    html: Path | None = option(OUTPUT, None, "FILE", "Write one self-contained web page instead."),
+    png: Path | None = option(
+        OUTPUT,
+        None,
+        "FILE",
+        f"Write a picture instead, of {PICTURE_STEPS} steps at most; it says so if there are more.",
+    ),
+    png_steps: int = option(
+        OUTPUT, PICTURE_STEPS, "N", "How many steps the picture shows at most.", min=1, max=PICTURE_STEPS
+    ),
+    as_json: bool = options.JSON,
 ) -> None:
     """Show every step's tree with its probabilities, the accepted path, the bonus token and the attention mask.
 

@@ -6,46 +6,29 @@ import os
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
-
-from typer import Argument
+from typing import Any
 
 from ladon.cli import options
-from ladon.cli.options import MACHINE, OUTPUT, TRAIN, about, option
+from ladon.cli.options import MACHINE, OUTPUT, TRAIN, about, argument, flag, option
 from ladon.cli.output import print_json, say
 from ladon.errors import InputError
 from ladon.train.config import TrainOptions
 
 
-@options.with_groups(without=("heads", "dtype", "ignore_generation_config", "family_options"))
+@options.command(without=("heads", "dtype", "ignore_generation_config", "family_options"))
 def train(
     target: options.Target,
     settings: TrainOptions,
-    rows: Annotated[
-        str,
-        Argument(
-            metavar="ROWS", help="JSONL, JSON or Parquet file, such as `ladon distill` writes, or a hub data set."
-        ),
-    ],
-    out: Annotated[Path, option(OUTPUT, "DIR", "Folder for checkpoints and heads.")],
-    family_option: Annotated[
-        list[str] | None, option(TRAIN, "NAME=VALUE", about(TrainOptions, "family_options"))
-    ] = None,
-    field: Annotated[
-        str | None, option(TRAIN, "NAME", "A field with text to learn, if it is not one of the usual ones.")
-    ] = None,
-    limit: Annotated[int | None, option(TRAIN, "N", "Take the first N rows only.", min=1)] = None,
-    split: Annotated[str, option(TRAIN, "NAME", "Split of a data set from the hub.")] = "train",
-    device_map: Annotated[
-        str | None, option(MACHINE, "MAP", "Spread the model over devices: auto, balanced, ...")
-    ] = None,
-    load_in_4bit: Annotated[
-        bool, option(MACHINE, None, "Quantise the frozen model; needs bitsandbytes.", "--load-in-4bit")
-    ] = False,
-    load_in_8bit: Annotated[
-        bool, option(MACHINE, None, "Quantise the frozen model; needs bitsandbytes.", "--load-in-8bit")
-    ] = False,
-    as_json: options.JsonOption = False,
+    rows: str = argument("ROWS", "JSONL, JSON or Parquet file, such as `ladon distill` writes, or a hub data set."),
+    out: Path = option(OUTPUT, ..., "DIR", "Folder for checkpoints and heads."),
+    family_option: list[str] | None = option(TRAIN, None, "NAME=VALUE", about(TrainOptions, "family_options")),
+    field: str | None = option(TRAIN, None, "NAME", "A field with text to learn, if it is not one of the usual ones."),
+    limit: int | None = option(TRAIN, None, "N", "Take the first N rows only.", min=1),
+    split: str = option(TRAIN, "train", "NAME", "Split of a data set from the hub."),
+    device_map: str | None = option(MACHINE, None, "MAP", "Spread the model over devices: auto, balanced, ..."),
+    load_in_4bit: bool = flag(MACHINE, "--load-in-4bit", "Quantise the frozen model; needs bitsandbytes."),
+    load_in_8bit: bool = flag(MACHINE, "--load-in-8bit", "Quantise the frozen model; needs bitsandbytes."),
+    as_json: bool = options.JSON,
 ) -> None:
     """Train heads on answers of the model, on the frozen model (MEDUSA-1) or together with it (--joint, MEDUSA-2).
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 from typer import Exit
 
@@ -27,37 +27,31 @@ _SHOWN = 5  # differences of each way to choose tokens
 class _Sampling(options.Sampling):
     """How the sampled answers are sampled."""
 
-    temperature: Annotated[
-        float, option(WHAT, "T", "Of the sampled answers, which are compared besides the greedy.")
-    ] = 1.0
+    temperature: float = option(WHAT, 1.0, "T", "Of the sampled answers, which are compared besides the greedy.")
 
 
-@options.with_groups(without=("accept", "joint"))
+@options.command(without=("accept", "joint"))
 def verify(
     target: options.Target,
     drafting: options.Drafting,
     sampling: _Sampling,
-    prompts: Annotated[
-        str | None,
-        option(
-            WHAT,
-            "FILE",
-            "JSONL or Parquet with `prompt` or `messages`, or a data set's name; the bundled model brings its own.",
-        ),
-    ] = None,
-    limit: Annotated[int, option(WHAT, "N", "Use only the first so many prompts.", min=1)] = 20,
-    batch: Annotated[int, option(WHAT, "N", "Prompts that trees answer together.", min=1)] = 4,
-    max_new_tokens: Annotated[int, option(WHAT, "N", "Tokens of each answer at most.", min=1)] = 64,
-    accept: Annotated[
-        list[str] | None,
-        option(
-            DRAFT,
-            "RULE",
-            "Also measure how far this lossy rule leaves the model's distribution: typical, nucleus, or with settings "
-            "as typical:epsilon=0.2,delta=0.5; several: give it several times. It changes no exit code.",
-        ),
-    ] = None,
-    as_json: options.JsonOption = False,
+    prompts: str | None = option(
+        WHAT,
+        None,
+        "FILE",
+        "JSONL or Parquet with `prompt` or `messages`, or a data set's name; the bundled model brings its own.",
+    ),
+    limit: int = option(WHAT, 20, "N", "Use only the first so many prompts.", min=1),
+    batch: int = option(WHAT, 4, "N", "Prompts that trees answer together.", min=1),
+    max_new_tokens: int = option(WHAT, 64, "N", "Tokens of each answer at most.", min=1),
+    accept: list[str] | None = option(
+        DRAFT,
+        None,
+        "RULE",
+        "Also measure how far this lossy rule leaves the model's distribution: typical, nucleus, or with settings "
+        "as typical:epsilon=0.2,delta=0.5; several: give it several times. It changes no exit code.",
+    ),
+    as_json: bool = options.JSON,
 ) -> None:
     """Prove on your own prompts that trees change nothing: greedy, sampled, and run to run.
 
@@ -89,7 +83,7 @@ def verify(
     loaded = load(target)
     loaded.require_heads(tree["tree"], drafting.ngrams)
     name, ids = asked_of(loaded, prompts, limit)
-    sizes = {"batch": batch, "max_new_tokens": max_new_tokens}
+    sizes: dict[str, Any] = {"batch": batch, "max_new_tokens": max_new_tokens}
     what = (loaded.model, loaded.heads, [torch.tensor(one, device=loaded.model.device) for one in ids])
     with progress_bar() as progress:
         how: dict[str, Any] = {**sizes, "tree": tree, "progress": progress}
