@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -112,8 +112,8 @@ def bench(
         is_bundled = loaded.is_demo and target.heads in (None, "demo")
         trees = tree_source(loaded, workload, fixed_tree, calibration, is_bundled, plan.max_new_tokens, progress)
         subject = make_subject(loaded, trees)
-        document, findings, title = measure(subject, workload, plan, progress)
-    show(document, findings, title)
+        document, findings = measure(subject, workload, plan, progress)
+    show(document, findings)
     if answers is not None:
         _write_answers(answers, subject, findings, plan)
     if output is not None:
@@ -216,63 +216,26 @@ def _write_pictures(folder: Path, document: dict[str, Any]) -> None:
     say(f"ladon: pictures are in {folder}: {', '.join(files)}")
 
 
-def fail_unless_identical(document: dict[str, Any]) -> None:
-    """End with exit code 1 if a mode wrote something else than transformers in float32."""
-    if any(result["identical"] is False for result in document["results"]):
-        raise Exit(_NOT_IDENTICAL)
-
-
 def make_subject(loaded: Loaded, fixed_tree: Callable[[int], FixedTree]) -> Subject:
     """What the runner measures."""
     from ladon.bench.findings import Subject
 
-    return Subject(
-        name=loaded.name, model=loaded.model, tokenizer=loaded.tokenizer, heads=loaded.heads, fixed_tree=fixed_tree
-    )
+    known = {name: getattr(loaded, name) for name in ("name", "model", "tokenizer", "heads")}
+    return Subject(fixed_tree=fixed_tree, **known)
 
 
 def measure(
     subject: Subject, workload: Workload, plan: BenchOptions, progress: Progress, before: dict[str, Any] | None = None
-) -> tuple[dict[str, Any], Findings, str]:
-    """Run a benchmark.
-
-    Args:
-        subject: what is measured.
-        workload: its prompts.
-        plan: the modes and sizes.
-        progress: told how far it is.
-        before: how busy the machine was at the start, if that is known already.
-
-    Returns:
-        The JSON document, the findings, and a line that says what was measured where.
-    """
-    from ladon.bench.report import baselines, results
+) -> tuple[dict[str, Any], Findings]:
+    """Run a benchmark: its JSON document, and what was found. `before` is `busy_state()`, if that is known already."""
+    from ladon.bench.report import document
     from ladon.bench.runner import run_bench
-    from ladon.cli.loading import dtype_name
     from ladon.util.machine import environment, load
 
     before = before or busy_state()
     findings = run_bench(subject, workload, plan, progress)
-    place = environment(subject.model.device)
-    dtype = dtype_name(subject.model)
-    document = {
-        "environment": place | {"load_before": before, "load_after": load()},
-        "model": subject.name,
-        "dtype": dtype,
-        "heads": None if subject.heads is None else {"family": subject.heads.family, "num": subject.heads.num_heads},
-        "workload": workload.summary(),
-        "max_new_tokens": plan.max_new_tokens,
-        "repeats": plan.repeats,
-        "transformers": baselines(findings),
-        "identity_unchecked": findings.unchecked,
-        "results": [asdict(result) for result in results(findings)],
-    }
-    title = (
-        f"{subject.name} · {dtype} · {several(len(findings.requests), 'prompt')} of {workload.name} · up to "
-        f"{plan.max_new_tokens} tokens · {several(plan.repeats, 'repeat')} · {several(place['threads'], 'thread')} · "
-        f"{place['cpu']}"
-    )
-    return document, findings, title
+    place = environment(subject.model.device) | {"load_before": before, "load_after": load()}
+    return document(findings, subject, workload, plan, place), findings
 
 
 def busy_state() -> dict[str, Any]:
@@ -285,27 +248,16 @@ def busy_state() -> dict[str, Any]:
     return state
 
 
-def several(count: int, noun: str) -> str:
-    """A number of things in words."""
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
-
-
-def show(document: dict[str, Any], findings: Findings, title: str) -> None:
+def show(document: dict[str, Any], findings: Findings) -> None:
     """The table and what has to be said about it, on standard output."""
-    from ladon.bench import table as lines
-    from ladon.bench.report import results
+    from ladon.bench.table import parts
 
-    found = results(findings)
     console = OutConsole(highlight=False)
-    console.print(title, style="bold")
-    for batch in dict.fromkeys(result.batch for result in found):
-        console.print(lines.table(found, document["transformers"], batch))
-    if findings.diagnoses:
-        console.print(lines.diagnosis_table(found))
-    for line in (lines.identity_line(found, findings.unchecked), *lines.plain_lines(found)):
-        console.print(line, style="bold", markup=False)
-    notes = [*lines.diagnosis_lines(found), lines.repetition_line(found), lines.profile_line(found)]
-    notes += [*lines.size_lines(found), *lines.filling_lines(found)]
-    notes += lines.difference_lines(findings, document["dtype"])
-    for note in notes:
-        console.print(note, style="dim", markup=False)
+    for part in parts(document, findings):
+        console.print(part)
+
+
+def fail_unless_identical(document: dict[str, Any]) -> None:
+    """End with exit code 1 if a mode wrote something else than transformers in float32."""
+    if any(result["identical"] is False for result in document["results"]):
+        raise Exit(_NOT_IDENTICAL)

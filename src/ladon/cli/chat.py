@@ -17,16 +17,25 @@ from ladon.config import ChatOptions
 from ladon.errors import InputError, LadonError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from ladon.cli.loading import Loaded
+    from ladon.decoder.conversation import Conversation, Message
     from ladon.decoder.decoder import Decoder
     from ladon.engine.sequence import Row
     from ladon.engine.stats import DecodeStats
     from ladon.engine.step import Step
     from ladon.target.prefix_cache import Past
 
-Message = dict[str, str]
+COMMANDS = {
+    "/help": "this list",
+    "/regen": "answer the last message again; sampled answers are drawn anew",
+    "/reset": "forget all that was said, but for the system prompt",
+    "/save FILE": "write the messages as JSON",
+    "/load FILE": "read them back",
+    "/stats": "what this session took so far",
+    "/quit": "leave, as does the end of the input",
+}
+_NAMES = {usage.split()[0]: " " in usage for usage in COMMANDS}  # whether it takes a file
+_ROLES = ("system", "user", "assistant")
 
 
 @options.command(without=("accept", "joint"))
@@ -55,6 +64,7 @@ def chat(
     """
     for_decoder, wanted = drafting.for_decoder(), sampling.for_generate()
     from ladon.cli.loading import load
+    from ladon.decoder.conversation import Conversation
 
     loaded = load(target)
     decoder = loaded.decoder(**for_decoder)
@@ -152,9 +162,9 @@ class Session:
             chat.reset()
             self._pasts = []
         elif command == "/save":
-            chat.save(text)
+            _save(text, chat.messages)
         elif command == "/load":
-            chat.load(text)
+            chat.replace(_load(text))
             say(f"{len(chat.messages)} messages")
         elif command == "/stats":
             say(f"answers: {self._answers}; {_took(self._said, self._total)}")
@@ -254,19 +264,6 @@ def _took(said: int, stats: DecodeStats) -> str:
     )
 
 
-COMMANDS = {
-    "/help": "this list",
-    "/regen": "answer the last message again; sampled answers are drawn anew",
-    "/reset": "forget all that was said, but for the system prompt",
-    "/save FILE": "write the messages as JSON",
-    "/load FILE": "read them back",
-    "/stats": "what this session took so far",
-    "/quit": "leave, as does the end of the input",
-}
-_NAMES = {usage.split()[0]: " " in usage for usage in COMMANDS}  # whether it takes a file
-_ROLES = ("system", "user", "assistant")
-
-
 def read_line(line: str) -> tuple[str, str]:
     """What a line asks for: a command and its file, or "" and the message; a message's own slash is written twice.
 
@@ -285,109 +282,26 @@ def read_line(line: str) -> tuple[str, str]:
     return name, argument
 
 
-class Conversation:
-    """Messages, and the tokens that the model is given for them.
+def _save(file: str, messages: Sequence[Message]) -> None:
+    """Write the messages as JSON; `InputError` if that cannot be."""
+    write_whole(_path(file), (json.dumps({"messages": messages}, ensure_ascii=False, indent=1) + "\n").encode())
 
-    With a chat template, the template writes the messages; without one, the text is all of them in a row, which the
-    model continues. What it has said stays in its own tokens, which the cache holds: encoding the text again could
-    split it otherwise.
 
-    Attributes:
-        messages: with role and content.
-        has_template: whether the tokenizer has a chat template.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, system: str | None = None) -> None:
-        """Start with a system prompt or nothing; `InputError` for one where no template could place it."""
-        self._tokenizer = tokenizer
-        self.has_template = bool(tokenizer.chat_template)
-        if system is not None and not self.has_template:
-            raise InputError(
-                "--system is given, but the tokenizer has no chat template; leave it out, or use a chat model"
-            )
-        self._start: list[Message] = [] if system is None else [{"role": "system", "content": system}]
-        self.messages = list(self._start)
-        self._known: list[tuple[str, list[int]]] = []  # beginnings of the chat, and the tokens that they have had
-
-    def reset(self) -> None:
-        """Forget everything but the system prompt."""
-        self.messages, self._known = list(self._start), []
-
-    def ask(self, text: str) -> None:
-        """Add a message of the user's."""
-        self.messages.append({"role": "user", "content": text})
-
-    def ask_again(self) -> None:
-        """Take the last answer back; `InputError` if nothing has been asked."""
-        if self.messages and self.messages[-1]["role"] == "assistant":
-            self.messages.pop()
-        if not self.messages or self.messages[-1]["role"] != "user":
-            raise InputError("there is no message to answer again; write one")
-
-    def prompt_ids(self) -> list[int]:
-        """The tokens after which the model answers the last message.
-
-        Raises:
-            InputError: the chat template refuses the messages, or they have no tokens.
-        """
-        text = self._text()
-        whole = self._encode(text, is_start=True)
-        beginnings = [(known, ids) for known, ids in self._known if text.startswith(known)]
-        if beginnings:
-            known, ids = max(beginnings, key=lambda beginning: len(beginning[0]))
-            longer = [*ids, *self._encode(text[len(known) :], is_start=False)]
-            if self._decode(longer) == self._decode(whole):  # a tokenizer may add a space where the rest begins
-                whole = longer
-        if not whole:
-            raise InputError("the message has no tokens; write some text")
-        self._known.append((text, whole))
-        return whole
-
-    def answer(self, text: str, token_ids: Sequence[int]) -> None:
-        """Add what the model has said after `prompt_ids`, as text and as tokens."""
-        self.messages.append({"role": "assistant", "content": text})
-        special, said = set(self._tokenizer.all_special_ids), list(token_ids)
-        while said and said[-1] in special:
-            said.pop()  # the end of the answer; the template writes its own
-        prompt, ids = self._known[-1]
-        self._known.append((prompt + text, [*ids, *said]))
-
-    def save(self, file: str) -> None:
-        """Write the messages as JSON; `InputError` if that cannot be."""
-        document = {"messages": self.messages}
-        write_whole(_path(file), (json.dumps(document, ensure_ascii=False, indent=1) + "\n").encode())
-
-    def load(self, file: str) -> None:
-        """Read messages that `save` has written; `InputError`, and no change, if the file holds none."""
-        try:
-            document = json.loads(_path(file).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise InputError(f"cannot read {file}: {error.strerror}; give a file that /save has written") from error
-        except ValueError as error:  # neither UTF-8 nor JSON
-            raise InputError(f"{file} is not JSON ({error}); give a file that /save has written") from error
-        messages = document.get("messages") if isinstance(document, dict) else None
-        if not isinstance(messages, list) or not all(map(_is_message, messages)):
-            raise InputError(
-                f"{file} holds no chat; give a JSON object with `messages`, a list of objects with `role` "
-                f"({', '.join(_ROLES)}) and `content`"
-            )
-        self._known = []
-        self.messages = [{"role": message["role"], "content": message["content"]} for message in messages]
-
-    def _text(self) -> str:
-        if not self.has_template:
-            return "".join(message["content"] for message in self.messages)
-        try:
-            return str(self._tokenizer.apply_chat_template(self.messages, add_generation_prompt=True, tokenize=False))
-        except Exception as error:  # of another type for every way in which a template can refuse
-            raise InputError(f"the chat template refuses the chat: {' '.join(str(error).split())[:300]}") from error
-
-    def _encode(self, text: str, *, is_start: bool) -> list[int]:
-        ids = self._tokenizer(text, add_special_tokens=is_start and not self.has_template)["input_ids"]
-        return [int(token) for token in ids]
-
-    def _decode(self, ids: list[int]) -> str:
-        return str(self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+def _load(file: str) -> list[Message]:
+    """Read messages that `_save` has written; `InputError` if the file holds none."""
+    try:
+        document = json.loads(_path(file).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read {file}: {error.strerror}; give a file that /save has written") from error
+    except ValueError as error:  # neither UTF-8 nor JSON
+        raise InputError(f"{file} is not JSON ({error}); give a file that /save has written") from error
+    messages = document.get("messages") if isinstance(document, dict) else None
+    if not isinstance(messages, list) or not all(map(_is_message, messages)):
+        raise InputError(
+            f"{file} holds no chat; give a JSON object with `messages`, a list of objects with `role` "
+            f"({', '.join(_ROLES)}) and `content`"
+        )
+    return [{"role": message["role"], "content": message["content"]} for message in messages]
 
 
 def _path(file: str) -> Path:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ladon.cli import options
-from ladon.cli.bench import busy_state, fail_unless_identical, make_subject, measure, several, show
+from ladon.cli.bench import busy_state, fail_unless_identical, make_subject, measure, show
 from ladon.cli.options import DRAFT, MEASURE, WHAT, option, setting
 from ladon.cli.output import OutConsole, print_json, progress_bar, say
 from ladon.config import AUTO_BUDGET, BenchOptions, DecoderOptions
@@ -55,6 +55,7 @@ def demo(
         budgets=(nodes if isinstance(nodes, int) else AUTO_BUDGET,), max_new_tokens=max_new_tokens, repeats=repeats
     )
     say("ladon: [1/4] loading PyTorch, transformers and the bundled model; this takes some seconds")
+    from ladon.bench.table import several
     from ladon.bench.workloads import demo_workload
     from ladon.cli.loading import DEMO, load
     from ladon.demo.bundled import demo_fixed_tree
@@ -67,8 +68,8 @@ def demo(
         _complete(console, loaded, text, plan)
     with progress_bar(_LINE_SECONDS) as progress:
         subject = make_subject(loaded, demo_fixed_tree)
-        document, findings, title = _measure(subject, len(texts), plan, progress, started + _SECONDS)
-    show(document, findings, title)
+        document, findings = _measure(subject, len(texts), plan, progress, started + _SECONDS)
+    show(document, findings)
     if as_json:
         print_json(demo_json(document))
     fail_unless_identical(document)
@@ -90,36 +91,31 @@ def _complete(console: Console, loaded: Loaded, prompt: str, plan: BenchOptions)
     from ladon.cli.prompts import encode
     from ladon.decoder.decoder import Decoder
     from ladon.decoder.detokenizer import Detokenizer
-    from ladon.viz.record import origins
-    from ladon.viz.terminal import legend, token_text
+    from ladon.viz.terminal import legend, live
 
     decoder = Decoder(loaded.model, loaded.heads, budget=plan.budgets[0], ngrams="off")
     ids = encode(loaded.tokenizer, prompt)
-    pieces = Detokenizer(loaded.tokenizer, ids.tolist())
+    trace = decoder.trace(ids, max_new_tokens=plan.max_new_tokens)
     console.print(Rule("dynamic tree, live", align="left", style="dim"))
     console.print(Text("\n".join(prompt.splitlines()[-_SHOWN_LINES:]), "dim"), end="", soft_wrap=True)
-    steps = 0
-    trace = decoder.trace(ids, max_new_tokens=plan.max_new_tokens)
-    console.print(Text(pieces.push(trace.first)), end="", soft_wrap=True)
-    for step in trace:
-        for token, origin in origins(step):
-            console.print(token_text(pieces.push(token), origin), end="", soft_wrap=True)
-        steps += 1
+    for piece in live(trace, Detokenizer(loaded.tokenizer, ids.tolist())):
+        console.print(piece, end="", soft_wrap=True)
     console.print()
-    if steps:
+    stats = decoder.stats
+    if stats.forwards:
         console.print(legend(loaded.heads.num_heads if loaded.heads else 0))
-        console.print(
-            f"{decoder.stats.tokens} tokens in {steps} forwards: {decoder.stats.acceptance_length:.2f} per forward\n"
-        )
+        counts = f"{stats.tokens} tokens in {stats.forwards} forwards: {stats.acceptance_length:.2f} per forward"
+        console.print(f"{counts}\n")
 
 
 def _measure(
     subject: Subject, prompts: int, plan: BenchOptions, progress: Progress, end: float
-) -> tuple[dict[str, Any], Findings, str]:
+) -> tuple[dict[str, Any], Findings]:
     """Measure every mode, on as many of the prompts as fit in the time until `end`: a short trial tells.
 
     Where not even one fits, the trial's own numbers are the result.
     """
+    from ladon.bench.table import several
     from ladon.bench.workloads import demo_workload
 
     before, started = busy_state(), _clock()

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
-import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +16,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 
 from ladon.cli.options import shortened
 from ladon.errors import InputError
+from ladon.util import files
 
 _SPEED_SECONDS = 600.0  # the time left is estimated from the calls of the last ten minutes: some take one each
 
@@ -37,34 +35,18 @@ def check_writable(path: Path | None) -> None:
         return
     if os.path.isdir(path):
         raise InputError(f"cannot write {path}: it is a folder; give a file name")
+    folder = os.path.dirname(os.path.realpath(path))
+    if not os.path.isdir(folder):
+        place, missing = shortened(str(path)), shortened(folder)
+        raise InputError(f"cannot write {place}: there is no folder {missing}; make it first")
     with _explained(path):
-        if _is_special(path):
-            if not os.access(path, os.W_OK):
-                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-            return
-        target = Path(os.path.realpath(path))
-        if not os.path.isdir(target.parent):
-            missing = shortened(str(target.parent))
-            raise InputError(f"cannot write {shortened(str(path))}: there is no folder {missing}; make it first")
-        with _beside(target) as partial:
-            partial.touch()
+        files.check_writable(path)
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write a file beside its place, then rename it: whoever looks sees all of it or nothing.
-
-    A link stays and the file it leads to is written; a pipe or a device is written to as it is.
-    """
+    """Write a file, all of it or nothing; `InputError` if that cannot be."""
     with _explained(path):
-        if _is_special(path):
-            path.write_bytes(data)
-            return
-        target = Path(os.path.realpath(path))
-        with _beside(target) as partial:
-            partial.write_bytes(data)
-            if target.exists():
-                shutil.copymode(target, partial)
-            os.replace(partial, target)
+        files.write_whole(path, data)
 
 
 def print_json(document: dict[str, Any]) -> None:
@@ -128,18 +110,6 @@ def _lines(seconds: float | None) -> Bars:
             say(f"ladon: {what}: {done} of {total}" + (f", {note}" if note else ""))
 
     return show
-
-
-def _is_special(path: Path) -> bool:
-    """Whether something is there that is no ordinary file, such as a pipe or a device."""
-    return os.path.exists(path) and not os.path.isfile(path)
-
-
-@contextmanager
-def _beside(target: Path) -> Iterator[Path]:
-    """A name for the unfinished `target`, in a new folder beside it that goes away with all it holds."""
-    with tempfile.TemporaryDirectory(prefix=".ladon-", dir=target.parent) as folder:
-        yield Path(folder, target.name)
 
 
 @contextmanager
