@@ -133,7 +133,8 @@ def identity_line(results: Sequence[Result], unchecked: str | None) -> str:
         return f"identical: not known, the check in float32 could not be made ({unchecked})"
     ties = sum(result.float32_near_ties or 0 for result in results)
     aside = f", {ties} near-ties aside" if ties else ""
-    return f"identical: yes (each mode against transformers' generate, float32, {results[0].prompts} prompts{aside})"
+    prompts = several(results[0].prompts, "prompt")
+    return f"identical: yes (each mode against transformers' generate, float32, {prompts}{aside})"
 
 
 def plain_lines(results: Sequence[Result]) -> list[str]:

@@ -14,7 +14,7 @@ from typer import Exit
 
 from ladon.cli import options
 from ladon.cli.options import DRAFT, MEASURE, OUTPUT, WHAT, option, setting
-from ladon.cli.output import OutConsole, check_writable, print_json, progress_bar, say, write_whole
+from ladon.cli.output import check_writable, print_json, progress_bar, say, show, write_whole
 from ladon.config import MTP, BenchOptions
 from ladon.errors import InputError
 
@@ -102,6 +102,7 @@ def bench(
     check_writable(output)
     if plots is not None:
         _check_pictures(plots)
+    from ladon.bench.table import parts
     from ladon.cli.loading import load
 
     loaded = load(target)
@@ -113,7 +114,7 @@ def bench(
         trees = tree_source(loaded, workload, fixed_tree, calibration, is_bundled, plan.max_new_tokens, progress)
         subject = make_subject(loaded, trees)
         document, findings = measure(subject, workload, plan, progress)
-    show(document, findings)
+    show(parts(document, findings))
     if answers is not None:
         _write_answers(answers, subject, findings, plan)
     if output is not None:
@@ -246,15 +247,6 @@ def busy_state() -> dict[str, Any]:
     if is_busy(state):
         say(f"ladon: warning: the machine is busy (load average {state['load_average'][0]}); timings will suffer")
     return state
-
-
-def show(document: dict[str, Any], findings: Findings) -> None:
-    """The table and what has to be said about it, on standard output."""
-    from ladon.bench.table import parts
-
-    console = OutConsole(highlight=False)
-    for part in parts(document, findings):
-        console.print(part)
 
 
 def fail_unless_identical(document: dict[str, Any]) -> None:

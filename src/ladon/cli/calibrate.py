@@ -5,17 +5,13 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ladon.cli import options
 from ladon.cli.options import MEASURE, OUTPUT, WHAT, argument, flag, option
-from ladon.cli.output import OutConsole, check_writable, print_json, progress_bar, say
+from ladon.cli.output import check_writable, print_json, progress_bar, say, show
 from ladon.cli.prompts import asked_of
 from ladon.config import BenchOptions
 from ladon.errors import InputError
-
-if TYPE_CHECKING:
-    from ladon.heads.calibration import Calibration
 
 
 @options.command(without=("ignore_generation_config",))
@@ -63,7 +59,10 @@ def calibrate(
     timed = options.parse_counts("--batches", batches), options.parse_counts("--contexts", contexts)
     folder = _destination(target, out, dry_run)
     check_writable(trace)
+    from rich.text import Text
+
     from ladon.calibrate.run import HeadsMeasurement
+    from ladon.calibrate.summary import summary
     from ladon.cli.loading import DEMO, heads_place, load
 
     loaded = load(target)
@@ -87,7 +86,9 @@ def calibrate(
             found = replace(found, pruning=work.pruning(asked))
             if folder is not None:
                 found.save(folder)
-    _show(found, loaded.name)
+    about = found.measured_on
+    title = f"{loaded.name} · {about.get('dtype', '')} · {about['answers']} prompts · {about['positions']} positions"
+    show([Text(title, "bold"), *summary(found)])
     if folder is not None:
         say(f"ladon: written to {folder}" + (f"; step times to {profile}" if profile else ""))
     if as_json:
@@ -118,15 +119,3 @@ def _destination(target: options.Target, out: Path | None, dry_run: bool) -> Pat
             raise InputError(f"{heads} is no folder here, so nothing can be written beside it; give --out DIR")
     check_writable(out / CALIBRATION_FILE)
     return out
-
-
-def _show(found: Calibration, name: str) -> None:
-    """What was found, on standard output."""
-    from ladon.calibrate.summary import summary
-
-    about = found.measured_on
-    console = OutConsole(highlight=False)
-    title = f"{name} · {about.get('dtype', '')} · {about['answers']} prompts · {about['positions']} positions"
-    console.print(title, style="bold", markup=False)
-    for part in summary(found):
-        console.print(part)

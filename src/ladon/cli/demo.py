@@ -7,9 +7,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ladon.cli import options
-from ladon.cli.bench import busy_state, fail_unless_identical, make_subject, measure, show
+from ladon.cli.bench import busy_state, fail_unless_identical, make_subject, measure
 from ladon.cli.options import DRAFT, MEASURE, WHAT, option, setting
-from ladon.cli.output import OutConsole, print_json, progress_bar, say
+from ladon.cli.output import OutConsole, print_json, progress_bar, say, show
 from ladon.config import AUTO_BUDGET, BenchOptions, DecoderOptions
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def demo(
         budgets=(nodes if isinstance(nodes, int) else AUTO_BUDGET,), max_new_tokens=max_new_tokens, repeats=repeats
     )
     say("ladon: [1/4] loading PyTorch, transformers and the bundled model; this takes some seconds")
-    from ladon.bench.table import several
+    from ladon.bench.table import parts, several
     from ladon.bench.workloads import demo_workload
     from ladon.cli.loading import DEMO, load
     from ladon.demo.bundled import demo_fixed_tree
@@ -69,7 +69,7 @@ def demo(
     with progress_bar(_LINE_SECONDS) as progress:
         subject = make_subject(loaded, demo_fixed_tree)
         document, findings = _measure(subject, len(texts), plan, progress, started + _SECONDS)
-    show(document, findings)
+    show(parts(document, findings))
     if as_json:
         print_json(demo_json(document))
     fail_unless_identical(document)

@@ -22,18 +22,11 @@ from ladon.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from ladon.cli.loading import Loaded
     from ladon.train.distill import Answer, Answerer, Report, Settings
 
 _DEFAULTS = DistillOptions()
 _SOME_FAILED = 1
 _LINE_SECONDS = 30.0  # between lines of progress where standard error is no terminal
-# What a checkpoint's generation config may ask for that changes which tokens come; answers are written without it.
-_NOT_APPLIED = (
-    "repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens",
-    "forced_bos_token_id", "forced_eos_token_id", "min_p", "typical_p", "sequence_bias",
-)  # fmt: skip
-_NEUTRAL = (None, 0, 1, 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,10 +100,8 @@ def distill(
     from ladon.train.prompts import read_prompts
 
     common = {**asdict(sampling), "max_new_tokens": max_new_tokens}
-    if endpoint.endpoint is not None:
-        answerer, settings, tokenizer = _served(target, endpoint, key, common)
-    else:
-        answerer, settings, tokenizer = _local(target, common, batch=batch, tree=tree, budget=budget)
+    drafts = {"batch": batch, "tree": tree, "budget": budget}
+    answerer, settings, tokenizer = _answerer(target, endpoint, key, common, **drafts)
     asked = read_prompts(prompts, tokenizer, field=field, system=system, limit=limit, split=split)
     with _progress() as progress:
         report = run(
@@ -131,41 +122,27 @@ def distill(
         raise Exit(_SOME_FAILED)
 
 
-def _served(
-    target: options.Target, endpoint: Endpoint, key: str | None, common: dict[str, Any]
+def _answerer(
+    target: options.Target, endpoint: Endpoint, key: str | None, common: dict[str, Any], **drafting: Any
 ) -> tuple[Answerer, Settings, PreTrainedTokenizerBase]:
-    """A server that answers, what its rows have in common, and the tokenizer."""
-    from ladon.cli.loading import load_tokenizer
+    """Who answers, a server or the model here; what all rows have in common; and the tokenizer."""
+    from ladon.cli.loading import dtype_name, load, load_tokenizer
     from ladon.train.distill import Settings
     from ladon.train.endpoint import EndpointModel
+    from ladon.train.local import LocalModel, ignored_settings, weights_hash
 
-    settings = Settings(model=endpoint.endpoint_model or target.model, dtype="unknown", **common)
-    tokenizer = load_tokenizer(target)
-    answerer = EndpointModel(str(endpoint.endpoint), tokenizer, concurrency=endpoint.concurrency, api_key=key)
-    return answerer, settings, tokenizer
-
-
-def _local(
-    target: options.Target, common: dict[str, Any], **drafting: Any
-) -> tuple[Answerer, Settings, PreTrainedTokenizerBase]:
-    """The model that answers here, what its rows have in common, and the tokenizer."""
-    from ladon.cli.loading import dtype_name, load
-    from ladon.train.distill import Settings
-    from ladon.train.local import LocalModel, weights_hash
-
+    if endpoint.endpoint is not None:
+        settings = Settings(model=endpoint.endpoint_model or target.model, dtype="unknown", **common)
+        tokenizer = load_tokenizer(target)
+        server = EndpointModel(endpoint.endpoint, tokenizer, concurrency=endpoint.concurrency, api_key=key)
+        return server, settings, tokenizer
     loaded = load(target)
-    _warn_of_generation_config(loaded)
+    ignored = ignored_settings(loaded.model)
+    if ignored:
+        say(f"ladon: warning: the generation config asks for {', '.join(ignored)}; answers are written without")
     weights, dtype = weights_hash(loaded.model), dtype_name(loaded.model)
     settings = Settings(model=loaded.name, dtype=dtype, weights=weights, **common)
     return LocalModel(loaded.model, loaded.heads, loaded.tokenizer, **drafting), settings, loaded.tokenizer
-
-
-def _warn_of_generation_config(loaded: Loaded) -> None:
-    """Say what the checkpoint asks for and does not get: heads learn the model's own distribution."""
-    config = loaded.model.generation_config
-    asked = [name for name in _NOT_APPLIED if getattr(config, name, None) not in _NEUTRAL]
-    if asked:
-        say(f"ladon: warning: the generation config asks for {', '.join(asked)}; answers are written without")
 
 
 def _show_sample(answer: Answer, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -198,17 +175,9 @@ def _progress() -> Iterator[Callable[[Report], None]]:
 def _document(report: Report, acceptance_length: float | None) -> dict[str, Any]:
     from ladon.bench.report import finite
 
-    return {
-        "rows": report.rows,
-        "resumed_rows": report.resumed,
-        "total": report.total,
-        "tokens": report.tokens,
-        "seconds": report.seconds,
-        "tokens_per_second": report.tokens_per_second,
-        "acceptance_length": acceptance_length,
-        "repeated_8grams": finite(report.repetition.share),
-        "failures": dict(report.failures),
-    }
+    counts = {name: getattr(report, name) for name in ("rows", "total", "tokens", "seconds", "tokens_per_second")}
+    rest = {"acceptance_length": acceptance_length, "repeated_8grams": finite(report.repetition.share)}
+    return counts | rest | {"resumed_rows": report.resumed, "failures": dict(report.failures)}
 
 
 def _lines(document: dict[str, Any], out: Path) -> list[str]:
@@ -223,6 +192,5 @@ def _lines(document: dict[str, Any], out: Path) -> list[str]:
         about += f"; acceptance length {document['acceptance_length']:.2f}"
     if document["repeated_8grams"] is not None:
         about += f"; repeated 8-grams {document['repeated_8grams']:.1%}"
-    failures = document["failures"].items()
-    lines = [f"no answer to {count} prompts: {reason}" for reason, count in failures]
+    lines = [f"no answer to {count} prompts: {reason}" for reason, count in document["failures"].items()]
     return [about, *lines, f"they are listed in {failed_path(out)}"] if lines else [about]

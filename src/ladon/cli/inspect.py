@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ladon.cli import options
 from ladon.cli.options import OUTPUT, READ, argument, option
-from ladon.cli.output import OutConsole, print_json
+from ladon.cli.output import print_json, show
 from ladon.config import AUTO_BUDGET
 from ladon.errors import InputError
 
@@ -57,10 +57,8 @@ def inspect(
     about["tree"] = tree_facts(shape, (about.get("calibration") or {}).get("hit_rates", ()), nodes)
     if as_json:
         print_json(about)
-        return
-    console = OutConsole(highlight=False)
-    for part in parts(about):
-        console.print(part)
+    else:
+        show(parts(about))
 
 
 def _read_tree(path: Path) -> FixedTree | TreeSize:

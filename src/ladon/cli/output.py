@@ -6,12 +6,12 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from ladon.cli.options import shortened
@@ -27,6 +27,13 @@ class OutConsole(Console):
     def on_broken_pipe(self) -> None:
         """Raise what `ladon.cli.main.run` treats as an ordinary end."""
         raise BrokenPipeError
+
+
+def show(parts: Iterable[RenderableType]) -> None:
+    """Print what people look at, part by part, on standard output."""
+    console = OutConsole(highlight=False)
+    for part in parts:
+        console.print(part)
 
 
 def check_writable(path: Path | None) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ladon.cli import options
 from ladon.cli.options import OUTPUT, WHAT, option
-from ladon.cli.output import OutConsole, check_writable, print_json, say, write_whole
+from ladon.cli.output import check_writable, print_json, say, show, write_whole
 from ladon.cli.prompts import encode, read_prompt
 from ladon.config import PICTURE_STEPS
 
@@ -50,6 +50,7 @@ def trace(
     from ladon.cli.loading import dtype_name, load
     from ladon.viz import png as picture
     from ladon.viz.record import record
+    from ladon.viz.terminal import run_view
 
     if png is not None:
         picture.check_available()
@@ -63,7 +64,7 @@ def trace(
     if html is not None or png is not None:
         _write_files(run, html, png, png_steps)
     elif not as_json:
-        _print_steps(run)
+        show(run_view(run))
     if as_json:
         length = run.acceptance_length if run.steps else None
         document = {"prompt": run.prompt, "first_token": found.first, "acceptance_length": length}
@@ -83,14 +84,6 @@ def _write_files(run: Record, html: Path | None, png: Path | None, png_steps: in
     for path, data, shown in files:
         write_whole(path, data)
         say(f"wrote {path}: {shown} of {len(run.steps)} steps")
-
-
-def _print_steps(run: Record) -> None:
-    from ladon.viz.terminal import run_view
-
-    console = OutConsole(highlight=False)
-    for part in run_view(run):
-        console.print(part)
 
 
 def _finite(step: dict[str, object]) -> dict[str, object]:
