@@ -40,11 +40,12 @@ _ROLES = ("system", "user", "assistant")
 
 @options.command(without=("accept", "joint"))
 def chat(
+    *,
     target: options.Target,
-    drafting: options.Drafting,
-    sampling: options.Sampling,
     system: str | None = option(WHAT, None, "TEXT", "The system prompt, for models with a chat template."),
     max_new_tokens: int = setting(WHAT, ChatOptions, "max_new_tokens", "N", min=1),
+    drafting: options.Drafting,
+    sampling: options.Sampling,
     color_by_depth: bool = flag(
         OUTPUT, "--color-by-depth", "Give each token the colour of the depth at which it was drafted."
     ),
@@ -181,31 +182,31 @@ class Session:
         """Answer the last message, as it comes; whether anything was said."""
         from ladon.decoder.detokenizer import Detokenizer
 
-        row = self._row()
-        context = [] if self._conversation.has_template else row.prompt_ids
+        sequence = self._sequence()
+        context = [] if self._conversation.has_template else sequence.prompt_ids
         pieces = Detokenizer(self._loaded.tokenizer, context, skip_special_tokens=True)
         said, texts, is_stopped = [], [], False
         try:
-            with closing(self._decoder.decode([row])) as steps:
+            with closing(self._decoder.decode([sequence])) as steps:
                 accepted = 0
                 for step in steps:
-                    for token, depth in _with_depths(step, row.stats.accepted_nodes - accepted):
+                    for token, depth in _with_depths(step, sequence.stats.accepted_nodes - accepted):
                         texts.append(pieces.push(token))
                         said.append(token)
                         self._show(texts[-1], depth)
-                    accepted = row.stats.accepted_nodes
+                    accepted = sequence.stats.accepted_nodes
         except KeyboardInterrupt:
             is_stopped = True
         texts.append(pieces.flush())
         self._show(f"{texts[-1]}\n", None)
-        if row.past is not None:
-            self._pasts = [row.past]
+        if sequence.past is not None:
+            self._pasts = [sequence.past]
         if said:
             self._conversation.answer("".join(texts), said)
         self._count(len(said), self._decoder.stats, "stopped: " if is_stopped else "")
         return bool(said)
 
-    def _row(self) -> Row:
+    def _sequence(self) -> Row:
         """The last message as a sequence that goes on from what is kept of the chat; `InputError` if it is too long."""
         import torch
 
@@ -222,8 +223,8 @@ class Session:
         if "seed" in wanted:
             wanted = wanted | {"seed": mix(wanted["seed"], self._answers)}  # each answer draws anew
         prompt = torch.tensor(ids, device=self._loaded.model.device)
-        (row,) = self._decoder.rows([prompt], past=self._pasts, return_dict_in_generate=True, **wanted)
-        return row
+        (sequence,) = self._decoder.rows([prompt], past=self._pasts, return_dict_in_generate=True, **wanted)
+        return sequence
 
     def _show(self, piece: str, depth: int | None) -> None:
         if self._shows_depth and depth is not None:
@@ -244,7 +245,7 @@ class Session:
 
 
 def _with_depths(step: Step, accepted: int) -> list[tuple[int, int | None]]:
-    """Tokens of a step of one row, each with the depth of its draft: 0 for the bonus token, None after a prompt."""
+    """Tokens of one sequence's step, each with the depth of its draft: 0 for the bonus token, None after a prompt."""
     from ladon.viz.record import BONUS
 
     tokens = step.emitted[0] if step.emitted else []

@@ -146,7 +146,7 @@ def fitting(prompts: int, repeats: int, turn: float, seconds: float) -> tuple[in
     """
     for fewer in range(repeats, 0, -1):
         count = min(prompts, int(seconds / (turn * (fewer + 1))))
-        if count:
+        if count >= 1:
             return count, fewer
     return 0, 0
 

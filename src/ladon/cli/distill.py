@@ -65,14 +65,15 @@ class Endpoint:
 
 @options.command(without=("ignore_generation_config", "prune", "accept", "ngrams", "joint"))
 def distill(
+    *,
     target: options.Target,
-    drafting: options.Drafting,
-    sampling: options.Sampling,
-    endpoint: Endpoint,
     prompts: str = argument("PROMPTS", "A JSONL or Parquet file of prompts or chats, or a data set's hub id."),
     out: Path = option(OUTPUT, ..., "FILE", "JSONL file that the answers are appended to."),
     batch: int = setting(WHAT, DistillOptions, "batch", "N", min=1),
     max_new_tokens: int = setting(WHAT, DistillOptions, "max_new_tokens", "N", min=1),
+    drafting: options.Drafting,
+    sampling: options.Sampling,
+    endpoint: Endpoint,
     system: str | None = option(WHAT, None, "TEXT", "System message of every chat."),
     field: str | None = option(WHAT, None, "NAME", "Field of the prompts, if it is not one of the usual ones."),
     limit: int | None = option(WHAT, None, "N", "Take the first N rows only.", min=1),

@@ -25,9 +25,8 @@ if TYPE_CHECKING:
 
 @options.command()
 def generate(
+    *,
     target: options.Target,
-    drafting: options.Drafting,
-    sampling: options.Sampling,
     prompt: list[str] | None = option(WHAT, None, "TEXT", "The text to continue; several: give it several times."),
     prompt_file: Path | None = options.PROMPT_FILE,
     prompts: Path | None = option(
@@ -39,6 +38,8 @@ def generate(
     ),
     batch: int = setting(WHAT, GenerateOptions, "batch", "N", min=1),
     max_new_tokens: int = options.new_tokens(BenchOptions.max_new_tokens),
+    drafting: options.Drafting,
+    sampling: options.Sampling,
     json_schema: str | None = option(
         WHAT, None, "SCHEMA", "Write JSON that fits this schema: JSON text, or a file with it."
     ),
@@ -144,31 +145,31 @@ def _answer_many(
     from ladon.bench.report import finite
     from ladon.engine.sequence import warn_of_dead_ends
 
-    rows, shown = _rows(decoder, loaded, questions, wanted), 0
-    for _ in decoder.decode(rows, max_rows=batch):
-        while shown < len(rows) and rows[shown].finished:
+    sequences, shown = _sequences(decoder, loaded, questions, wanted), 0
+    for _ in decoder.decode(sequences, max_rows=batch):
+        while shown < len(sequences) and sequences[shown].finished:
             if not is_silent:
-                text = _text(loaded, rows[shown].tokens)
-                print(f"=== prompt {shown + 1} of {len(rows)} ===", text, sep="\n", flush=True)
+                text = _text(loaded, sequences[shown].tokens)
+                print(f"=== prompt {shown + 1} of {len(sequences)} ===", text, sep="\n", flush=True)
             shown += 1
     answers = [
         {
             "id": question.question_id,
-            "text": _text(loaded, row.tokens),
-            "token_ids": row.tokens,
-            "prompt_tokens": len(row.prompt),
-            "seed": row.seed if row.picker.draws else None,
-            "acceptance_length": finite(row.stats.acceptance_length),
-            "complete": row.complete,
+            "text": _text(loaded, each.tokens),
+            "token_ids": each.tokens,
+            "prompt_tokens": len(each.prompt),
+            "seed": each.seed if each.picker.draws else None,
+            "acceptance_length": finite(each.stats.acceptance_length),
+            "complete": each.complete,
         }
-        for question, row in zip(questions, rows, strict=True)
+        for question, each in zip(questions, sequences, strict=True)
     ]
-    warn_of_dead_ends(rows)
-    _say_if_cut([row.complete for row in rows])
+    warn_of_dead_ends(sequences)
+    _say_if_cut([each.complete for each in sequences])
     return {"answers": answers, "batch": batch}
 
 
-def _rows(decoder: Decoder, loaded: Loaded, questions: Sequence[Question], wanted: dict[str, Any]) -> list[Row]:
+def _sequences(decoder: Decoder, loaded: Loaded, questions: Sequence[Question], wanted: dict[str, Any]) -> list[Row]:
     """The prompts for the engine; `InputError` for one that has no tokens, or leaves no room for an answer."""
     import torch
 

@@ -185,7 +185,7 @@ def command(*, without: Collection[str] = ()) -> Callable[[Command], Command]:
             function(**given)
 
         made: Any = run  # typer reads the signature and the annotations
-        made.__signature__ = inspect.Signature(sorted(shown, key=_panel))
+        made.__signature__ = inspect.Signature(sorted(shown, key=_place))
         made.__annotations__ = {each.name: each.annotation for each in shown}
         return run
 
@@ -202,9 +202,10 @@ def _parameter(name: str, kind: Any, declared: Field[Any]) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=declared.default, annotation=annotation)
 
 
-def _panel(parameter: inspect.Parameter) -> int:
+def _place(parameter: inspect.Parameter) -> tuple[int, bool]:
+    """Where an option stands: arguments first, then by panel, and what only switches something on last in its own."""
     panel = parameter.annotation.__metadata__[0].rich_help_panel
-    return PANELS.index(panel) if panel else -1  # arguments come first
+    return PANELS.index(panel) if panel else -1, parameter.default is False
 
 
 def parse_budget(text: str) -> int | str:

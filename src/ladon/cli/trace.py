@@ -18,11 +18,12 @@ if TYPE_CHECKING:
 
 @options.command(without=("prune", "accept", "joint"))
 def trace(
+    *,
     target: options.Target,
-    drafting: options.Drafting,
     prompt: str | None = option(WHAT, None, "TEXT", "The text to continue."),
     prompt_file: Path | None = options.PROMPT_FILE,
     max_new_tokens: int = options.new_tokens(32),
+    drafting: options.Drafting,
     html: Path | None = option(OUTPUT, None, "FILE", "Write one self-contained web page instead."),
     png: Path | None = option(
         OUTPUT,

@@ -32,9 +32,8 @@ class _Sampling(options.Sampling):
 
 @options.command(without=("accept", "joint"))
 def verify(
+    *,
     target: options.Target,
-    drafting: options.Drafting,
-    sampling: _Sampling,
     prompts: str | None = option(
         WHAT,
         None,
@@ -44,6 +43,8 @@ def verify(
     limit: int = option(WHAT, 20, "N", "Use only the first so many prompts.", min=1),
     batch: int = option(WHAT, 4, "N", "Prompts that trees answer together.", min=1),
     max_new_tokens: int = option(WHAT, 64, "N", "Tokens of each answer at most.", min=1),
+    drafting: options.Drafting,
+    sampling: _Sampling,
     accept: list[str] | None = option(
         DRAFT,
         None,
