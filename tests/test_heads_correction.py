@@ -20,13 +20,14 @@ from ladon.calibrate.findings import given_the_truth
 from ladon.calibrate.recording import record
 from ladon.calibrate.simulate import simulate_budgets
 from ladon.config import MARKOV, MARKOV_ROWS, PRODUCT
-from ladon.drafting.head_chaining import joint_of, make_joint
+from ladon.drafting.head_chaining import joint_of, make_chaining
 from ladon.errors import HeadsError, InputError
 from ladon.heads import Heads
 from ladon.heads.calibration import Calibration
 from ladon.heads.correction import MarkovCorrection
 from ladon.trees import lattice
 from ladon.trees.grow import grow_chain, grow_dynamic
+from ladon.util.observer import SILENT
 
 
 @pytest.fixture
@@ -150,7 +151,7 @@ def test_successors_are_guessed_beside_the_heads_own_candidates(model: PreTraine
     for token in (0, 7):
         assert set(correction.successors[token].tolist()) == set(products[token].topk(5).indices.tolist())
     hidden, root = torch.randn(1, heads.hidden_size, dtype=model.dtype), torch.tensor([3])
-    found = make_joint(heads, MARKOV, 2, 2, "dynamic", 8)(hidden, root)
+    found = make_chaining(heads, MARKOV, 2, 2, "dynamic", 8)(hidden, root)
     base = heads.draft(hidden, root).float().log_softmax(-1)[0]
     first = base[0].topk(2).indices.tolist()
     expected = {*first, *(v for v in correction.successors[3].tolist() if base[0, v] < base[0].topk(2).values[-1])}
@@ -262,7 +263,7 @@ def test_temperatures_belong_to_their_joint(model: PreTrainedModel) -> None:
     heads.calibration = Calibration(heads="", temperatures=[0.5] * 3, hit_rates=[[]] * 3, joint=MARKOV)
     hidden, root = torch.randn(1, heads.hidden_size, dtype=model.dtype), torch.tensor([3])
     cold, warm = (
-        ladon.Decoder(model, heads, joint=joint, budget=8)._proposer(_clock()).propose(hidden, root, 8)
+        ladon.Decoder(model, heads, joint=joint, budget=8)._proposer(SILENT).propose(hidden, root, 8)
         for joint in (MARKOV, "product")
     )
     expected = grow_dynamic(lattice.from_logits(heads.draft(hidden, root), 7), root, 8)
@@ -271,10 +272,6 @@ def test_temperatures_belong_to_their_joint(model: PreTrainedModel) -> None:
     given_so = {"temperatures": torch.tensor([0.5] * 3), "num_rows": MARKOV_ROWS}
     by_hand = lattice.conditioned(candidates, root, heads.correction.among, **given_so)
     torch.testing.assert_close(cold.log_probs, grow_dynamic(by_hand, root, 8).log_probs)
-
-
-def _clock() -> ladon.engine.stats.StageClock:
-    return ladon.engine.stats.StageClock({}, enabled=False, device=torch.device("cpu"))
 
 
 @pytest.mark.parametrize("rank", [0, -1, 12, True, 2.0])

@@ -158,7 +158,7 @@ def _answer_many(
             "text": _text(loaded, each.tokens),
             "token_ids": each.tokens,
             "prompt_tokens": len(each.prompt),
-            "seed": each.seed if each.picker.draws else None,
+            "seed": each.seed if each.sampling_params.draws else None,
             "acceptance_length": finite(each.stats.acceptance_length),
             "complete": each.complete,
         }

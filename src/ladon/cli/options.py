@@ -146,7 +146,7 @@ class Sampling:
     def for_generate(self) -> dict[str, Any]:
         """The arguments of `Decoder.generate` that these are; `InputError` for sampling parameters that are none."""
         from ladon.sampling.gumbel import row_seeds
-        from ladon.sampling.sampler import check_settings
+        from ladon.sampling.sampling_params import check_settings
 
         check_settings(self.temperature, self.top_k, self.top_p)
         row_seeds(self.seed, 1)
