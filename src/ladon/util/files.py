@@ -27,7 +27,7 @@ def write_whole(path: Path, data: bytes) -> None:
         partial.write_bytes(data)
         if target.exists():
             shutil.copymode(target, partial)
-        os.replace(partial, target)
+        partial.replace(target)
 
 
 def check_writable(path: Path) -> None:
