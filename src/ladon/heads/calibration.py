@@ -66,7 +66,7 @@ class Calibration:
         """
         path = Path(folder) / CALIBRATION_FILE
         try:
-            write_whole(path, (json.dumps(self.document(), indent=1, allow_nan=False) + "\n").encode())
+            write_whole(path, json.dumps(self.document(), indent=1, allow_nan=False) + "\n")
         except OSError as error:
             raise HeadsError(f"cannot write {path}: {error.strerror}; give another place") from error
 

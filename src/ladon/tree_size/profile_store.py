@@ -76,7 +76,7 @@ def write_profile(place: Mapping[str, Any], times: Sequence[StepTime]) -> Path:
     document = {"format": FORMAT, "version": VERSION, "place": dict(place), "times": [asdict(time) for time in times]}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, (json.dumps(document, indent=1, allow_nan=False) + "\n").encode())
+        write_whole(path, json.dumps(document, indent=1, allow_nan=False) + "\n")
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror}; set {CACHE_VARIABLE} to another folder") from error
     return path

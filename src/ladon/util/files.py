@@ -11,14 +11,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file; whoever looks sees the old one or the new one, also while other processes write it.
+def write_whole(path: Path, data: bytes | str) -> None:
+    """Write a file, text in UTF-8; whoever looks sees the old one or the new one, also while others write it too.
 
     A link stays and the file it leads to is written; a pipe or a device is written to as it is.
 
     Raises:
         OSError: it cannot be written; the old one stays, and nothing is left beside it.
     """
+    data = data.encode() if isinstance(data, str) else data
     if _is_special(path):
         path.write_bytes(data)
         return
