@@ -5,85 +5,110 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from ladon.bench.findings import Subject
+from ladon.bench.runner import TimeLimit, _take_turns
+from ladon.bench.workloads import Question, make_workload
 from ladon.cli import demo
+from ladon.cli.bench import measure
 from ladon.cli.main import run
 from ladon.cli.output import progress_bar
+from ladon.config import BenchOptions
+from ladon.demo.bundled import demo_fixed_tree
+from user_side import Tiny
 
 MODES = 5
 SYSTEMS = 2 * MODES + 1  # each mode timed and profiled, and transformers
+PROMPTS, REPEATS, TOKENS = 5, 3, 128  # what the demo measures unless told otherwise
 
 
 @dataclass
 class Machine:
-    """A machine on which every run of 128 tokens takes so many seconds; its clock moves only when something runs."""
+    """A machine whose clock moves only when something runs: 128 tokens in so many seconds, later in `later` times."""
 
     seconds: float
+    later: float = 1.0
     now: float = 0.0
-    measured: list[tuple[int, int, int]] = field(default_factory=list)
+    name: str = "system"
 
-    def measure(self, _: object, workload: Any, plan: Any, *__: object) -> tuple[dict[str, Any], Any]:
-        """Stands for the benchmark: counts its runs as the runner makes them."""
-        prompts, one = len(workload.questions), self.seconds * plan.max_new_tokens / 128
-        self.measured.append((prompts, plan.repeats, plan.max_new_tokens))
-        self.now += one * prompts * (1 + SYSTEMS * plan.repeats + MODES + 1)
-        runs = [[SimpleNamespace(seconds=one, stats=SimpleNamespace(decode_seconds=one))]]
-        entries = [SimpleNamespace(timed=runs, profiled=runs)] * MODES + [SimpleNamespace(timed=runs, profiled=[])]
-        return {"prompts": prompts}, SimpleNamespace(measured=entries)
+    def clock(self) -> float:
+        return self.now
 
-
-@pytest.fixture
-def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Machine:
-    found = Machine(request.param)
-    monkeypatch.setattr(demo, "_clock", lambda: found.now)
-    monkeypatch.setattr(demo, "measure", found.measure)
-    monkeypatch.setattr(demo, "busy_state", dict)
-    return found
+    def run(self, prompts: Any, max_new_tokens: int) -> Any:
+        """A run of any mode."""
+        self.now += self.seconds * (self.later if self.now > 60 else 1.0) * len(prompts) * max_new_tokens / 128
+        return SimpleNamespace(prompts=prompts)
 
 
-def measured(machine: Machine, repeats: int = 3) -> dict[str, Any]:
-    """The document of a demo on that machine, after the seconds that loading and two live prompts take."""
-    machine.now = 8.0 + 3 * machine.seconds
-    plan = demo.BenchOptions(max_new_tokens=128, repeats=repeats)
-    subject: Any = None
-    document, _ = demo._measure(subject, 5, plan, lambda *_: None, demo._SECONDS)
-    return document
+def measured(machine: Machine) -> tuple[int, int, int]:
+    """Prompts, repeats and tokens of a demo on that machine, whose clock then tells when all of it ends."""
+    machine.now = 8.0  # loading, on two slow cores
+    limit = TimeLimit(demo._SECONDS, machine.clock)
+    for _ in range(2):  # live
+        machine.run([[0]], TOKENS)
+    left = limit.end - machine.now
+    tokens = demo.affordable_tokens(TOKENS, PROMPTS, machine.seconds, left)
+    for _ in range(PROMPTS):  # plain decoding fixes the conversations
+        machine.run([[0]], tokens)
+    groups: Any = [[SimpleNamespace(ids=[number])] for number in range(PROMPTS)]
+    options = BenchOptions(max_new_tokens=tokens, repeats=REPEATS)
+    runs = _take_turns([machine] * SYSTEMS, groups, options, lambda *_: None, limit)
+    assert len({len(repeats) for repeats in runs}) == 1 and all(len(repeat) == len(runs[0][0]) for repeat in runs[0])
+    for _ in range(len(runs[0][0]) * (MODES + 1)):  # float32
+        machine.run([[0]], tokens)
+    return len(runs[0][0]), len(runs[0]), tokens
 
 
-@pytest.mark.parametrize("machine", [0.01, 0.1, 0.3, 0.8, 1.5, 3.0, 6.0, 12.0], indirect=True)
-def test_it_ends_within_three_minutes_however_slow_the_machine(machine: Machine) -> None:
-    measured(machine)
-    assert machine.now <= 180, machine.measured
-    assert machine.measured[0] == (1, 1, 32), "the trial"
-    prompts, repeats, tokens = machine.measured[-1]
-    assert (prompts, repeats) == ((5, 3) if machine.seconds <= 0.3 else (prompts, repeats))
-    assert tokens == (32 if machine.seconds >= 6 else 128)
+@pytest.mark.parametrize("seconds", [0.01, 0.1, 0.3, 0.6, 0.8, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 10.0])
+@pytest.mark.parametrize("later", [1.0, 1.6])
+def test_it_ends_within_three_minutes_however_slow_the_machine(seconds: float, later: float) -> None:
+    machine = Machine(seconds, later)
+    found = measured(machine)
+    assert machine.now <= 180, found
+    prompts, repeats, tokens = found
+    assert prompts >= 1 and repeats >= 1 and tokens >= 8
+    if later == 1.0 and seconds <= 0.6:
+        assert found == (PROMPTS, REPEATS, TOKENS)
+    if later == 1.0 and seconds <= 1.5:
+        assert prompts >= 2 and tokens == TOKENS
 
 
-@pytest.mark.parametrize("machine", [0.05], indirect=True)
-def test_a_fast_machine_measures_all_prompts(machine: Machine, capsys: pytest.CaptureFixture[str]) -> None:
-    assert measured(machine) == {"prompts": 5}
-    assert "[4/4] measuring 5 prompts of 5, 3 repeats: about" in capsys.readouterr().err
+def test_prompts_are_left_out_before_repeats_and_repeats_when_the_machine_slows_down() -> None:
+    assert measured(Machine(0.8)) == (4, 3, 128)
+    prompts, repeats, _ = measured(Machine(0.8, later=1.6))
+    assert prompts == 4 and repeats < 3
 
 
-@pytest.mark.parametrize("machine", [12.0], indirect=True)
-def test_a_very_slow_machine_shows_what_was_tried(machine: Machine, capsys: pytest.CaptureFixture[str]) -> None:
-    assert measured(machine) == {"prompts": 1} and len(machine.measured) == 1
-    assert "this machine is slow: what was tried is all that is measured" in capsys.readouterr().err
+def test_a_very_slow_machine_writes_shorter_answers() -> None:
+    assert demo.affordable_tokens(128, 5, completion=1.0, seconds=150.0) == 128
+    assert 8 <= demo.affordable_tokens(128, 5, completion=10.0, seconds=130.0) < 64
+    assert demo.affordable_tokens(128, 5, completion=100.0, seconds=-40.0) == 8
 
 
-def test_prompts_are_left_out_before_repeats() -> None:
-    assert demo.fitting(5, 3, turn=1.0, seconds=20.0) == (5, 3)
-    assert demo.fitting(5, 3, turn=1.0, seconds=15.9) == (3, 3)
-    assert demo.fitting(5, 3, turn=1.0, seconds=3.5) == (1, 2)
-    assert demo.fitting(5, 3, turn=1.0, seconds=1.9) == (0, 0)
-    assert demo.fitting(5, 3, turn=1.0, seconds=-4.0) == (0, 0)
+def test_a_measurement_without_a_limit_is_whole() -> None:
+    machine = Machine(1e6)
+    groups: Any = [[SimpleNamespace(ids=[number])] for number in range(3)]
+    runs = _take_turns([machine] * 2, groups, BenchOptions(repeats=2), lambda *_: None, TimeLimit(clock=machine.clock))
+    assert [[len(repeat) for repeat in repeats] for repeats in runs] == [[3, 3], [3, 3]]
+
+
+def test_what_was_left_out_is_not_in_the_document(tiny: Tiny) -> None:
+    """A clock that jumps by a minute whenever it is asked: one prompt, one repeat."""
+    now = iter(range(0, 100000, 60))
+    limit = TimeLimit(100.0, lambda: float(next(now)))
+    questions = [Question.to_continue(text, number) for number, text in enumerate(("def read", "return", "for"), 1)]
+    subject = Subject(name="tiny", model=tiny.model, tokenizer=tiny.tokenizer, heads=None, fixed_tree=demo_fixed_tree)
+    plan = BenchOptions(modes=("plain",), max_new_tokens=6, repeats=3)
+    document, findings = measure(subject, make_workload("three", questions), plan, lambda *_: None, limit)
+    assert document["repeats"] == 1 and document["results"][0]["prompts"] == len(findings.requests) == 1
+    assert document["workload"] == make_workload("three", questions[:1]).summary()
+    assert document["results"][0]["identical"] is True
 
 
 FIRST = """
@@ -110,17 +135,23 @@ def test_every_stage_is_a_line_and_the_text_comes_before_the_measurement(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
-    told: list[tuple[str, str]] = []  # what standard error got, and what standard output had by then
-    monkeypatch.setattr(demo, "say", lambda line: (told.append((line, capsys.readouterr().out)), None)[1])
+    stages, outs, errs = [], [], []  # a line of the demo, and what came before it
+
+    def say(line: str) -> None:
+        stages.append(line)
+        out, err = capsys.readouterr()
+        outs.append(out)
+        errs.append(err)
+
+    monkeypatch.setattr(demo, "say", say)
     small = ["--prompts", "1", "--live", "1", "--max-new-tokens", "8", "--repeats", "1", "--budget", "4"]
     assert run(["demo", *small, "--json"]) == 0
     captured = capsys.readouterr()
-    stages = [line for line, _ in told]
     assert [line.split("]")[0] for line in stages] == [f"ladon: [{n}/4" for n in (1, 2, 3, 4)]
-    assert told[0][1] == told[1][1] == "" and "tokens in" in told[2][1], "the text is complete before the third stage"
-    progress = [line for line in captured.err.splitlines() if "warning" not in line]
-    assert "ladon: measuring, modes in turn: 11 of 11" in progress, "no terminal here, so it is said in lines"
+    assert outs[:2] == ["", ""] and "tokens in" in outs[2], "the text is complete before the third stage"
+    assert "ladon: measuring, modes in turn: 11 of 11\n" in errs[3], "no terminal here, so it is said in lines"
     assert "plain decoding runs at " in captured.out
+    assert "1 of 1 prompt, 1 of 1 repeats, up to 8 tokens each" in stages[3]
     assert json.loads(captured.out.splitlines()[-1])["workload"]["questions"] == 1
 
 

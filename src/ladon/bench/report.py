@@ -13,7 +13,7 @@ from ladon.bench.findings import Findings, Key, Measured, Subject
 from ladon.bench.repetition import Repetition
 from ladon.bench.steps import by_size
 from ladon.bench.systems import Budget, Run, merged
-from ladon.bench.workloads import Workload
+from ladon.bench.workloads import Workload, make_workload
 from ladon.config import BenchOptions
 from ladon.engine.stats import DecodeStats
 
@@ -103,15 +103,15 @@ def document(
     findings: Findings, subject: Subject, workload: Workload, plan: BenchOptions, environment: dict[str, Any]
 ) -> dict[str, Any]:
     """Everything that was measured, and of what and where, as JSON values."""
-    heads = subject.heads
+    heads, asked = subject.heads, dict.fromkeys(request.question for request in findings.requests)
     return {
         "environment": environment,
         "model": subject.name,
         "dtype": str(subject.model.dtype).removeprefix("torch."),
         "heads": None if heads is None else {"family": heads.family, "num": heads.num_heads},
-        "workload": workload.summary(),
+        "workload": make_workload(workload.name, list(asked)).summary(),
         "max_new_tokens": plan.max_new_tokens,
-        "repeats": plan.repeats,
+        "repeats": len(findings.measured[0].timed),
         "transformers": baselines(findings),
         "identity_unchecked": findings.unchecked,
         "results": [asdict(result) for result in results(findings)],

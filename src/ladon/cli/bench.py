@@ -20,6 +20,7 @@ from ladon.errors import InputError
 
 if TYPE_CHECKING:
     from ladon.bench.findings import Findings, Progress, Subject
+    from ladon.bench.runner import TimeLimit
     from ladon.bench.workloads import Workload
     from ladon.cli.loading import Loaded
     from ladon.trees.fixed_tree import FixedTree
@@ -226,27 +227,19 @@ def make_subject(loaded: Loaded, fixed_tree: Callable[[int], FixedTree]) -> Subj
 
 
 def measure(
-    subject: Subject, workload: Workload, plan: BenchOptions, progress: Progress, before: dict[str, Any] | None = None
+    subject: Subject, workload: Workload, plan: BenchOptions, progress: Progress, limit: TimeLimit | None = None
 ) -> tuple[dict[str, Any], Findings]:
-    """Run a benchmark: its JSON document, and what was found. `before` is `busy_state()`, if that is known already."""
+    """Run a benchmark: its JSON document, and what was found."""
     from ladon.bench.report import document
     from ladon.bench.runner import run_bench
-    from ladon.util.machine import environment, load
+    from ladon.util.machine import environment, is_busy, load
 
-    before = before or busy_state()
-    findings = run_bench(subject, workload, plan, progress)
+    before = load()
+    if is_busy(before):
+        say(f"ladon: warning: the machine is busy (load average {before['load_average'][0]}); timings will suffer")
+    findings = run_bench(subject, workload, plan, progress, limit)
     place = environment(subject.model.device) | {"load_before": before, "load_after": load()}
     return document(findings, subject, workload, plan, place), findings
-
-
-def busy_state() -> dict[str, Any]:
-    """How busy the machine is, which is said if timings will suffer from it."""
-    from ladon.util.machine import is_busy, load
-
-    state = load()
-    if is_busy(state):
-        say(f"ladon: warning: the machine is busy (load average {state['load_average'][0]}); timings will suffer")
-    return state
 
 
 def fail_unless_identical(document: dict[str, Any]) -> None:

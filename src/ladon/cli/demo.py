@@ -7,22 +7,20 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ladon.cli import options
-from ladon.cli.bench import busy_state, fail_unless_identical, make_subject, measure
+from ladon.cli.bench import fail_unless_identical, make_subject, measure
 from ladon.cli.options import DRAFT, MEASURE, WHAT, option, setting
 from ladon.cli.output import OutConsole, print_json, progress_bar, say, show
 from ladon.config import AUTO_BUDGET, BenchOptions, DecoderOptions
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
-    from ladon.bench.findings import Findings, Progress, Subject
     from ladon.cli.loading import Loaded
 
 _DEFAULTS = BenchOptions()
 _SHOWN_LINES = 6  # of a prompt, before its live completion
-_SECONDS = 170.0  # for all of it: three minutes, and a little left for what was not foreseen
+_SECONDS = 165.0  # for all of it: three minutes, and a little left for what was not foreseen
 _LINE_SECONDS = 10.0  # between lines of progress where standard error is no terminal
-_TRIAL_SHARE = 4  # the trial writes a quarter of the tokens
+_SLOWER = 1.5  # how many times a live completion a run may take: plain decoding takes more steps
+_LEAST_TOKENS = 8
 
 
 @options.command()
@@ -55,20 +53,30 @@ def demo(
         budgets=(nodes if isinstance(nodes, int) else AUTO_BUDGET,), max_new_tokens=max_new_tokens, repeats=repeats
     )
     say("ladon: [1/4] loading PyTorch, transformers and the bundled model; this takes some seconds")
+    from ladon.bench.runner import TimeLimit
     from ladon.bench.table import parts, several
     from ladon.bench.workloads import demo_workload
     from ladon.cli.loading import DEMO, load
     from ladon.demo.bundled import demo_fixed_tree
 
     loaded = load(options.Target(model=DEMO, dtype=dtype, device="cpu", threads=threads))
-    texts = [question.turns[0] for question in demo_workload(prompts).questions]
+    workload = demo_workload(prompts)
+    texts = [question.turns[0] for question in workload.questions]
     say(f"ladon: [2/4] completing {several(len(texts[:live]), 'prompt')}, as you watch")
-    console = OutConsole(highlight=False)
+    begun = _clock()
     for text in texts[:live]:
-        _complete(console, loaded, text, plan)
+        _complete(loaded, text, plan)
+    limit = TimeLimit(started + _SECONDS, _clock)
+    if live:
+        each = (_clock() - begun) / len(texts[:live])
+        tokens = affordable_tokens(max_new_tokens, len(texts), each, limit.end - _clock())
+        plan = replace(plan, max_new_tokens=tokens)
+    say(f"ladon: [3/4] measuring every mode on {several(len(texts), 'prompt')}, or as many as fit in three minutes")
     with progress_bar(_LINE_SECONDS) as progress:
         subject = make_subject(loaded, demo_fixed_tree)
-        document, findings = _measure(subject, len(texts), plan, progress, started + _SECONDS)
+        document, findings = measure(subject, workload, plan, progress, limit)
+    done = f"{len(findings.requests)} of {several(len(texts), 'prompt')}, {document['repeats']} of {repeats} repeats"
+    say(f"ladon: [4/4] done after {_clock() - started:.0f} seconds: {done}, up to {plan.max_new_tokens} tokens each")
     show(parts(document, findings))
     if as_json:
         print_json(demo_json(document))
@@ -83,7 +91,7 @@ def demo_json(document: dict[str, Any]) -> dict[str, Any]:
     return {"modes": results, "transformers": document["transformers"][0], **rest}
 
 
-def _complete(console: Console, loaded: Loaded, prompt: str, plan: BenchOptions) -> None:
+def _complete(loaded: Loaded, prompt: str, plan: BenchOptions) -> None:
     """Write one completion as it is decoded, every token in the colour of its origin."""
     from rich.rule import Rule
     from rich.text import Text
@@ -96,6 +104,7 @@ def _complete(console: Console, loaded: Loaded, prompt: str, plan: BenchOptions)
     decoder = Decoder(loaded.model, loaded.heads, budget=plan.budgets[0], ngrams="off")
     ids = encode(loaded.tokenizer, prompt)
     trace = decoder.trace(ids, max_new_tokens=plan.max_new_tokens)
+    console = OutConsole(highlight=False)
     console.print(Rule("dynamic tree, live", align="left", style="dim"))
     console.print(Text("\n".join(prompt.splitlines()[-_SHOWN_LINES:]), "dim"), end="", soft_wrap=True)
     for piece in live(trace, Detokenizer(loaded.tokenizer, ids.tolist())):
@@ -108,47 +117,20 @@ def _complete(console: Console, loaded: Loaded, prompt: str, plan: BenchOptions)
         console.print(f"{counts}\n")
 
 
-def _measure(
-    subject: Subject, prompts: int, plan: BenchOptions, progress: Progress, end: float
-) -> tuple[dict[str, Any], Findings]:
-    """Measure every mode, on as many of the prompts as fit in the time until `end`: a short trial tells.
+def affordable_tokens(wanted: int, prompts: int, completion: float, seconds: float) -> int:
+    """How long answers may be, so that one prompt can be measured once within the time.
 
-    Where not even one fits, the trial's own numbers are the result.
+    Every prompt is answered once to begin with; then each mode answers one, timed and profiled, and once more in
+    float32.
+
+    Args:
+        wanted: tokens of an answer.
+        prompts: how many there are.
+        completion: seconds that one of the live completions took.
+        seconds: what is left.
     """
-    from ladon.bench.table import several
-    from ladon.bench.workloads import demo_workload
-
-    before, started = busy_state(), _clock()
-    say("ladon: [3/4] trying every mode on a short answer, to see how many prompts fit in three minutes")
-    trial = replace(plan, max_new_tokens=-(-plan.max_new_tokens // _TRIAL_SHARE), repeats=1)
-    tried = measure(subject, demo_workload(1), trial, progress, before)
-    turn, now = turn_seconds(tried[1], plan.max_new_tokens / trial.max_new_tokens), _clock()
-    count, repeats = fitting(prompts, plan.repeats, turn, end - now - (now - started))
-    if not count:
-        say("ladon: [4/4] this machine is slow: what was tried is all that is measured")
-        return tried
-    what = f"{several(count, 'prompt')} of {prompts}, {several(repeats, 'repeat')}"
-    say(f"ladon: [4/4] measuring {what}: about {count * (repeats + 1) * turn:.0f} seconds")
-    return measure(subject, demo_workload(count), replace(plan, repeats=repeats), progress, before)
-
-
-def turn_seconds(findings: Findings, longer: float) -> float:
-    """Seconds in which every mode answers one prompt once, if it writes `longer` times what it wrote there."""
-    runs = [run for entry in findings.measured for repeat in (*entry.timed, *entry.profiled) for run in repeat]
-    return sum(run.seconds + (longer - 1) * run.stats.decode_seconds for run in runs)
-
-
-def fitting(prompts: int, repeats: int, turn: float, seconds: float) -> tuple[int, int]:
-    """How many prompts and repeats of each fit in the time; 0 prompts if none does.
-
-    A prompt costs a turn per repeat, and less than another one for the comparison with transformers. Prompts are left
-    out first, repeats only where one prompt is left.
-    """
-    for fewer in range(repeats, 0, -1):
-        count = min(prompts, int(seconds / (turn * (fewer + 1))))
-        if count >= 1:
-            return count, fewer
-    return 0, 0
+    needed = completion * _SLOWER * (prompts + 3 * len(_DEFAULTS.modes) + 3)
+    return wanted if needed <= seconds else max(_LEAST_TOKENS, int(wanted * seconds / needed))
 
 
 def _clock() -> float:
