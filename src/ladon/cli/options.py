@@ -22,6 +22,7 @@ from ladon.errors import InputError
 if TYPE_CHECKING:
     from ladon.trees.fixed_tree import FixedTree, TreeSize
 
+MODEL = "The bundled model (demo), a folder in transformers' format, or a hub id."
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 # The panels of --help, in their order; every command shows those that it has options for.
 WHAT, DRAFT, READ, TRAIN, MEASURE, OUTPUT, MACHINE = PANELS = (
@@ -91,9 +92,7 @@ class Machine:
 class Target(Machine):
     """A model and its heads, and where they run: what `ladon.cli.loading.load` takes."""
 
-    model: str = option(
-        WHAT, "demo", "NAME", "The bundled model (demo), a folder in transformers' format, or a hub id."
-    )
+    model: str = option(WHAT, "demo", "NAME", MODEL)
     heads: str | None = option(
         DRAFT,
         None,
