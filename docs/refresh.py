@@ -1,5 +1,5 @@
-"""Write anew what the pages take from the program: the command line reference, the output of worked examples, and the
-tables of kept results.
+"""Write what the pages take from the program: the command line reference, the list of public names that the API
+reference is made of, the output of worked examples, and the tables of result files.
 
 python docs/refresh.py           write the pages
 python docs/refresh.py --check   change nothing; exit with 1 if a page differs from what the program says
@@ -21,6 +21,17 @@ import typer
 from tables import with_tables
 
 DOCS = Path(__file__).resolve().parent
+REFERENCE = DOCS / "reference"
+# The API reference: file name, title, the packages whose public names it shows, and what else it shows, by full name.
+API = [
+    ("decoding", "Decoding", ("decoder", "engine", "demo"), ("ladon.decoder.detokenizer",)),
+    ("heads", "Heads", ("heads",), ()),
+    ("trees", "Trees", ("trees",), ()),
+    ("options", "Acceptance and pruning", ("sampling", "target"), ()),
+    ("constraints", "Structured output", ("constraints",), ("ladon.constraints.state",)),
+    ("errors", "Errors", ("errors",), ()),
+]
+STEP = ("admit", "verify", "sample", "accept", "commit", "draft", "deliver")  # the calls of the engine's loop, in order
 EXAMPLES = re.compile(r"^```pycon\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -58,10 +69,35 @@ def command_line() -> str:
         context = click.Context(command, info_name=f"ladon {name}")
         usage = " ".join(["ladon", name, *command.collect_usage_pieces(context)])
         parts += [f"## ladon {name}", f"```text\n{usage}\n```", _paragraphs(command.help)]
-        rows = [row for parameter in command.params for row in _row(parameter, context)]
-        if rows:
-            parts.append("\n".join(["| option | what it does |", "|---|---|", *rows]))
+        parts += _options(command, context)
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def api_pages() -> dict[Path, str]:
+    """The pages of the API reference: each names what mkdocstrings shows there from the docstrings.
+
+    Raises:
+        SystemExit: a public name lives in a package that no page shows.
+    """
+    import ladon
+
+    homes = {name: getattr(ladon, name).__module__.split(".")[1] for name in ladon.__all__}
+    pages = {}
+    for file, title, packages, others in API:
+        names = [f"ladon.{name}" for name in sorted(homes) if homes[name] in packages]
+        shown = "\n\n".join(f"::: {name}" for name in [*names, *others])
+        pages[REFERENCE / "api" / f"{file}.md"] = f"# {title}\n\n{shown}\n"
+    shown_packages = {package for _, _, packages, _ in API for package in packages}
+    if missing := sorted(set(homes.values()) - shown_packages):
+        raise SystemExit(f"API in {Path(__file__).name} has no page for the public names of {', '.join(missing)}")
+    return pages | {REFERENCE / "api" / "loop.md": _loop()}
+
+
+def _loop() -> str:
+    members = ", ".join(["step", *(f"_{name}" for name in STEP)])
+    options = f"    options:\n      members: [{members}]\n      filters: []\n      show_source: true\n"
+    text = "One decode step is these calls, in this order. [How it works](../../how-it-works.md) walks through them."
+    return f"# The loop\n\n{text}\n\n::: ladon.engine.engine.Engine\n{options}"
 
 
 def _paragraphs(text: str | None) -> str:
@@ -77,6 +113,17 @@ def _paragraphs(text: str | None) -> str:
     return "\n\n".join(parts)
 
 
+def _options(command: click.Command, context: click.Context) -> list[str]:
+    """A table of options for each panel of `--help`, in the order of the panels there."""
+    panels: dict[str, list[str]] = {}
+    for parameter in command.params:
+        panel = getattr(parameter, "rich_help_panel", None) or "Options"
+        panels.setdefault(panel, []).extend(_row(parameter, context))
+    return [
+        "\n".join([f"| {panel.lower()} | what it does |", "|---|---|", *rows]) for panel, rows in panels.items() if rows
+    ]
+
+
 def _row(parameter: click.Parameter, context: click.Context) -> list[str]:
     if getattr(parameter, "hidden", False):
         return []
@@ -90,8 +137,8 @@ def _cell(text: str) -> str:
 
 def main() -> int:
     """Write or check every page; the number of pages that differ decides the exit code."""
-    pages = {DOCS / "command-line.md": command_line()}
-    for path in sorted(DOCS.glob("*.md")):
+    pages = {REFERENCE / "command-line.md": command_line(), **api_pages()}
+    for path in sorted(DOCS.rglob("*.md")):
         text = path.read_text(encoding="utf-8")
         if path not in pages:
             pages[path] = with_tables(worked_examples(text))
@@ -101,6 +148,7 @@ def main() -> int:
     for path, new in pages.items():
         old = path.read_text(encoding="utf-8") if path.exists() else ""
         if "--check" not in sys.argv:
+            path.parent.mkdir(exist_ok=True)
             path.write_text(new, encoding="utf-8")
         elif old != new:
             stale += 1
