@@ -21,14 +21,14 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ladon.bundled import demo_path, demo_prompts, load_demo
 from ladon.calibrate.layer_times import LayerTimes, Trials, measure_layer_times
 from ladon.calibrate.pruning import KEEPS, SIZES, Verdict, judge, ways_to_prune
 from ladon.calibrate.survival import Survival, Survivals, record_survival
-from ladon.environment import environment, load
+from ladon.demo.bundled import demo_path, demo_prompts, load_demo
 from ladon.heads import load_heads
 from ladon.heads.early_exit import load_early_exit
-from ladon.pruning import Pruning
+from ladon.target.pruning.pruner import Pruning
+from ladon.util.machine import environment, load
 
 WIDTHS = {256: 8, 512: 12, 1024: 24}  # hidden width: layers of a model of this width
 BATCHES = (1, 4, 8, 16)

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from ladon import environment
 from ladon.bench import answers, check, report, table
 from ladon.bench.calibration import calibrate
 from ladon.bench.check import in_float32, is_out_of_memory
@@ -21,15 +20,16 @@ from ladon.bench.repetition import Repetition, repeated_tokens
 from ladon.bench.runner import run_bench
 from ladon.bench.systems import LadonSystem, Run, System, TransformersSystem, cut, merged
 from ladon.bench.workloads import Question, Workload, make_workload, prompt_ids, read_workload
-from ladon.calibration import Calibration
 from ladon.cli.bench import measure
 from ladon.cli.bench_inputs import tree_source
 from ladon.cli.loading import Loaded
 from ladon.cli.main import run as run_command
 from ladon.config import BenchOptions
+from ladon.engine.stats import DecodeStats
 from ladon.errors import HeadsError, InputError, TreeError, UnsupportedModelError
-from ladon.fixed_tree import FixedTree, best_fixed_tree
-from ladon.stats import DecodeStats
+from ladon.heads.calibration import Calibration
+from ladon.trees.fixed_tree import FixedTree, best_fixed_tree
+from ladon.util import machine as environment
 from user_side import CONTEXT, ROOT, Tiny, write_jsonl
 
 TREE = FixedTree(((0,), (0, 0), (1,), (0, 0, 0), (0, 1)))
@@ -621,7 +621,7 @@ def test_calibration_answers_every_prompt_of_its_file(
 
 
 def test_where_fixed_trees_come_from_without_calibration(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
-    from ladon.bundled import demo_fixed_tree
+    from ladon.demo.bundled import demo_fixed_tree
 
     bundled = tree_source(
         loaded(tiny, is_demo=True), workload(), None, None, bundled_heads=True, max_new_tokens=6, progress=silent

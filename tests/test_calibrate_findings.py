@@ -19,7 +19,7 @@ from ladon.calibrate.step_times import StepTimes
 from ladon.calibrate.summary import summary
 from ladon.calibrate.temperatures import calibration_errors, fit_temperatures
 from ladon.errors import InputError
-from ladon.fixed_tree import FixedTree, best_fixed_tree
+from ladon.trees.fixed_tree import FixedTree, best_fixed_tree
 from ladon.viz.outline import outline
 from test_calibrate_trace import trace_of
 

@@ -9,14 +9,14 @@ import torch
 from transformers import PreTrainedModel
 
 from ladon import Decoder, FixedTree, load_demo, new_heads
-from ladon.bundled import demo_fixed_tree, demo_prompts
 from ladon.calibrate.drafting import correction_of
 from ladon.calibrate.lattice_trace import LatticeTrace
 from ladon.calibrate.recording import record
 from ladon.calibrate.simulate import simulate, simulate_budgets
-from ladon.calibration import Calibration
+from ladon.demo.bundled import demo_fixed_tree, demo_prompts
 from ladon.errors import TreeError
 from ladon.heads import Heads
+from ladon.heads.calibration import Calibration
 
 PROMPTS = [torch.tensor(ids) for ids in ([5, 6, 7, 8], [9, 10], [3, 20, 40], [77], [8, 8, 9])]
 TREE = FixedTree(((0,), (1,), (0, 0), (0, 1), (2,), (0, 0, 0), (4,), (1, 1)))

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from ladon import InputError
-from ladon.sampling import mix
+from ladon.sampling.gumbel import mix
 from ladon.train.distill import Report, Settings, distill, failed_path
 from ladon.train.endpoint import EndpointModel
 from ladon.train.prompts import Prompt, read_prompts

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ladon.generation import Decoder
-from ladon.lossy import Nucleus, Typical
-from ladon.rows import Row
-from ladon.steps import Step
+from ladon.decoder.decoder import Decoder
+from ladon.engine.sequence import Row
+from ladon.engine.step import Step
+from ladon.sampling.lossy import Nucleus, Typical
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

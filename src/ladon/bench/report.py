@@ -13,7 +13,7 @@ from ladon.bench.findings import Findings, Key, Measured
 from ladon.bench.repetition import Repetition
 from ladon.bench.steps import by_size
 from ladon.bench.systems import Budget, Run, merged
-from ladon.stats import DecodeStats
+from ladon.engine.stats import DecodeStats
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,11 +20,11 @@ from ladon.bench.diagnosis import DiagnosedDecoder, Diagnosis
 from ladon.bench.findings import Findings, Measured, Progress, Request, Subject
 from ladon.bench.systems import Budget, LadonSystem, Run, System, TransformersSystem
 from ladon.bench.workloads import Question, Workload, prompt_ids
+from ladon.decoder.decoder import Decoder
+from ladon.decoder.options import OFF
 from ladon.errors import InputError
-from ladon.fixed_tree import FixedTree
-from ladon.generation import Decoder
-from ladon.prune_option import OFF
-from ladon.target import Target
+from ladon.target.target import Target
+from ladon.trees.fixed_tree import FixedTree
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

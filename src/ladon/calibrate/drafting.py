@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 
 from ladon.config import DecoderOptions
+from ladon.drafting.proposer import HeadsProposer, drafting
+from ladon.engine.stats import StageClock
 from ladon.heads import Heads
 from ladon.heads.correction import MarkovCorrection
-from ladon.lattice import Correction
-from ladon.proposers import HeadsProposer, drafting
-from ladon.stats import StageClock
-from ladon.target import Target
+from ladon.target.target import Target
+from ladon.trees.lattice import Correction
 
 
 def default_proposer(target: Target, heads: Heads) -> HeadsProposer:

@@ -16,9 +16,9 @@ from ladon.calibrate.drafting import default_proposer
 from ladon.heads import Heads
 from ladon.heads.early_exit import decoder_layers
 from ladon.heads.ends import output_projection
-from ladon.pruning import Pruning
-from ladon.target import Target
-from ladon.tree import TokenTree, ancestor_mask
+from ladon.target.pruning.pruner import Pruning
+from ladon.target.target import Target
+from ladon.trees.token_tree import TokenTree, ancestor_mask
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

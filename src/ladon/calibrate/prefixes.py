@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ladon.lattice import Lattice
-from ladon.tree import TokenTree
+from ladon.trees.lattice import Lattice
+from ladon.trees.token_tree import TokenTree
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ladon.forwards import lock_of, projection_inputs
-from ladon.generation import Decoder
+from ladon.decoder.decoder import Decoder
 from ladon.heads import Heads
 from ladon.heads.ends import output_projection
+from ladon.target.hooks import lock_of, projection_inputs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

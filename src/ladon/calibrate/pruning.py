@@ -18,8 +18,8 @@ from ladon.calibrate.survival import Survival, Survivals, record_survival
 from ladon.errors import InputError, UnsupportedModelError
 from ladon.heads import Heads
 from ladon.heads.early_exit import EarlyExit, decoder_layers, load_early_exit
-from ladon.pruning import Pruning
-from ladon.target import Target
+from ladon.target.pruning.pruner import Pruning
+from ladon.target.target import Target
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -143,7 +143,7 @@ def find_pruning(
         context: tokens in the cache when verifications are timed.
         batches: rows verified together when they are timed.
         max_new_tokens: tokens per answer at most.
-        place: the machine, as `ladon.environment` describes it.
+        place: the machine, as `ladon.util.machine` describes it.
         progress: called with (what, done, total).
 
     Raises:

@@ -17,17 +17,17 @@ from torch.nn import functional
 
 from ladon.calibrate.lattice_trace import GRID, LatticeTrace
 from ladon.config import HIDDEN, MARKOV, PRODUCT, DecoderOptions
-from ladon.engine import Engine
+from ladon.decoder.request import end_ids
+from ladon.drafting.head_chaining import own_joint
+from ladon.drafting.proposer import Stateless
+from ladon.engine.engine import Engine
+from ladon.engine.sequence import Row
+from ladon.engine.stats import DecodeStats, StageClock
 from ladon.errors import InputError
 from ladon.heads import Heads
 from ladon.heads.correction import MarkovCorrection
-from ladon.joints import own_joint
-from ladon.proposers import Stateless
-from ladon.requests import end_ids
-from ladon.rows import Row
-from ladon.stats import DecodeStats, StageClock
-from ladon.target import Target
-from ladon.tree import TokenTree, root_tree
+from ladon.target.target import Target
+from ladon.trees.token_tree import TokenTree, root_tree
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

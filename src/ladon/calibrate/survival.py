@@ -14,21 +14,21 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ladon import sampling
-from ladon.accept import longest_match
-from ladon.cache import TreeCache
 from ladon.calibrate.drafting import default_proposer
 from ladon.calibrate.recording import row_of
-from ladon.engine import Engine
+from ladon.engine.engine import Engine
+from ladon.engine.stats import DecodeStats, StageClock
 from ladon.errors import InputError
-from ladon.forwards import layer_output
 from ladon.heads import Heads
-from ladon.pruning import Pruning
-from ladon.stats import DecodeStats, StageClock
-from ladon.survivors import best_nodes
-from ladon.target import Target
-from ladon.tree import TokenTree
-from ladon.verified import VerifyOutput
+from ladon.sampling import sampler as sampling
+from ladon.sampling.acceptance import longest_match
+from ladon.target.hooks import layer_output
+from ladon.target.kv_cache import TreeCache
+from ladon.target.pruning.node_scores import best_nodes
+from ladon.target.pruning.pruner import Pruning
+from ladon.target.target import Target
+from ladon.target.verify_output import VerifyOutput
+from ladon.trees.token_tree import TokenTree
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

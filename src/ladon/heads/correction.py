@@ -2,7 +2,8 @@
 
 Independent heads do not know which token their guess would follow, and head 1 does not even see the token just picked.
 Here head k's logit of token v after token u becomes U_k(v) + a_k <W1[u], W2[v]>, one W1 and W2 for all depths (DSpark,
-arXiv 2607.05147, there for chains). Decoding needs the products of a few candidates only (`ladon.lattice.conditioned`).
+arXiv 2607.05147, there for chains). Decoding needs the products of a few candidates only
+(`ladon.trees.lattice.conditioned`).
 
 With a gate, a_k is multiplied by 2 sigmoid(<G_k, h>), h the hidden row that the heads read: how strongly the token
 before speaks then depends on the place.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ladon.fixed_tree import FixedTree, RankPath
+from ladon.trees.fixed_tree import FixedTree, RankPath
 
 
 def outline(tree: FixedTree) -> str:

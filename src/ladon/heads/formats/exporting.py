@@ -13,12 +13,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ladon.errors import HeadsError
-from ladon.fixed_tree import FixedTree
 from ladon.heads.base import Heads
 from ladon.heads.ends import OutputProjection, output_projection
 from ladon.heads.formats.folders import new_folder, write_json
 from ladon.heads.formats.reading import CONFIG_FILE, SAFE, read_json
 from ladon.heads.medusa import MedusaHeads
+from ladon.trees.fixed_tree import FixedTree
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
