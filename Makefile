@@ -48,7 +48,7 @@ bench: $(STAMP)  ## plain, chain, fixed and dynamic side by side on the bundled 
 
 docs: $(STAMP)  ## refresh the pages made from the program, then build the site: open site/index.html
 	$(BIN)/python docs/refresh.py
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean:  ## remove .venv and every cache
 	rm -rf $(VENV) $(OLDEST) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist site

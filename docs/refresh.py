@@ -22,15 +22,47 @@ from tables import with_tables
 
 DOCS = Path(__file__).resolve().parent
 REFERENCE = DOCS / "reference"
-# The API reference: file name, title, the packages whose public names it shows, and what else it shows, by full name.
+# The API reference: file name, title, first sentence, the packages whose public names it shows, and what else it shows.
 API = [
-    ("decoding", "Decoding", ("decoder", "engine", "demo"), ("ladon.decoder.detokenizer",)),
-    ("heads", "Heads", ("heads",), ()),
-    ("trees", "Trees", ("trees",), ()),
-    ("options", "Acceptance and pruning", ("sampling", "target"), ()),
-    ("constraints", "Structured output", ("constraints",), ("ladon.constraints.state",)),
-    ("errors", "Errors", ("errors",), ()),
+    (
+        "decoding",
+        "Decoding",
+        "`Decoder` is the front door; [the guide](../../guides/use.md) shows how to use it.",
+        ("decoder", "engine", "demo"),
+        ("ladon.decoder.detokenizer",),
+    ),
+    (
+        "heads",
+        "Heads",
+        "Decoding heads: loading, making and saving them; [the guide](../../guides/train.md) trains them.",
+        ("heads",),
+        (),
+    ),
+    (
+        "trees",
+        "Trees",
+        "Trees of a fixed shape, and files of trees; [how a tree works](../../how-it-works.md).",
+        ("trees",),
+        (),
+    ),
+    (
+        "options",
+        "Acceptance and pruning",
+        "[Lossy acceptance](../../guides/sampling.md#lossy-acceptance) and "
+        "[early pruning](../../how-it-works/pruning.md), with settings of their own.",
+        ("sampling", "target"),
+        (),
+    ),
+    (
+        "constraints",
+        "Structured output",
+        "Constraints, and the protocols for one of your own; [the guide](../../guides/structured-output.md).",
+        ("constraints",),
+        ("ladon.constraints.state.Constraint", "ladon.constraints.state.State"),
+    ),
+    ("errors", "Errors", "Every mistake of a user raises one of these; the message has one line.", ("errors",), ()),
 ]
+FIRST = ("Decoder", "attach", "detach", "load_demo", "Row", "load_heads", "LadonError")  # of their pages, in this order
 STEP = ("admit", "verify", "sample", "accept", "commit", "draft", "deliver")  # the calls of the engine's loop, in order
 EXAMPLES = re.compile(r"^```pycon\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -82,14 +114,14 @@ def api_pages() -> dict[Path, str]:
     import ladon
 
     homes = {name: getattr(ladon, name).__module__.split(".")[1] for name in ladon.__all__}
-    pages = {}
-    for file, title, packages, others in API:
-        names = [f"ladon.{name}" for name in sorted(homes) if homes[name] in packages]
-        shown = "\n\n".join(f"::: {name}" for name in [*names, *others])
-        pages[REFERENCE / "api" / f"{file}.md"] = f"# {title}\n\n{shown}\n"
-    shown_packages = {package for _, _, packages, _ in API for package in packages}
-    if missing := sorted(set(homes.values()) - shown_packages):
+    if missing := sorted(set(homes.values()) - {package for *_, packages, _ in API for package in packages}):
         raise SystemExit(f"API in {Path(__file__).name} has no page for the public names of {', '.join(missing)}")
+    order = sorted(homes, key=lambda name: (FIRST.index(name) if name in FIRST else len(FIRST), name))
+    pages = {}
+    for file, title, intro, packages, others in API:
+        names = [f"ladon.{name}" for name in order if homes[name] in packages]
+        parts = [f"# {title}", intro, *(f"::: {name}" for name in [*names, *others])]
+        pages[REFERENCE / "api" / f"{file}.md"] = "\n\n".join(parts) + "\n"
     return pages | {REFERENCE / "api" / "loop.md": _loop()}
 
 
@@ -114,10 +146,10 @@ def _paragraphs(text: str | None) -> str:
 
 
 def _options(command: click.Command, context: click.Context) -> list[str]:
-    """A table of options for each panel of `--help`, in the order of the panels there."""
+    """A table for each panel of `--help`, in the order of the panels there; its title is the first cell."""
     panels: dict[str, list[str]] = {}
     for parameter in command.params:
-        panel = getattr(parameter, "rich_help_panel", None) or "Options"
+        panel = getattr(parameter, "rich_help_panel", None) or "Option"
         panels.setdefault(panel, []).extend(_row(parameter, context))
     return [
         "\n".join([f"| {panel.lower()} | what it does |", "|---|---|", *rows]) for panel, rows in panels.items() if rows
