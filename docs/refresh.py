@@ -127,9 +127,10 @@ def api_pages() -> dict[Path, str]:
 
 def _loop() -> str:
     members = ", ".join(["step", *(f"_{name}" for name in STEP)])
-    options = f"    options:\n      members: [{members}]\n      filters: []\n      show_source: true\n"
+    options = [f"members: [{members}]", "filters: []", "show_source: true", "merge_init_into_class: false"]
+    shown = "\n".join(["    options:", *(f"      {option}" for option in options)]) + "\n"
     text = "One decode step is these calls, in this order. [How it works](../../how-it-works.md) walks through them."
-    return f"# The loop\n\n{text}\n\n::: ladon.engine.engine.Engine\n{options}"
+    return f"# The loop\n\n{text}\n\n::: ladon.engine.engine.Engine\n{shown}"
 
 
 def _paragraphs(text: str | None) -> str:

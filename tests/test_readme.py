@@ -4,7 +4,7 @@ A fenced block is run unless the line above it is a comment of one of these form
 
     <!-- not run: the reason -->        shown only
     <!-- slow -->                       run in the slow tests
-    <!-- continues -->                  a Python block that uses the names of the Python blocks above it
+    <!-- continues -->                  a Python block that goes on from the Python block above it
 
 Blocks run in an empty folder that holds a model and heads under the names that the pages use: `path/to/model`,
 `path/to/heads`, `prompts.jsonl` and `prompt.txt`.
@@ -101,15 +101,24 @@ def test_commands(block: Block, reader: Path) -> None:
     assert done.returncode == 0, f"{block.code}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
 
 
-@pytest.mark.parametrize("block", runnable("python"))
-def test_python(block: Block, reader: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def chapters() -> list[pytest.ParameterSet]:
+    """Python blocks that share their names: one that stands alone, and those that go on from it."""
+    found: list[list[Block]] = []
+    for (block,) in (parameter.values for parameter in runnable("python")):
+        if block.note == "continues":
+            assert found and found[-1][0].page == block.page, f"{block.name}: nothing to go on from"
+            found[-1].append(block)
+        else:
+            found.append([block])
+    return [pytest.param(blocks, id=blocks[0].name) for blocks in found]
+
+
+@pytest.mark.parametrize("blocks", chapters())
+def test_python(blocks: list[Block], reader: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(reader)
     names: dict[str, object] = {}
-    if block.note == "continues":
-        for above in blocks_of(block.page):
-            if above.language == "python" and above.line < block.line and not above.note.startswith("not run: "):
-                exec(compile(above.code, above.name, "exec"), names)
-    exec(compile(block.code, block.name, "exec"), names)
+    for block in blocks:
+        exec(compile(block.code, block.name, "exec"), names)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
