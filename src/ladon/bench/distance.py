@@ -100,7 +100,7 @@ def step_distance(step: Step) -> float:
     if step.accepted is not None:
         counts = step.accepted.count.tolist()
         for row, taken, count in zip(step.rows, step.emitted, counts, strict=False):
-            total += _distance(row, taken[: count - 1]) if row.picker.draws else 0.0
+            total += _distance(row, taken[: count - 1]) if row.sampling_params.draws else 0.0
     for row in step.rows:
         row.kept.clear()
     return total

@@ -6,7 +6,6 @@ import copy
 
 from ladon.config import DecoderOptions
 from ladon.drafting.proposer import HeadsProposer, drafting
-from ladon.engine.stats import StageClock
 from ladon.heads import Heads
 from ladon.heads.correction import MarkovCorrection
 from ladon.target.target import Target
@@ -15,10 +14,9 @@ from ladon.trees.lattice import Correction
 
 def default_proposer(target: Target, heads: Heads) -> HeadsProposer:
     """Heads, bound to the model of `target`, that draft the kind of trees it can verify, untimed."""
-    clock = StageClock({}, enabled=False, device=target.device)
     tree = "dynamic" if target.supports_trees else "chain"
     options = DecoderOptions()
-    return drafting(heads.bind(target.model, force=True), tree, options.num_candidates, "auto", clock)
+    return drafting(heads.bind(target.model, force=True), tree, options.num_candidates, "auto")
 
 
 def correction_of(heads: Heads) -> Correction | None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from ladon.calibrate.drafting import default_proposer
 from ladon.errors import InputError
 from ladon.heads import Heads
-from ladon.sampling import sampler as sampling
+from ladon.sampling import sampler
 from ladon.sampling.acceptance import longest_match
 from ladon.target.target import Target
 from ladon.tree_size.latency_model import StepTime
@@ -131,7 +131,7 @@ class _Steps:
         self._proposer = default_proposer(target, heads)
         self._cache, self._lengths = target.new_cache(batch), [len(context)] * batch
         hidden, logits = target.prefill([context] * batch, self._cache)
-        self._hidden, self._root = hidden, sampling.pick(logits)
+        self._hidden, self._root = hidden, sampler.greedy(logits)
 
     @torch.no_grad()
     def draft(self, num_nodes: int) -> TokenTree:
@@ -143,7 +143,7 @@ class _Steps:
         """Seconds of one step that drafts so many nodes, as `Engine` does it."""
         started = time.perf_counter()
         out = self._target.verify(tree, self._cache)
-        accepted = longest_match(out.tree, sampling.pick(out.logits), out.ancestors)
+        accepted = longest_match(out.tree, sampler.greedy(out.logits), out.ancestors)
         self._cache.commit(accepted.path, accepted.count)
         hidden = out.hidden[torch.arange(len(self._lengths), device=accepted.last.device), accepted.last]
         self._proposer.propose(hidden, accepted.bonus, num_drafted)

@@ -14,7 +14,7 @@ from typing import Protocol
 from ladon.bench.repetition import Repetition
 from ladon.errors import InputError
 from ladon.sampling.gumbel import mix
-from ladon.sampling.sampler import check_settings
+from ladon.sampling.sampling_params import check_settings
 from ladon.train.prompts import Prompt
 from ladon.train.rows import DistilledRow, only_writer, read_distilled, repair
 

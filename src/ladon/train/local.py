@@ -13,7 +13,7 @@ from ladon.decoder.request import end_ids
 from ladon.engine.sequence import Row
 from ladon.errors import InputError
 from ladon.heads.fingerprint import fingerprint
-from ladon.sampling.sampler import GREEDY, Picker, Sampler
+from ladon.sampling.sampling_params import GREEDY, SamplingParams, TemperatureSampling
 from ladon.target.support import context_limit
 from ladon.train.distill import Answer, Failure, Settings
 from ladon.train.prompts import Prompt
@@ -89,11 +89,11 @@ class LocalModel:
         if told < len(rows):  # no row at all, or none after the last
             yield [self._outcome(prompts[place], rows[place]) for place in range(told, len(rows))]
 
-    def _picker(self, settings: Settings) -> Picker:
+    def _sampling_params(self, settings: Settings) -> SamplingParams:
         """The law of a row."""
         if settings.temperature == 0:
             return GREEDY
-        return Sampler(temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p)
+        return TemperatureSampling(temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p)
 
     def _row(self, prompt: Prompt, settings: Settings) -> Row | None:
         """The prompt for the engine; None if the context has no room for an answer."""
@@ -107,7 +107,7 @@ class LocalModel:
             max_new_tokens=room,
             is_stop=self._ends.__contains__,
             seed=settings.seed_of(prompt) or 0,
-            picker=self._picker(settings),
+            sampling_params=self._sampling_params(settings),
         )
 
     def _outcome(self, prompt: Prompt, row: Row | None) -> Answer | Failure:
