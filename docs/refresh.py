@@ -47,11 +47,12 @@ API = [
     ),
     (
         "options",
-        "Acceptance and pruning",
-        "[Lossy acceptance](../../guides/sampling.md#lossy-acceptance) and "
-        "[early pruning](../../how-it-works/pruning.md), with settings of their own.",
+        "Sampling and pruning",
+        "Settings of [sampling](../../guides/sampling.md#different-parameters-per-sequence), of "
+        "[lossy acceptance](../../guides/sampling.md#lossy-acceptance) and of "
+        "[early pruning](../../how-it-works/pruning.md).",
         ("sampling", "target"),
-        (),
+        ("ladon.sampling.sampling_params.TemperatureSampling",),
     ),
     (
         "constraints",

@@ -139,6 +139,13 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert anchor in anchors, f"{page.name} links to {target}, but {file.name} has no such heading"
 
 
+def test_code_names_pages_that_are_there() -> None:
+    for folder in ("src", "tests", "benchmarks", "recipes", "examples"):
+        for file in (ROOT / folder).rglob("*.py"):
+            for page in re.findall(r"\bdocs/[\w/-]+\.md\b", file.read_text(encoding="utf-8")):
+                assert (ROOT / page).exists(), f"{file.relative_to(ROOT)} names {page}, which is not there"
+
+
 def test_families_are_those_that_are_tested() -> None:
     import families
 
