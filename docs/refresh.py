@@ -127,8 +127,9 @@ def api_pages() -> dict[Path, str]:
 
 
 def _loop() -> str:
-    members = ", ".join(["step", *(f"_{name}" for name in STEP)])
-    options = [f"members: [{members}]", "filters: []", "show_source: true", "merge_init_into_class: false"]
+    members = ", ".join(["step", "_step", *(f"_{name}" for name in STEP)])
+    options = [f"members: [{members}]", "filters: []", "show_source: true", "show_if_no_docstring: true"]
+    options += ["merge_init_into_class: false"]
     shown = "\n".join(["    options:", *(f"      {option}" for option in options)]) + "\n"
     text = "One decode step is these calls, in this order. [How it works](../../how-it-works.md) walks through them."
     return f"# The loop\n\n{text}\n\n::: ladon.engine.engine.Engine\n{shown}"
