@@ -27,13 +27,13 @@ demo: $(STAMP)  ## set up and run the bundled model in every mode, in three minu
 	$(BIN)/ladon demo
 
 test: $(STAMP)  ## set up and run the fast tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 test-slow: $(STAMP)  ## the slow tests alone: every model family, the recipe end to end
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n auto -m slow
 
 test-oldest: $(OLDEST)/.ladon-installed  ## the fast tests with the oldest supported transformers
-	$(OLDEST)/bin/python -m pytest
+	$(OLDEST)/bin/python -m pytest -n auto
 
 $(OLDEST)/.ladon-installed: pyproject.toml constraints.txt
 	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
