@@ -109,6 +109,6 @@ def step_distance(step: Step) -> float:
 def _distance(row: Row, accepted: Sequence[int]) -> float:
     if not accepted:
         return 0.0
-    laws = torch.stack(row.kept["scores"][: len(accepted)]).double().softmax(-1)
+    laws = torch.stack(row.kept["scores"][: len(accepted)]).cpu().double().softmax(-1)
     own = laws.gather(1, torch.tensor(accepted, device=laws.device)[:, None])
     return float((1.0 - own).sum())

@@ -148,7 +148,7 @@ def _verified_again(target: Target, prefix: Sequence[int], step: TraceStep) -> T
     tree = TokenTree(
         tokens=torch.tensor([step.tokens], device=target.device),
         parents=torch.tensor([step.parents], device=target.device),
-        log_probs=torch.tensor([step.log_probs], device=target.device),
+        log_probs=torch.tensor([step.log_probs], device=target.device, dtype=torch.float32),
         max_depth=max(step.depths),
     )
     return target.verify(tree, cache).logits[0].float()

@@ -175,7 +175,7 @@ def _diagnose(
     for batch in options.batches:
         diagnosis, groups = Diagnosis(), _groups(findings.requests, batch)
         for done, group in enumerate(groups, start=1):
-            prompts = [torch.tensor(request.ids) for request in group]
+            prompts = [torch.tensor(request.ids, device="cpu") for request in group]
             for _ in diagnosis.follow(decoder, decoder.rows(prompts, max_new_tokens=options.max_new_tokens)):
                 pass
             progress(f"where tokens are lost, {system.name}", done, len(groups))

@@ -233,10 +233,10 @@ def _wait(device: torch.device) -> None:
 def _inputs(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> dict[str, Any]:
     """Prompts padded on the left, as `generate` wants them."""
     longest = max(len(prompt) for prompt in prompts)
-    ids = torch.zeros(len(prompts), longest, dtype=torch.long)
+    ids = torch.zeros(len(prompts), longest, dtype=torch.long, device="cpu")
     mask = torch.zeros_like(ids)
     for row, prompt in enumerate(prompts):
-        ids[row, longest - len(prompt) :] = torch.tensor(list(prompt))
+        ids[row, longest - len(prompt) :] = torch.tensor(list(prompt), device="cpu")
         mask[row, longest - len(prompt) :] = 1
     return {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
 

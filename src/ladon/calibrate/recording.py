@@ -77,7 +77,7 @@ def record(
             done += ended
             progress("recording the heads' guesses", done, len(rows))
     place_of = {row: place for place, row in enumerate(rows)}
-    places = torch.tensor([place_of[row] for row in joined])
+    places = torch.tensor([place_of[row] for row in joined], device="cpu")
     return _assemble(recorder, places, [row.tokens for row in rows], heads, about or {})
 
 
@@ -120,7 +120,7 @@ class _Recorder(Stateless):
             for hidden, tokens in zip(*parts, strict=True)
         ]
         tables = [torch.cat(tables).cpu() for tables in zip(*found, strict=True)]
-        self.answers.append([torch.full((len(roots),), answer.number), *tables, roots.int().cpu()])
+        self.answers.append([torch.full((len(roots),), answer.number, device="cpu"), *tables, roots.int().cpu()])
         correction = self._heads.correction
         gates = correction.gates(states) if isinstance(correction, MarkovCorrection) else None
         if gates is not None:
@@ -196,7 +196,7 @@ def _assemble(
         log_normalizers=normalizers,
         roots=roots,
         truth=_following(answers, heads.num_heads),
-        row_starts=torch.tensor([0, *(len(answer) - 1 for answer in answers)]).cumsum(0),
+        row_starts=torch.tensor([0, *(len(answer) - 1 for answer in answers)], device="cpu").cumsum(0),
         gates=gates[0] if gates else None,
         heads=heads.weights_hash,
         joint=PRODUCT if own_joint(heads) == MARKOV else own_joint(heads),
@@ -206,6 +206,6 @@ def _assemble(
 
 def _following(answers: Sequence[Sequence[int]], num_heads: int) -> Tensor:
     """The `num_heads` tokens after each token but the last of every answer, [P, K] int32; -1 where there is none."""
-    padded = torch.tensor(list(chain.from_iterable([*answer, *[-1] * num_heads] for answer in answers)))
+    padded = torch.tensor(list(chain.from_iterable([*answer, *[-1] * num_heads] for answer in answers)), device="cpu")
     windows = padded.unfold(0, num_heads + 1, 1)
     return windows[(windows[:, 0] >= 0) & (windows[:, 1] >= 0), 1:].int()

@@ -99,7 +99,7 @@ def stream(request: Request, steps: Generator[Step, None, None], streamer: Any) 
         try:
             for step in steps:
                 for token in step.emitted[0] if step.emitted else ():  # none while a long prompt is read
-                    streamer.put(torch.tensor([token]))
+                    streamer.put(torch.tensor([token], device="cpu"))
         except Exception:  # what it holds back would be lost, and whoever reads from it would wait for ever
             streamer.end()
             raise

@@ -122,8 +122,10 @@ class Heads(nn.Module, ABC):
         if not isinstance(gate, int) or gate not in (0, 1):
             raise HeadsError(f"{MARKOV_GATE} is {gate!r}; give 1 for a gate, or 0 for none")
         sizes = {"num_heads": self.num_heads, "vocab_size": self.vocab_size, "gate_size": gate * self.hidden_size}
-        self.correction = MarkovCorrection(rank=rank, num_successors=num_successors, **sizes)
-        return self.correction.to(next(self.parameters()))
+        like = next(self.parameters())
+        with like.device:
+            self.correction = MarkovCorrection(rank=rank, num_successors=num_successors, **sizes)
+        return self.correction.to(like)
 
     def add_hidden_correction(self, width: int) -> HiddenCorrection:
         """Give heads that have none a hidden correction of this inner width, its numbers not yet set.
@@ -133,8 +135,10 @@ class Heads(nn.Module, ABC):
         """
         own = (not self.shares_projection, "have output projections of their own")
         self._check_correctable(HiddenCorrection.title, own)
-        self.correction = HiddenCorrection(num_heads=self.num_heads, hidden_size=self.hidden_size, width=width)
-        return self.correction.to(next(self.parameters()))
+        like = next(self.parameters())
+        with like.device:
+            self.correction = HiddenCorrection(num_heads=self.num_heads, hidden_size=self.hidden_size, width=width)
+        return self.correction.to(like)
 
     def _check_correctable(self, title: str, *more: tuple[bool, str]) -> None:
         for stands_against, reason in (

@@ -90,8 +90,10 @@ class MarkovCorrection(nn.Module):
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
         """Random `before`, zero `after` and `gate`, strength 1."""
-        generator = torch.Generator().manual_seed(seed)
-        self.before.copy_(torch.randn(self.before.shape, generator=generator) * self.rank**-0.5)
+        generator = torch.Generator("cpu").manual_seed(seed)
+        self.before.copy_(
+            torch.randn(self.before.shape, generator=generator, dtype=torch.float32, device="cpu") * self.rank**-0.5
+        )
         self.after.zero_()
         self.strength.fill_(1.0)
         if self.gate is not None:

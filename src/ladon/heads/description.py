@@ -120,7 +120,7 @@ def _compared(heads: Heads, model: PreTrainedModel) -> dict[str, Any]:
     in_model = sum(p.numel() for p in model.parameters())
     if embedding is not projection.weight:
         in_model -= embedding.numel()  # a step reads a few rows of it
-    heads.bind(model, force=True)
+    heads = heads.bound(model, force=True)
     seen: list[Any] = []
     handle = projection.module.register_forward_pre_hook(lambda module, inputs: seen.append(inputs))
     with torch.no_grad():

@@ -101,13 +101,14 @@ def new_early_exit(model: PreTrainedModel, layer: int, *, width: int | None = No
     """
     layers, hidden_size = decoder_layers(model), output_projection(model).hidden_size
     scale, shift, is_centred = _final_norm(model, hidden_size)
-    made = EarlyExit(
-        layer=layer,
-        num_layers=len(layers),
-        hidden_size=hidden_size,
-        width=max(1, hidden_size // 8) if width is None else width,
-        is_centred=is_centred,
-    )
+    with torch.device("cpu"):  # whatever the default
+        made = EarlyExit(
+            layer=layer,
+            num_layers=len(layers),
+            hidden_size=hidden_size,
+            width=max(1, hidden_size // 8) if width is None else width,
+            is_centred=is_centred,
+        ).float()
     with torch.no_grad():
         made.scale.copy_(scale)
         made.shift.copy_(shift)
@@ -185,7 +186,8 @@ def _final_norm(model: PreTrainedModel, hidden_size: int) -> tuple[Tensor, Tenso
         if isinstance(weight, Tensor) and weight.shape == (hidden_size,) and not weight.is_meta:
             norm = child
     if norm is None:
-        return torch.ones(hidden_size), torch.zeros(hidden_size), False
+        scale = torch.ones(hidden_size, dtype=torch.float32, device="cpu")
+        return scale, torch.zeros_like(scale), False
     weight = next(norm.parameters())
     signs = torch.ones(hidden_size, dtype=weight.dtype, device=weight.device)
     signs[1::2] = -1.0  # of mean square 1, and of mean 0 if H is even

@@ -56,7 +56,8 @@ def new_heads(
         HeadsError: an unknown family or option, or a count below 1.
     """
     projection = output_projection(model)
-    heads = _build(family, num_heads, projection.hidden_size, projection.vocab_size, options)
+    with torch.device("cpu"):  # whatever the default device and dtype
+        heads = _build(family, num_heads, projection.hidden_size, projection.vocab_size, options).float()
     if is_offloaded(projection.module) and not heads.shares_projection:
         raise HeadsError(
             f"{family} heads start from the output projection, and this model's is offloaded. Make them on the model "

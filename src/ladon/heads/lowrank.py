@@ -11,6 +11,7 @@ from torch.nn import functional
 from ladon.errors import HeadsError
 from ladon.heads.base import Heads, check_count, seeded_normal
 from ladon.heads.ends import output_projection
+from ladon.util.devices import widest_float
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -59,7 +60,7 @@ class LowRankHeads(Heads):
                 f"{weight.dtype} (quantised). Use family='shared'"
             )
         # The right singular vectors come from the small [H, H] product: V may be 256 thousand.
-        wide = weight.detach().double()
+        wide = weight.detach().to(widest_float(weight.device))
         directions = torch.linalg.eigh(wide.T @ wide).eigenvectors[:, -self.rank :]  # [H, r]
         self.up_weight.copy_(seeded_normal(tuple(self.up_weight.shape), self.hidden_size**-0.5, seed))
         self.up_bias.zero_()

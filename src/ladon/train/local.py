@@ -117,7 +117,7 @@ class LocalModel:
         if room < 1:
             return None
         return Row(
-            prompt=torch.tensor(prompt.token_ids),
+            prompt=torch.tensor(prompt.token_ids, device="cpu"),
             max_new_tokens=room,
             is_stop=self._ends.__contains__,
             seed=settings.seed_of(prompt) or 0,
