@@ -17,6 +17,7 @@ from ladon.engine.stats import RowStats
 from ladon.errors import ConstraintError, InputError, LogitsError
 from ladon.sampling.sampling_params import GREEDY, NO_TOKEN, SamplingParams
 from ladon.target.prefix_cache import KeptPrefix
+from ladon.util.devices import is_out_of_memory
 
 
 @dataclass(kw_only=True, eq=False)
@@ -40,8 +41,8 @@ class Row:
         tokens: what has been emitted so far.
         finished: whether it has ended, in whatever way.
         cancelled: whether `cancel` has ended it.
-        error: what its stop rule has raised, that nothing could be said, or the `ConstraintError` of a constraint that
-            lets it go no further, upon which it was cancelled.
+        error: what its stop rule has raised, that nothing could be said, that there was no memory to read its prompt,
+            or the `ConstraintError` of a constraint that lets it go no further, upon which it was cancelled.
         stats: its own counts and times.
     """
 
@@ -94,7 +95,7 @@ class Row:
         taken: list[int] = []
         for token in tokens:
             if token == NO_TOKEN and not self.finished:
-                self._fail(self._nothing_to_say())
+                self.fail(self._nothing_to_say())
             with self._lock:  # not while the stop rule runs: it may cancel, or wait for who does
                 if self.finished or not self._follow(token):
                     break
@@ -129,7 +130,7 @@ class Row:
         try:
             return self.is_stop(token)
         except Exception as error:
-            self._fail(error)
+            self.fail(error)
             return False
 
     def _nothing_to_say(self) -> LogitsError:
@@ -139,7 +140,8 @@ class Row:
             "fewer constraints"
         )
 
-    def _fail(self, error: Exception) -> None:
+    def fail(self, error: Exception) -> None:
+        """End the row with an error."""
         self.error = error
         self.cancel()
 
@@ -150,7 +152,8 @@ class Row:
     def keep(self, found: Mapping[str, Tensor], count: int) -> None:
         """Keep what was asked for of its newest tokens, from what there is of the step's, by name [A, V]."""
         for name in self.keeps:
-            self.kept.setdefault(name, []).extend(found[name][:count].unbind())
+            # copies: a view would hold the whole step's table, of all rows and of drafts in vain
+            self.kept.setdefault(name, []).extend(one.clone() for one in found[name][:count])
 
     def cancel(self) -> None:
         """End the row, from any thread: when this returns, it gets no further token. No effect once it has ended."""
@@ -173,11 +176,16 @@ class Row:
             )
 
 
-def raise_error_of(rows: Sequence[Row]) -> None:
-    """Raise what has ended one of the rows before its time, if anything has; a dead end is its row's own affair."""
+def raise_error_of(rows: Sequence[Row], *, at_end: bool = False) -> None:
+    """Raise what has ended one of the rows before its time, if anything has; a dead end is its row's own affair.
+
+    A row for which there was no memory lets the others go on: that is raised `at_end`.
+    """
     for row in rows:
-        if row.error is not None and not isinstance(row.error, ConstraintError):
-            raise row.error
+        error = row.error
+        if error is None or isinstance(error, ConstraintError) or (is_out_of_memory(error) and not at_end):
+            continue
+        raise error
 
 
 def warn_of_dead_ends(rows: Sequence[Row]) -> None:

@@ -18,7 +18,8 @@ and in slots; who needs them no more drops the cache.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ladon.errors import InputError
 from ladon.target.prefix_cache import Stores
+from ladon.util.devices import is_out_of_memory
 
 _FIRST_CAPACITY = 64  # slots; buffers double from here
 _FlatKey = tuple[int, int, torch.device]
@@ -203,6 +205,13 @@ class _TreeLayer(CacheLayerMixin):
                 self.stores[name] = grown
                 self._name_parts()
 
+    def shrink(self) -> None:
+        """Let go of what the stores have beyond what they must."""
+        for name, store in self.stores.items():
+            if store.shape[1] > self.route.row_capacity or store.shape[3] > self.route.capacity:
+                self.stores[name] = store[:, : self.route.row_capacity, :, : self.route.capacity].clone()
+                self._name_parts()
+
     def _name_parts(self) -> None:
         """Let the names that transformers and this class read point into the stores."""
         if "both" in self.stores:
@@ -354,11 +363,29 @@ class TreeCache(Cache):
 
     def write_row(self, row: int, stores: Stores, length: int) -> None:
         """Make what `read_row` gave of some row the committed part of this one, `length` slots."""
+        self.route.reserve_rows(row + 1)
         self.route.reserve(length)
         for layer, states in zip(self._all_layers(), stores, strict=True):
             layer.write_row(row, states)
         self.host_lengths[row] = length
         self.lengths[row] = length
+
+    @contextmanager
+    def undone(self) -> Iterator[None]:
+        """Where the body runs out of memory, buffers are as large as before, and the next write asks for no more.
+
+        What rows behind the written ones had reserved, they must reserve again.
+        """
+        stores = [store.shape for layer in self._all_layers() for store in layer.stores.values()]
+        rows, slots = (min((shape[axis] for shape in stores), default=0) for axis in (1, 3))
+        try:
+            yield
+        except Exception as error:
+            if is_out_of_memory(error):
+                self.route.row_capacity, self.route.capacity = rows, max(slots, _FIRST_CAPACITY)
+                for layer in self._all_layers():
+                    layer.shrink()
+            raise
 
     def set_lengths(self, lengths: Sequence[int]) -> None:
         """Declare how many leading slots of each row are committed, on the host and on the device."""

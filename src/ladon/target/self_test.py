@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from ladon.errors import SelfTestError, UnsupportedModelError
 from ladon.target.hooks import lock_of
 from ladon.trees.token_tree import TokenTree
-from ladon.util.devices import arithmetic, working_dtype
+from ladon.util.devices import arithmetic, is_out_of_memory, working_dtype
 from ladon.util.files import write_whole
 from ladon.util.machine import cache_folder
 
@@ -131,9 +131,9 @@ def _failure(target: Testable, shapes: tuple[tuple[int, ...], ...]) -> str | Non
     allowed = allowed_share(target)
     try:
         difference, control = measure(target, shapes)
-    except (UnsupportedModelError, MemoryError, torch.OutOfMemoryError):  # no matter of trees
-        raise
     except Exception as error:
+        if isinstance(error, UnsupportedModelError) or is_out_of_memory(error):  # no matter of trees
+            raise
         check_blame(error, target.model)
         return f"fails with {first_line(error)}"
     if difference <= allowed * control:
@@ -203,9 +203,9 @@ def _plain(target: Testable, prefix: Tensor, tokens: Tensor, leaves: list[list[i
     try:
         with lock_of(target.model):
             logits = target.model(input_ids=ids, use_cache=False, return_dict=True).logits
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise UnsupportedModelError(
             f"{type(target.model).__name__} cannot be decoded: a plain forward of it fails with {first_line(error)}"
         ) from error

@@ -21,7 +21,7 @@ from ladon.target.attention_masks import Sight, localities, model_masks, tree_ma
 from ladon.target.hooks import lock_of, projection_inputs
 from ladon.target.kv_cache import TreeCache
 from ladon.target.position_bias import layer_inputs_of
-from ladon.target.prefill import Ends, Keep, PromptReader
+from ladon.target.prefill import Ends, Failed, Keep, PromptReader
 from ladon.target.prefix_cache import KeptPrefix, Maker
 from ladon.target.pruning.dropping import Dropping
 from ladon.target.pruning.pruner import Pruner, Pruning
@@ -31,7 +31,7 @@ from ladon.target.self_test import Verdict, tested
 from ladon.target.support import check_model, context_limit
 from ladon.target.verify_output import VerifyOutput
 from ladon.trees.token_tree import TokenTree, ancestor_mask, node_depths, position_ids
-from ladon.util.devices import arithmetic, input_device
+from ladon.util.devices import arithmetic, input_device, is_out_of_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -148,7 +148,13 @@ class Target:
             return 0
         if not cache.fits(past.stores):
             return 0
-        cache.write_row(place, past.stores, len(past))
+        try:
+            with cache.undone():
+                cache.write_row(place, past.stores, len(past))
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            return 0  # what the prompt's own reading comes to counts
         return len(past)
 
     @torch.no_grad()
@@ -223,7 +229,7 @@ class Target:
     @torch.no_grad()
     def read(
         self, prompts: Sequence[Tensor], cache: TreeCache, keep: Keep | None = None
-    ) -> tuple[list[int], Tensor | None, Tensor | None]:
+    ) -> tuple[list[int], Tensor | None, Tensor | None, Failed]:
         """Read one chunk more of prompts that are on their way into the last rows of a cache.
 
         Args:
@@ -233,13 +239,14 @@ class Target:
 
         Returns:
             The places in `prompts` of those that are read to their end now; hidden state after the final norm [b, H]
-            and logits [b, V] of their last tokens, one position per row. None where no prompt has come to its end.
+            and logits [b, V] of their last tokens, one position per row. None where no prompt has come to its end. And
+            the error of each prompt, by its place, for which memory did not suffice, even alone.
         """
-        ends = self._reader(keep).read(prompts, cache)
+        ends, failed = self._reader(keep).read(prompts, cache)
         if not ends:
-            return [], None, None
+            return [], None, None, failed
         hidden, logits = (torch.stack(parts) for parts in zip(*ends.values(), strict=True))
-        return list(ends), hidden, logits
+        return list(ends), hidden, logits, failed
 
     @torch.no_grad()
     def prefill(self, rows: Sequence[Tensor], cache: TreeCache) -> tuple[Tensor, Tensor]:
@@ -254,7 +261,10 @@ class Target:
         """
         ends: Ends = {}
         while len(ends) < len(rows):
-            ends |= self._reader().read(rows, cache)
+            found, failed = self._reader().read(rows, cache)
+            for error in failed.values():
+                raise error
+            ends |= found
         hidden, logits = (torch.stack([ends[row][part] for row in range(len(rows))]) for part in (0, 1))
         return hidden, logits
 

@@ -51,6 +51,14 @@ def input_device(model: nn.Module) -> torch.device:
     return torch.device("meta") if found is None else found
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that there was not enough memory, on any device; on a CPU it has no class of its own."""
+    if isinstance(error, RuntimeError):
+        text = str(error).lower()
+        return isinstance(error, torch.OutOfMemoryError) or "out of memory" in text or "can't allocate memory" in text
+    return isinstance(error, MemoryError)
+
+
 @lru_cache
 def widest_float(device: torch.device) -> torch.dtype:
     """float64, or float32 on a device that has none, such as Apple's."""

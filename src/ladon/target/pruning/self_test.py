@@ -17,6 +17,7 @@ from ladon.target.pruning.pruner import Pruning
 from ladon.target.self_test import Testable, allowed_share, check_blame, first_line
 from ladon.target.verify_output import VerifyOutput
 from ladon.trees.token_tree import TokenTree
+from ladon.util.devices import is_out_of_memory
 
 if TYPE_CHECKING:
     from ladon.target.kv_cache import TreeCache
@@ -39,9 +40,9 @@ def check_pruning(target: _Prunable, layer: int) -> None:
     otherwise = "Use prune='off' for it"
     try:
         difference, control = measure(target, layer)
-    except (MemoryError, torch.OutOfMemoryError):  # no matter of pruning
-        raise
     except Exception as error:
+        if is_out_of_memory(error):  # no matter of pruning
+            raise
         if not isinstance(error, UnsupportedModelError):
             check_blame(error, target.model)
         raise UnsupportedModelError(f"{name}: {first_line(error)}. {otherwise}") from error
