@@ -19,7 +19,7 @@ from statistics import median
 import torch
 
 from ladon.bundled import demo_prompts, load_demo
-from ladon.calibrate.step_times import measure_step_times
+from ladon.calibrate.timing import measure_step_times
 from ladon.config import DecoderOptions
 from ladon.environment import environment, load
 from ladon.growth import grow_dynamic

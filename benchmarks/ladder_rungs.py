@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ladon.bench.diagnosis import DiagnosedDecoder
+from ladon.bench.quality.diagnosis import DiagnosedDecoder
 from ladon.bench.systems import LadonSystem
 from ladon.bundled import demo_path, demo_prompts, load_demo
-from ladon.calibrate.ranks import hit_rates
+from ladon.calibrate.lattice_trace import hit_rates
 from ladon.calibrate.recording import record
 from ladon.calibrate.temperatures import fit_temperatures
 from ladon.calibration import Calibration

@@ -17,7 +17,7 @@ from ladon import Decoder, lattice
 from ladon.calibration import CALIBRATION_FILE, FORMAT, Calibration, read_calibration
 from ladon.errors import HeadsError
 from ladon.heads import Heads, load_heads, new_heads
-from ladon.heads.formats.exporting import export_heads
+from ladon.heads.formats.export import export_heads
 
 BEST = {"layer": 1, "keep": 4, "criterion": "siblings", "weight": 0.5, "top_k": 8, "trained": False}
 READABLE = {"format": FORMAT, "version": 1, "heads": "0", "temperatures": [1.0], "hit_rates": [[1]], "simulated": []}

@@ -10,7 +10,7 @@ import torch
 
 import ladon.engine
 from ladon.accept import Accepted, longest_match
-from ladon.bench.verification import said_from, verify_law
+from ladon.bench.quality.verification import said_from, verify_law
 from ladon.cli.main import run
 from ladon.generation import Decoder
 from ladon.target import Target

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ladon.early_scores import CRITERIA, EarlyView, evidence, siblings, top_k
-from ladon.heads.ends import OutputProjection
+from ladon.heads.model_parts import OutputProjection
 from ladon.tree import TokenTree
 
 H, V, N = 8, 23, 9

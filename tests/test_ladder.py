@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from ladon import load_demo, new_heads
 from ladon.calibration import Calibration
 from ladon.joints import product
-from test_calibrate_simulate import PROMPTS, taught
+from taught_heads import PROMPTS, taught
 from user_side import ROOT
 
 

@@ -174,9 +174,9 @@ def python_files(*folders: str) -> list[Path]:
 
 @pytest.mark.parametrize("path", python_files("src", "recipes"), ids=lambda path: str(path.relative_to(ROOT)))
 def test_files_and_functions_stay_short(path: Path) -> None:
-    """A file under 300 lines, a function's body under 60; signature and docstring may be as long as they need to."""
+    """A file of 500 lines at most, a function's body under 60; signature and docstring as long as they need to be."""
     text = path.read_text(encoding="utf-8")
-    assert text.count("\n") < 300, f"{path.relative_to(ROOT)} has {text.count(chr(10))} lines; the bound is 300"
+    assert text.count("\n") <= 500, f"{path.relative_to(ROOT)} has {text.count(chr(10))} lines; the bound is 500"
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             body = node.body[1:] if ast.get_docstring(node) else node.body

@@ -16,7 +16,7 @@ from torch import Tensor
 import ladon
 from drafts import TableProposer
 from ladon.accept import longest_admitted
-from ladon.bench.distance import distance_of, step_distance
+from ladon.bench.quality.verification import distance_of, step_distance
 from ladon.cli.main import run
 from ladon.engine import Engine
 from ladon.lossy import Nucleus, Rule, Typical, admitted, admitted_by_picks, rule_of

@@ -18,7 +18,7 @@ from families import FAMILIES, FAST, LIMIT, REFUSED, VOCAB_SIZE, WORKABLE, build
 from ladon import self_test
 from ladon import target as target_module
 from ladon.errors import UnsupportedModelError
-from ladon.heads.ends import output_projection
+from ladon.heads.model_parts import output_projection
 from ladon.target import Target
 from random_trees import draw, pad_paths, plain_logits
 

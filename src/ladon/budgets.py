@@ -9,7 +9,7 @@ from ladon.auto_sizing import AutoSizing
 from ladon.config import AUTO_BUDGET, MOST_NGRAM_NODES, MOST_NODES
 from ladon.errors import TreeError
 from ladon.fixed_tree import FixedTree
-from ladon.heads.early_exit import decoder_layers
+from ladon.heads.model_parts import decoder_layers
 from ladon.profiles import place_of, read_profile
 from ladon.pruning import Pruning
 from ladon.sizing import FixedSizing, FrozenSizing, PrunedSteps, Sizing

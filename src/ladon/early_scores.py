@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ladon.heads.ends import OutputProjection
+from ladon.heads.model_parts import OutputProjection
 from ladon.survivors import LOWEST
 from ladon.tree import TokenTree
 

@@ -14,8 +14,7 @@ from ladon.config import HIDDEN, HIDDEN_ROWS, JOINTS, MARKOV, MARKOV_ROWS, MTP, 
 from ladon.errors import HeadsError, InputError
 from ladon.fixed_tree import FixedTree
 from ladon.heads import ConditionedHeads, Heads
-from ladon.heads.correction import MarkovCorrection
-from ladon.heads.hidden_correction import HiddenCorrection
+from ladon.heads.correction import HiddenCorrection, MarkovCorrection
 from ladon.lattice import Lattice, after_tokens, conditioned, from_logits
 from ladon.partial_paths import Rows, along_paths, best_rows, rows_with_children
 

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from ladon.dropping import Dropping, Slots
 from ladon.early_scores import CRITERIA, EarlyView
 from ladon.errors import InputError
-from ladon.heads.early_exit import EarlyExit, decoder_layers, new_early_exit
-from ladon.heads.ends import output_projection
+from ladon.heads.early_exit import EarlyExit, new_early_exit
+from ladon.heads.model_parts import decoder_layers, output_projection
 from ladon.host import to_host
 from ladon.survivors import best_nodes, is_accepted, node_scores, path_scores
 from ladon.tree import TokenTree

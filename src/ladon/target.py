@@ -20,7 +20,7 @@ from ladon.capability import check_model, context_limit
 from ladon.dropping import Dropping
 from ladon.errors import UnsupportedModelError
 from ladon.forwards import lock_of, projection_inputs
-from ladon.heads.ends import output_projection
+from ladon.heads.model_parts import output_projection
 from ladon.layer_inputs import layer_inputs_of
 from ladon.masks import Sight, localities, model_masks, tree_mask
 from ladon.past import Maker, Past

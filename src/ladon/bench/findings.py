@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ladon.bench.identity import Difference
+from ladon.bench.quality.identity import Difference
 from ladon.bench.systems import Budget, Run
 from ladon.bench.workloads import Question
 from ladon.fixed_tree import FixedTree
@@ -93,7 +93,7 @@ class Findings:
         measured: one entry per batch size and system, plain decoding among them.
         differences: by mode, budget and batch: outputs that left plain decoding of the timed dtype.
         float32_differences: likewise, float32 outputs that left transformers' `generate`.
-        diagnoses: likewise, where tokens are lost (`ladon.bench.diagnosis`), of the modes that were looked at.
+        diagnoses: likewise, where tokens are lost (`ladon.bench.quality.diagnosis`), of the modes that were looked at.
         unchecked: why not every output could be compared in float32; None if every one was.
     """
 

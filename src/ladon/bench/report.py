@@ -1,19 +1,27 @@
-"""From findings to numbers: what the JSON document holds of each mode. Terms as docs/metrics.md defines them."""
+"""From findings to files: the numbers of each mode in the JSON document, and answers for FastChat's MT-Bench tools.
+
+Terms are as docs/metrics.md defines them.
+"""
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable, Sequence
+import uuid
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from statistics import median
 from typing import Any
 
-from ladon.bench.findings import Findings, Key, Measured
-from ladon.bench.repetition import Repetition
+from ladon.bench.findings import Findings, Key, Measured, Subject
+from ladon.bench.quality.repetition import Repetition
 from ladon.bench.steps import by_size
 from ladon.bench.systems import Budget, Run, merged
 from ladon.stats import DecodeStats
+
+_BASES = ("plain", "transformers")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +40,8 @@ class Result:
         nodes_per_step: node slots verified per row-step, their mean.
         prompts: answers given (turns of all questions).
         acceptance_length: tokens per row-step, bonus included.
-        acceptance_length_non_repeated: the same over steps that repeat nothing (`ladon.bench.repetition`); batch 1.
+        acceptance_length_non_repeated: the same over steps that repeat nothing (`ladon.bench.quality.repetition`);
+            batch 1.
         repeated_share: repeated 8-grams over all 8-grams of the outputs; batch 1.
         tokens_per_second: decode tokens per second of decode time, all rows.
         tokens_per_second_range: least and greatest over repeats.
@@ -59,7 +68,7 @@ class Result:
         different: outputs in the timed dtype that left it elsewhere: wrong ones.
         largest_margin: greatest margin (logits) at which one of either left it; None if none did, or one was cut short.
         categories: acceptance length, tokens per second and prompts of each category.
-        diagnosis: where tokens are lost, if that was asked for (`ladon.bench.diagnosis`).
+        diagnosis: where tokens are lost, if that was asked for (`ladon.bench.quality.diagnosis`).
     """
 
     mode: str
@@ -115,9 +124,6 @@ def baselines(findings: Findings) -> list[dict[str, Any]]:
         for entry in findings.measured
         if entry.system == "transformers"
     ]
-
-
-_BASES = ("plain", "transformers")
 
 
 def _result(findings: Findings, entry: Measured, speeds: dict[tuple[str, int], float]) -> Result:
@@ -222,3 +228,47 @@ def _categories(entry: Measured) -> dict[str, dict[str, float | int | None]]:
 def finite(value: float) -> float | None:
     """The value, or None where JSON has no number for it."""
     return value if math.isfinite(value) else None
+
+
+def answer_files(path: Path, subject: Subject, measured: Sequence[Measured], stamp: float) -> dict[Path, str]:
+    """The text of each answer file: `path` for one system, a file beside it for each of several.
+
+    FastChat takes a model's name from its file's name, and of each question the last row.
+
+    Args:
+        path: what the user named, OUT.jsonl; several systems go to OUT-dynamic-16.jsonl and so on.
+        subject: what was measured.
+        measured: the systems, all at one batch size.
+        stamp: seconds since 1970, for all rows.
+    """
+    if len(measured) == 1:
+        return {path: "".join(_rows(subject, measured[0], stamp))}
+    return {
+        path.with_name(f"{path.stem}-{entry.label}{path.suffix}"): "".join(_rows(subject, entry, stamp))
+        for entry in measured
+    }
+
+
+def _rows(subject: Subject, entry: Measured, stamp: float) -> Iterator[str]:
+    """JSON lines; `model_id` is the model's name and the mode.
+
+    Of each turn: its text, `idxs` (decode steps), `new_tokens` (all new tokens) and `wall_time` (seconds of the call,
+    prefill included; rows decoded together share it), from the first timed repeat.
+    """
+    turns: dict[int | str, list[tuple[str, int, int, float]]] = {}
+    for group, run in zip(entry.groups, entry.timed[0], strict=True):
+        for request, output in zip(group, run.outputs, strict=True):
+            text = str(subject.tokenizer.decode(output, skip_special_tokens=True))
+            row = (text, run.stats.forwards, len(output), run.seconds)
+            turns.setdefault(request.question.question_id, []).append(row)
+    for question_id, rows in turns.items():
+        texts, steps, tokens, seconds = (list(column) for column in zip(*rows, strict=True))
+        choice = {"index": 0, "turns": texts, "idxs": steps, "new_tokens": tokens, "wall_time": seconds}
+        row_of_file = {
+            "question_id": question_id,
+            "answer_id": uuid.uuid4().hex[:22],
+            "model_id": f"{subject.name}-{entry.label}",
+            "choices": [choice],
+            "tstamp": stamp,
+        }
+        yield json.dumps(row_of_file, ensure_ascii=False) + "\n"

@@ -15,11 +15,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ladon.bench.check import check_float32, leaving_plain
-from ladon.bench.diagnosis import DiagnosedDecoder, Diagnosis
 from ladon.bench.findings import Findings, Measured, Progress, Request, Subject
+from ladon.bench.quality.check import check_float32, leaving_plain
+from ladon.bench.quality.diagnosis import DiagnosedDecoder, Diagnosis
 from ladon.bench.systems import Budget, LadonSystem, Run, System, TransformersSystem
 from ladon.bench.workloads import Question, Workload, prompt_ids
+from ladon.calibrate.findings import given_the_truth
+from ladon.calibrate.lattice_trace import hit_rates
+from ladon.calibrate.recording import correction_of, record
 from ladon.errors import InputError
 from ladon.fixed_tree import FixedTree
 from ladon.generation import Decoder
@@ -27,7 +30,7 @@ from ladon.prune_option import OFF
 from ladon.target import Target
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ladon.config import BenchOptions
     from ladon.heads import Heads
@@ -204,3 +207,18 @@ def _take_turns(
                 done += 1
                 progress("measuring, modes in turn", done, total)
     return runs
+
+
+def calibrate(
+    model: PreTrainedModel,
+    heads: Heads,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[Question],
+    max_new_tokens: int,
+    progress: Callable[[str, int, int], None],
+) -> list[list[float]]:
+    """Hit rates over the model's own greedy answers to the first turn of each question."""
+    prompts = [torch.tensor(prompt_ids(tokenizer, question, [])) for question in questions]
+    trace = record(model, heads, prompts, max_new_tokens=max_new_tokens, progress=progress)
+    given = given_the_truth(trace, correction_of(heads))
+    return hit_rates(given.ranks(), given.num_candidates)

@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ladon.calibrate.lattice_trace import LatticeTrace
-from ladon.calibrate.ranks import hit_rates, marginal_hit_rates
+from ladon.calibrate.lattice_trace import LatticeTrace, hit_rates, marginal_hit_rates
 from ladon.calibrate.simulate import SimulatedRun, simulate_budgets, simulate_prefixes
-from ladon.calibrate.step_times import StepTimes
 from ladon.calibrate.temperatures import BINS, CalibrationError, calibration_errors, fit_temperatures
+from ladon.calibrate.timing import StepTimes
 from ladon.calibration import Calibration
 from ladon.config import HIDDEN, MARKOV, PRODUCT
 from ladon.errors import InputError

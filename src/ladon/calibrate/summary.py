@@ -14,7 +14,7 @@ from ladon.calibrate.simulate import NOT_SIMULATED
 from ladon.calibration import Calibration
 from ladon.config import HIDDEN, PATHS
 from ladon.fixed_tree import FixedTree
-from ladon.viz.outline import outline
+from ladon.viz.fixed_tree import outline
 
 _RANKS = 5
 _WAYS = 3  # to prune, shown per batch size

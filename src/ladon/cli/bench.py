@@ -174,7 +174,7 @@ def bench(
 
 def _write_answers(path: Path, subject: Subject, findings: Findings, plan: BenchOptions) -> None:
     """One mode's answers to `path`, or those of all systems to files beside it; of the first batch size."""
-    from ladon.bench.answers import answer_files
+    from ladon.bench.report import answer_files
 
     everyone = [entry for entry in findings.measured if entry.batch == plan.batches[0]]
     asked = [entry for entry in everyone if entry.system in plan.modes]

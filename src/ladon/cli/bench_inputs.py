@@ -33,7 +33,7 @@ def tree_source(
     Hit rates are measured on the model's answers to the prompts of `calibration`. Without such a file, those of the
     bundled heads are known; for others they are measured on the prompts of the benchmark itself, and that is said.
     """
-    from ladon.bench.calibration import calibrate
+    from ladon.bench.runner import calibrate
     from ladon.bench.workloads import read_workload
     from ladon.bundled import demo_fixed_tree
     from ladon.fixed_tree import FixedTree, best_fixed_tree

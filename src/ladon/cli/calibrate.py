@@ -20,7 +20,7 @@ from ladon.errors import InputError
 
 if TYPE_CHECKING:
     from ladon.calibrate.lattice_trace import LatticeTrace
-    from ladon.calibrate.step_times import StepTimes
+    from ladon.calibrate.timing import StepTimes
     from ladon.calibration import Calibration
     from ladon.cli.loading import Loaded
 
@@ -222,7 +222,7 @@ class _Timed:
 
     def measure(self, loaded: Loaded, trace: LatticeTrace, progress: Any) -> list[StepTimes]:
         """Time steps in each of these ways, after the beginning of the model's own answers."""
-        from ladon.calibrate.step_times import measure_step_times
+        from ladon.calibrate.timing import measure_step_times
 
         assert loaded.heads is not None  # checked when loaded
         tokens = trace.truth[:, 0].long()
@@ -236,8 +236,8 @@ class _Timed:
 
 
 def _findings(loaded: Loaded, trace: LatticeTrace, budgets: tuple[int, ...], measured: list[StepTimes]) -> Calibration:
-    from ladon.calibrate.drafting import correction_of
     from ladon.calibrate.findings import calibrate as find
+    from ladon.calibrate.recording import correction_of
     from ladon.cli.loading import dtype_name
     from ladon.environment import environment
 
@@ -249,7 +249,7 @@ def _findings(loaded: Loaded, trace: LatticeTrace, budgets: tuple[int, ...], mea
 
 def _write(loaded: Loaded, found: Calibration, measured: list[StepTimes], folder: Path) -> Path | None:
     """Write the calibration, and keep the step times for this machine; where, or None if there are none."""
-    from ladon.calibrate.step_times import profile_of
+    from ladon.calibrate.timing import profile_of
     from ladon.profiles import place_of, write_profile
 
     assert loaded.heads is not None  # checked when loaded

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from ladon.cli.loading import Loaded
-    from ladon.train.distill import Answer, Report
+    from ladon.train.distill.distill import Answer, Report
 
 _DEFAULTS, _DRAFTING = DistillOptions(), DecoderOptions()
 _SOME_FAILED = 1
@@ -112,11 +112,11 @@ def distill(
     nodes, shape = options.parse_budget(budget), options.parse_tree(tree)
     key = _checked(endpoint, api_key_env, endpoint_model, heads, out)
     from ladon.cli.loading import dtype_name, load, load_tokenizer
-    from ladon.train.distill import Answerer, Settings
-    from ladon.train.distill import distill as run
-    from ladon.train.endpoint import EndpointModel
-    from ladon.train.local import LocalModel, weights_hash
-    from ladon.train.prompts import read_prompts
+    from ladon.train.data.prompts import read_prompts
+    from ladon.train.distill.distill import Answerer, Settings
+    from ladon.train.distill.distill import distill as run
+    from ladon.train.distill.endpoint import EndpointModel
+    from ladon.train.distill.local import LocalModel, weights_hash
 
     law: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
     law["max_new_tokens"] = max_new_tokens
@@ -224,7 +224,7 @@ def _document(report: Report, acceptance_length: float | None) -> dict[str, Any]
 
 def _lines(document: dict[str, Any], out: Path) -> list[str]:
     """The same for people."""
-    from ladon.train.distill import failed_path
+    from ladon.train.distill.distill import failed_path
 
     speed = f"{document['tokens_per_second']:.0f} tokens/s"
     about = f"{document['rows']} rows written to {out}, {document['tokens']} tokens, {speed}"

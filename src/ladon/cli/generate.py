@@ -231,7 +231,7 @@ def stats_json(stats: DecodeStats) -> dict[str, Any]:
 
 def stats_lines(stats: DecodeStats) -> list[str]:
     """The same for people."""
-    from ladon.viz.text import NO_STEP
+    from ladon.viz.record import NO_STEP
 
     if not stats.forwards:
         return [NO_STEP]

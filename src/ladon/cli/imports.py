@@ -54,8 +54,7 @@ def import_heads(
     from ladon.heads.checkpoint import find_heads, is_own
     from ladon.heads.factory import read_heads
     from ladon.heads.formats.detect import detect
-    from ladon.heads.formats.folders import new_folder
-    from ladon.heads.formats.reading import open_checkpoint
+    from ladon.heads.formats.files import new_folder, open_checkpoint
 
     def loaded_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         found = load(name, None, dtype=dtype, device=device, threads=threads, trust_remote_code=trust_remote_code)
@@ -100,7 +99,7 @@ def _try_out(
     heads: Heads, home: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, force: bool
 ) -> float | None:
     """How often head 1 is right; if it is, the heads are known to be this model's, and that is saved with them."""
-    from ladon.calibrate.probe import TOO_FEW, probe
+    from ladon.calibrate.recording import TOO_FEW, probe
     from ladon.heads import load_heads
 
     with warnings.catch_warnings():

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from ladon.fixed_tree import FixedTree
     from ladon.heads import Heads
-    from ladon.heads.formats.reading import Checkpoint
+    from ladon.heads.formats.files import Checkpoint
     from ladon.tree_notations import TreeSize
 
 _PathArgument = Annotated[
@@ -106,8 +106,8 @@ def describe(path: str, model: PreTrainedModel | None = None) -> dict[str, Any]:
     from ladon.heads.checkpoint import find_heads, is_own
     from ladon.heads.factory import read_heads
     from ladon.heads.formats.detect import LAYOUTS, detect
+    from ladon.heads.formats.files import open_checkpoint
     from ladon.heads.formats.keys import sort_keys
-    from ladon.heads.formats.reading import open_checkpoint
 
     place = demo_path() / "heads" if path == DEMO else find_heads(path)
     kind, layout = "heads", "Ladon"
@@ -198,8 +198,8 @@ def _compared(heads: Heads, model: PreTrainedModel) -> dict[str, Any]:
     import torch
 
     from ladon.forwards import projection_inputs
-    from ladon.heads.ends import input_embedding, output_projection
     from ladon.heads.fingerprint import MIN_AGREEMENT, agreement, fingerprint
+    from ladon.heads.model_parts import input_embedding, output_projection
 
     projection = output_projection(model)
     sizes = {"hidden_size": projection.hidden_size, "vocab_size": projection.vocab_size}
@@ -232,7 +232,7 @@ def _compared(heads: Heads, model: PreTrainedModel) -> dict[str, Any]:
 def _tree(shape: FixedTree | TreeSize | None, rates: Any, nodes: int) -> dict[str, Any] | None:
     """The tree to draw: that of the file, or the best one for the hit rates."""
     from ladon.fixed_tree import FixedTree, best_fixed_tree
-    from ladon.viz.fixed import path_values
+    from ladon.viz.fixed_tree import path_values
 
     is_best = shape is None
     if shape is None:

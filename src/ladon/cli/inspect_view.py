@@ -13,7 +13,7 @@ from rich.text import Text
 
 from ladon.fixed_tree import FixedTree
 from ladon.heads.card import in_bytes, shown_base
-from ladon.viz.fixed import fixed_view
+from ladon.viz.fixed_tree import fixed_view
 
 _TOP = 5
 

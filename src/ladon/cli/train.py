@@ -136,7 +136,7 @@ def train(
         given["init_heads"] = str(demo_path() / "heads")
     chosen = TrainOptions(**{setting.name: given[setting.name] for setting in fields(TrainOptions)})
     placement = _placement(device_map, load_in_4bit, load_in_8bit)
-    from ladon.train.rows import read_rows
+    from ladon.train.data.rows import read_rows
     from ladon.train.run import train as run
 
     loaded = load(

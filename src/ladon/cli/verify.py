@@ -14,8 +14,7 @@ from ladon.config import DecoderOptions, SamplingOptions
 from ladon.errors import InputError
 
 if TYPE_CHECKING:
-    from ladon.bench.distance import Distance
-    from ladon.bench.verification import Verdict
+    from ladon.bench.quality.verification import Distance, Verdict
     from ladon.lossy import Nucleus, Typical
 
 _DEFAULTS, _SAMPLING = DecoderOptions(), SamplingOptions()
@@ -91,8 +90,7 @@ def verify(
     rules = _rules(accept or [])
     import torch
 
-    from ladon.bench.distance import distance_of
-    from ladon.bench.verification import is_repeatable, verify_law
+    from ladon.bench.quality.verification import distance_of, is_repeatable, verify_law
     from ladon.cli.loading import dtype_name, load, require_heads
 
     drawn = options.sampling(temperature, top_k, top_p, seed)

@@ -23,7 +23,7 @@ from torch import Tensor
 from ladon.calibration import CALIBRATION_FILE
 from ladon.errors import HeadsError
 from ladon.heads.fingerprint import SAMPLES, Fingerprint
-from ladon.heads.formats.reading import CONFIG_FILE, HEADS_FILES, INDEX_FILES, read_json
+from ladon.heads.formats.files import CONFIG_FILE, HEADS_FILES, INDEX_FILES, read_json
 
 WEIGHTS_FILE = "heads.safetensors"
 EARLY_EXIT_FILES = ("early_exit.json", "early_exit.safetensors")

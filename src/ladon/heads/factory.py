@@ -13,15 +13,13 @@ from ladon.calibration import CALIBRATION_FILE, Calibration, read_calibration
 from ladon.errors import HeadsError
 from ladon.heads.base import Heads
 from ladon.heads.checkpoint import check_token_ids, find_heads, is_own, read_config, read_tensors
-from ladon.heads.correction import MARKOV_GATE, MARKOV_RANK, MARKOV_SUCCESSORS
-from ladon.heads.ends import output_projection
+from ladon.heads.correction import HIDDEN_CORRECTION, MARKOV_GATE, MARKOV_RANK, MARKOV_SUCCESSORS
 from ladon.heads.formats.detect import detect
-from ladon.heads.formats.reading import open_checkpoint
-from ladon.heads.hidden_correction import HIDDEN_CORRECTION
+from ladon.heads.formats.files import open_checkpoint
 from ladon.heads.hydra import HydraHeads
-from ladon.heads.lowrank import LowRankHeads
 from ladon.heads.medusa import MedusaHeads
-from ladon.heads.shared import SharedHeads
+from ladon.heads.mlp import LowRankHeads, SharedHeads
+from ladon.heads.model_parts import output_projection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

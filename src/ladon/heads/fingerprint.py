@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ladon.errors import HeadsError
-from ladon.heads.ends import input_embedding, output_projection
+from ladon.heads.model_parts import input_embedding, output_projection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

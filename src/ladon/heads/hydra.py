@@ -9,9 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ladon.errors import HeadsError
-from ladon.heads.base import check_count
-from ladon.heads.conditioned import ConditionedHeads
-from ladon.heads.ends import output_projection
+from ladon.heads.base import ConditionedHeads, check_count
+from ladon.heads.model_parts import output_projection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from ladon.errors import HeadsError
 from ladon.heads.base import Heads, check_count
-from ladon.heads.ends import output_projection
+from ladon.heads.model_parts import output_projection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -15,13 +15,12 @@ from torch.nn import functional
 
 from ladon import lattice
 from ladon.accept import longest_match
-from ladon.calibrate.step_times import measure_step_times
+from ladon.calibrate.timing import measure_step_times
 from ladon.config import AUTO_BUDGET, HIDDEN_ROWS, MARKOV_ROWS, PATH_ROWS, DecoderOptions
 from ladon.growth import grow_chain, grow_dynamic
 from ladon.heads import ConditionedHeads, Heads
-from ladon.heads.correction import MarkovCorrection
-from ladon.heads.ends import input_embedding_module, output_projection
-from ladon.heads.hidden_correction import HiddenCorrection
+from ladon.heads.correction import HiddenCorrection, MarkovCorrection
+from ladon.heads.model_parts import input_embedding_module, output_projection
 from ladon.joints import hidden_rows, paths
 from ladon.partial_paths import best_rows
 from ladon.train.losses import rows_per_chunk

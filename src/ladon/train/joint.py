@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ladon.errors import InputError
 from ladon.heads import Heads
 from ladon.heads.early_exit import EarlyExit
-from ladon.heads.ends import output_projection
+from ladon.heads.model_parts import output_projection
 from ladon.train.config import TrainOptions
 from ladon.train.losses import Labels, SoftLabels, TokenLabels, chunked_loss
 from ladon.train.modules import Batch, HeadsModule, LossOptions, group, hidden_states, learned_counts

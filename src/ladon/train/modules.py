@@ -17,13 +17,18 @@ from ladon.heads.card import write_card
 from ladon.heads.checkpoint import EARLY_EXIT_FILES
 from ladon.heads.correction import MarkovCorrection
 from ladon.heads.early_exit import EarlyExit
-from ladon.heads.ends import output_projection
+from ladon.heads.model_parts import output_projection
 from ladon.train.losses import Labels, Outcome, SoftLabels, TokenLabels, chunked_loss, rows_per_chunk
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Batch = dict[str, Tensor]
+_PROBE = 6  # tokens of each of the probe's documents
+_SAME = (
+    1e-3  # relative change that a document may show when its neighbour changes; experts that share a batch show some
+)
+_ALIKE = 0.05  # relative difference to the document alone; half precision shows 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,3 +251,36 @@ def learned_counts(batches: Sequence[Batch]) -> Tensor:
     heads = torch.stack([batch["mask"].sum(0) for batch in batches]).sum(0)
     following = sum(len(batch["next_rows"]) for batch in batches)
     return torch.cat([heads, heads.new_tensor([following])]).float()
+
+
+@torch.no_grad()
+def keeps_apart(model: PreTrainedModel) -> bool:
+    """Whether position ids that start anew keep two documents in one row from seeing each other.
+
+    transformers masks packed documents by their position ids, but not for every architecture and attention; a
+    recurrent layer cannot. So it is tried: the second document must not change with the first, and be as it is alone.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        return _second_is_alone(model)
+    except (TypeError, ValueError):  # a forward that takes no position ids
+        return False
+    finally:
+        model.train(was_training)
+
+
+def _second_is_alone(model: PreTrainedModel) -> bool:
+    vocab_size = output_projection(model).vocab_size
+    ids = torch.randint(vocab_size, (3, _PROBE), generator=torch.Generator().manual_seed(0)).to(model.device)
+    apart = torch.arange(_PROBE, device=ids.device)[None]
+    places = torch.cat([apart, apart], dim=1)
+
+    def second(first: int) -> torch.Tensor:
+        row = torch.cat([ids[first], ids[2]])[None]
+        return hidden_states(model, {"input_ids": row, "position_ids": places}, packed=True)[0, _PROBE:].double()
+
+    one, other = second(0), second(1)
+    alone = hidden_states(model, {"input_ids": ids[2:], "position_ids": apart}, packed=True)[0].double()
+    changed, differs = (one - other).norm() / one.norm(), (one - alone).norm() / alone.norm()
+    return bool(changed < _SAME and differs < _ALIKE)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from html import escape
 
-from ladon.viz.palette import origin_colour, origin_name
-from ladon.viz.record import BONUS, Node, Record, Step, rows_of, with_bonus
-from ladon.viz.text import NO_STEP
+from ladon.viz.record import BONUS, NO_STEP, Node, Record, Step, origin_colour, origin_name, rows_of, with_bonus
 
 _COLUMN, _ROW, _BOX_WIDTH, _BOX_HEIGHT = 178, 25, 148, 20  # pixels of the tree drawing
 _PREFIX = 76  # pixels of the mask drawing's bar that stands for the cached tokens

@@ -7,9 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ladon.config import PICTURE_STEPS
 from ladon.errors import InputError
-from ladon.viz.palette import origin_colour
-from ladon.viz.record import BONUS, Record, Step, rows_of, with_bonus
-from ladon.viz.text import NO_STEP
+from ladon.viz.record import BONUS, NO_STEP, Record, Step, origin_colour, rows_of, with_bonus
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

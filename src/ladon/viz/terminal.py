@@ -12,9 +12,7 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from ladon.viz.palette import ansi_colour, origin_name
-from ladon.viz.record import BONUS, Node, Record, Step, children
-from ladon.viz.text import NO_STEP
+from ladon.viz.record import BONUS, NO_STEP, Node, Record, Step, ansi_colour, children, origin_name
 
 _HALF_BLOCKS = {(False, False): " ", (True, False): "▀", (False, True): "▄", (True, True): "█"}
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ladon.errors import HeadsError
 from ladon.heads.fingerprint import Fingerprint, samples_of
+from ladon.heads.formats.files import Checkpoint
 from ladon.heads.formats.keys import HEAD, KIND, LAYER, Layout, Parts, check_shapes, counts, some
-from ladon.heads.formats.reading import Checkpoint
 from ladon.heads.hydra import HydraHeads
 
 LAYOUT = Layout(

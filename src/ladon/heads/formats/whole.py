@@ -15,10 +15,9 @@ import torch
 from safetensors.torch import save_file
 
 from ladon.errors import HeadsError
-from ladon.heads.ends import input_embedding, output_projection
 from ladon.heads.fingerprint import PLAIN_DTYPES, Fingerprint, digits, places
-from ladon.heads.formats.folders import write_json
-from ladon.heads.formats.reading import CONFIG_FILE, PICKLED, SAFE, Checkpoint
+from ladon.heads.formats.files import CONFIG_FILE, PICKLED, SAFE, Checkpoint, write_json
+from ladon.heads.model_parts import input_embedding, output_projection
 
 _NOT_COPIED = (SAFE, *PICKLED, ".index.json", ".md", ".gitattributes")
 
