@@ -28,14 +28,14 @@ from ladon.bench.quality.verification import difference_of
 from ladon.bench.report import finite
 from ladon.bench.systems import LadonSystem, merged
 from ladon.bench.workloads import prompt_ids
-from ladon.bundled import load_demo
-from ladon.environment import environment, load
-from ladon.fixed_tree import best_fixed_tree
-from ladon.generation import Decoder
+from ladon.decoder.decoder import Decoder
+from ladon.demo.bundled import load_demo
+from ladon.drafting.head_chaining import joint_of
+from ladon.engine.sequence import Row
 from ladon.heads import load_heads
-from ladon.joints import joint_of
-from ladon.rows import Row
-from ladon.target import Target
+from ladon.target.target import Target
+from ladon.trees.fixed_tree import best_fixed_tree
+from ladon.util.machine import environment, load
 
 BUDGETS = (8, 16, 32, 64)
 

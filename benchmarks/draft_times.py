@@ -18,13 +18,13 @@ from statistics import median
 
 import torch
 
-from ladon.bundled import demo_prompts, load_demo
 from ladon.calibrate.timing import measure_step_times
 from ladon.config import DecoderOptions
-from ladon.environment import environment, load
-from ladon.growth import grow_dynamic
+from ladon.demo.bundled import demo_prompts, load_demo
+from ladon.drafting.head_chaining import Joint, make_joint
 from ladon.heads import Heads, new_heads
-from ladon.joints import Joint, make_joint
+from ladon.trees.grow import grow_dynamic
+from ladon.util.machine import environment, load
 
 CONTEXT = 256
 SHARED = {"num_heads": 4, "expansion": 2}

@@ -5,7 +5,8 @@
 
 Each answer is decoded on paper with dynamic trees of one size, and before each step both say what they expect:
 
-- paths: the path probabilities of the tree at hand, corrected per depth by what was accepted (`ladon.expectation`);
+- paths: the path probabilities of the tree at hand, corrected per depth by what was accepted
+  (`ladon.tree_size.acceptance_model`);
 - table: ProPD's way (arXiv 2402.13485, as far as it is known): acceptance rates by head and rank, learnt online, whose
   product over a path is its value. It says the same of every tree with the same ranks.
 
@@ -25,9 +26,9 @@ from torch import Tensor
 
 from ladon.calibrate.lattice_trace import LatticeTrace
 from ladon.calibrate.temperatures import fit_temperatures
-from ladon.expectation import Expectation
-from ladon.growth import grow_dynamic
-from ladon.lattice import Lattice
+from ladon.tree_size.acceptance_model import Expectation
+from ladon.trees.grow import grow_dynamic
+from ladon.trees.lattice import Lattice
 
 RATE = 0.02  # share of the table that a step replaces
 BLOCK = 4096  # positions whose trees exist at a time

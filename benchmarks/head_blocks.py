@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 
-from ladon import lattice
-from ladon.bundled import load_demo
-from ladon.environment import environment, load
+from ladon.demo.bundled import load_demo
 from ladon.heads import Heads, load_heads
+from ladon.trees import lattice
+from ladon.util.machine import environment, load
 
 SWIGLU = ("--family-option", "activation=swiglu")
 BLOCKS = {

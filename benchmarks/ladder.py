@@ -44,8 +44,8 @@ from tasks import TASKS, workload_of
 from ladon.bench.report import finite
 from ladon.bench.systems import LadonSystem, Run, merged
 from ladon.bench.workloads import prompt_ids
-from ladon.environment import commit, environment, load
-from ladon.rows import Row
+from ladon.engine.sequence import Row
+from ladon.util.machine import commit, environment, load
 
 BUDGETS = (4, 8, 16, 32, 64)
 TIMED_BUDGET = 16

@@ -12,19 +12,19 @@ from torch import Tensor
 
 from ladon.bench.quality.diagnosis import DiagnosedDecoder
 from ladon.bench.systems import LadonSystem
-from ladon.bundled import demo_path, demo_prompts, load_demo
 from ladon.calibrate.lattice_trace import hit_rates
 from ladon.calibrate.recording import record
 from ladon.calibrate.temperatures import fit_temperatures
-from ladon.calibration import Calibration
 from ladon.config import PRODUCT, DecoderOptions
-from ladon.fixed_tree import best_fixed_tree
-from ladon.generation import Decoder
+from ladon.decoder.decoder import Decoder
+from ladon.demo.bundled import demo_path, demo_prompts, load_demo
+from ladon.drafting.head_chaining import joint_of, product
+from ladon.drafting.proposer import HeadsProposer, Proposer, tree_builder
+from ladon.engine.stats import StageClock
 from ladon.heads import Heads, load_heads
-from ladon.joints import joint_of, product
-from ladon.lattice import Lattice
-from ladon.proposers import HeadsProposer, Proposer, tree_builder
-from ladon.stats import StageClock
+from ladon.heads.calibration import Calibration
+from ladon.trees.fixed_tree import best_fixed_tree
+from ladon.trees.lattice import Lattice
 
 _CANDIDATES = DecoderOptions().num_candidates
 _PROMPTS, _NEW_TOKENS = 100, 128  # from which the product's calibration is made, where the heads have another joint's

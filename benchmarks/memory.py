@@ -17,13 +17,13 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import ladon
-from ladon.engine import Engine
-from ladon.growth import grow_dynamic
-from ladon.joints import product
-from ladon.proposers import HeadsProposer
-from ladon.rows import Row
-from ladon.stats import DecodeStats, StageClock
-from ladon.target import Target
+from ladon.drafting.head_chaining import product
+from ladon.drafting.proposer import HeadsProposer
+from ladon.engine.engine import Engine
+from ladon.engine.sequence import Row
+from ladon.engine.stats import DecodeStats, StageClock
+from ladon.target.target import Target
+from ladon.trees.grow import grow_dynamic
 
 MIB = 2**20
 T = TypeVar("T")

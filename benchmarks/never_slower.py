@@ -38,7 +38,7 @@ from ladon.bench.quality.identity import compare
 from ladon.bench.report import finite
 from ladon.bench.steps import by_size, prediction_error
 from ladon.bench.systems import LadonSystem, Run, merged
-from ladon.environment import commit, environment, load
+from ladon.util.machine import commit, environment, load
 
 SWEEP = (2, 4, 8, 16, 24, 32, 48, 64)
 HOPELESS = 0.8  # of the best speed so far: after two such sizes in a row the sweep ends

@@ -16,9 +16,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from ladon import new_heads
 from ladon.bench.synthetic import SyntheticDecoder, SyntheticDrafts
 from ladon.bench.systems import LadonSystem
-from ladon.bundled import demo_prompts, load_demo
-from ladon.fixed_tree import FixedTree, best_fixed_tree
+from ladon.demo.bundled import demo_prompts, load_demo
 from ladon.heads import load_heads
+from ladon.trees.fixed_tree import FixedTree, best_fixed_tree
 
 BATCHES = (1, 2, 4, 8, 16)
 MEDUSA_NODES = 64

@@ -29,7 +29,7 @@ from ladon.bench.quality.repetition import Repetition
 from ladon.bench.report import finite
 from ladon.bench.steps import by_size
 from ladon.bench.systems import Run, merged
-from ladon.environment import environment, load
+from ladon.util.machine import environment, load
 
 TASKS = ("edits", "code", "humaneval")
 ACCEPTANCE = (("dynamic", 16), ("dynamic+ngrams", 16), ("dynamic", 64), ("dynamic+ngrams", 64), ("ngrams", 16))

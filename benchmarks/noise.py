@@ -26,13 +26,12 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import ladon
-from ladon.environment import environment, load
-from ladon.pickers import Context, Nodes
-from ladon.rows import Row
-from ladon.sampling import GREEDY, Sampler, noisy
-from ladon.stats import DecodeStats
-from ladon.steps import Step
-from ladon.tree import TokenTree, ancestor_mask
+from ladon.engine.sequence import Row
+from ladon.engine.stats import DecodeStats
+from ladon.engine.step import Step
+from ladon.sampling.sampler import GREEDY, Context, Nodes, Sampler, noisy
+from ladon.trees.token_tree import TokenTree, ancestor_mask
+from ladon.util.machine import environment, load
 
 SIZES = (1, 8, 16)
 GOAL = 0.03

@@ -2,8 +2,8 @@
 
 MEDUSA's training log gives how often the truth is a head's best candidate, and how often it is among its best five.
 Rates of the other ranks are taken to fall as a power of the rank through these two numbers, and the depths to be
-independent, as in the dynamic tree of arXiv 2502.05947; then `ladon.sizing` chooses among the measured step times as a
-decoder without a clock would (`deterministic=True`).
+independent, as in the dynamic tree of arXiv 2502.05947; then `ladon.tree_size.policy` chooses among the measured step
+times as a decoder without a clock would (`deterministic=True`).
 
 Shapes: K depths, E bucket edges.
 """
@@ -14,9 +14,9 @@ from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any
 
-from ladon.fixed_tree import RankPath, best_fixed_tree
-from ladon.sizing import EDGES, FrozenSizing
-from ladon.step_cost import StepCost, StepTime
+from ladon.tree_size.latency_model import StepCost, StepTime
+from ladon.tree_size.policy import EDGES, FrozenSizing
+from ladon.trees.fixed_tree import RankPath, best_fixed_tree
 
 # (best candidate, among the best five) of heads 1 to 4: training logs in MEDUSA's repository, docs/train-your-heads.md
 VICUNA = {

@@ -21,13 +21,13 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ladon.bundled import demo_path, demo_prompts, load_demo
 from ladon.calibrate.pruning import KEEPS, SIZES, Survival, Survivals, Verdict, judge, record_survival, ways_to_prune
 from ladon.calibrate.timing import LayerTimes, Trials, measure_layer_times
-from ladon.environment import environment, load
+from ladon.demo.bundled import demo_path, demo_prompts, load_demo
 from ladon.heads import load_heads
 from ladon.heads.early_exit import load_early_exit
-from ladon.pruning import Pruning
+from ladon.target.pruning.pruner import Pruning
+from ladon.util.machine import environment, load
 
 WIDTHS = {256: 8, 512: 12, 1024: 24}  # hidden width: layers of a model of this width
 BATCHES = (1, 4, 8, 16)

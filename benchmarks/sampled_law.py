@@ -25,8 +25,8 @@ from transformers import LogitsProcessorList, PreTrainedModel, TemperatureLogits
 
 from ladon import Decoder, load_demo
 from ladon.bench.workloads import demo_workload, prompt_ids
-from ladon.environment import environment
-from ladon.sampling import mix
+from ladon.sampling.gumbel import mix
+from ladon.util.machine import environment
 
 REPEATS = 50
 CHUNK = 256  # beginnings that the model reads at a time

@@ -26,9 +26,9 @@ from step_times_plot import step_time_picture
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from ladon.calibrate.timing import measure_step_times
-from ladon.environment import environment, load
 from ladon.heads import Heads, new_heads
-from ladon.sizing import EDGES
+from ladon.tree_size.policy import EDGES
+from ladon.util.machine import environment, load
 
 NUM_HEADS = 4
 SHAPES = {  # hidden width, intermediate width, layers, attention heads, vocabulary

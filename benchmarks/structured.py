@@ -21,9 +21,9 @@ import torch
 import ladon
 from ladon.bench.report import finite
 from ladon.bench.systems import merged
-from ladon.bundled import demo_prompts
-from ladon.environment import environment, load
-from ladon.stats import DecodeStats
+from ladon.demo.bundled import demo_prompts
+from ladon.engine.stats import DecodeStats
+from ladon.util.machine import environment, load
 
 NAME = {"type": "string", "pattern": "^[a-z][a-z_]{2,12}$"}
 SCHEMAS: dict[str, Any] = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ladon.bench.workloads import Question, Workload, demo_workload, make_workload
-from ladon.bundled import demo_prompts
+from ladon.demo.bundled import demo_prompts
 
 TASKS = ("code", "edits")
 _EDIT = "\n\n\n# The same code again, with `self` renamed to `this`:\n\n"

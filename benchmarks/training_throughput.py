@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from ladon.bundled import load_demo
+from ladon.demo.bundled import load_demo
 from ladon.heads import SharedHeads
 from ladon.train.config import TrainOptions
 from ladon.train.data.batches import Collator

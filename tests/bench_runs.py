@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ladon.bench.findings import Subject
 from ladon.bench.workloads import Question, Workload, make_workload
-from ladon.fixed_tree import FixedTree
+from ladon.trees.fixed_tree import FixedTree
 from user_side import Tiny
 
 TREE = FixedTree(((0,), (0, 0), (1,), (0, 0, 0), (0, 1)))

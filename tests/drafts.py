@@ -12,21 +12,20 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ladon.engine import Engine
-from ladon.expectation import Sums
-from ladon.fixed_tree import FixedTree
-from ladon.generation import Decoder
-from ladon.joints import product
-from ladon.lattice import Lattice
-from ladon.pickers import Picker
-from ladon.proposers import HeadsProposer, Proposer, RootProposer, Stateless, tree_builder
-from ladon.pruning import Pruning
-from ladon.rows import Row
-from ladon.sampling import GREEDY
-from ladon.sizing import EDGES, Size, Sizing, StepRecord
-from ladon.stats import DecodeStats, StageClock
-from ladon.target import Target
-from ladon.tree import TokenTree, ancestor_mask, node_depths
+from ladon.decoder.decoder import Decoder
+from ladon.drafting.head_chaining import product
+from ladon.drafting.proposer import HeadsProposer, Proposer, RootProposer, Stateless, tree_builder
+from ladon.engine.engine import Engine
+from ladon.engine.sequence import Row
+from ladon.engine.stats import DecodeStats, StageClock
+from ladon.sampling.sampler import GREEDY, Picker
+from ladon.target.pruning.pruner import Pruning
+from ladon.target.target import Target
+from ladon.tree_size.acceptance_model import Sums
+from ladon.tree_size.policy import EDGES, Size, Sizing, StepRecord
+from ladon.trees.fixed_tree import FixedTree
+from ladon.trees.lattice import Lattice
+from ladon.trees.token_tree import TokenTree, ancestor_mask, node_depths
 
 DEPTH, CANDIDATES = 3, 4
 NUM_NODES = 12

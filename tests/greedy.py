@@ -17,3 +17,13 @@ def plain(model: PreTrainedModel, ids: Tensor = PROMPT, **kwargs: Any) -> Any:
     """The class's own `generate`, whatever is attached to the model; 16 greedy tokens unless told otherwise."""
     options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 16, "do_sample": False, **kwargs}
     return type(model).generate(model, ids, **options)
+
+
+PROMPTS = [torch.arange(3, 9), torch.arange(40, 60), torch.tensor([7])]
+
+
+def generate(model, prompt, n, **kwargs) -> list[int]:
+    output = model.generate(
+        prompt[None], attention_mask=torch.ones_like(prompt[None]), max_new_tokens=n, do_sample=False, **kwargs
+    )
+    return output[0, len(prompt) :].tolist()

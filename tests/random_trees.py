@@ -6,10 +6,11 @@ import random
 from dataclasses import dataclass
 
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ladon.tree import TokenTree
+from ladon.trees.token_tree import TokenTree
 
 
 @dataclass(frozen=True)
@@ -81,3 +82,10 @@ def plain_logits(model: PreTrainedModel, sequences: list[list[int]]) -> Tensor:
         logits = model(torch.tensor([sequences[index] for index in chosen]), use_cache=False).logits[:, -1]
         found |= dict(zip(chosen, logits, strict=True))
     return torch.stack([found[index] for index in range(len(sequences))])
+
+
+@st.composite
+def parent_arrays(draw, max_nodes: int = 24) -> list[int]:
+    """A random tree in topological order."""
+    size = draw(st.integers(1, max_nodes))
+    return [-1, *(draw(st.integers(0, node - 1)) for node in range(1, size))]

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 
-from ladon.sizing import PLAIN, PrunedSteps, Sizing, StepRecord
+from ladon.tree_size.policy import PLAIN, PrunedSteps, Sizing, StepRecord
 
 DEPTHS, RANKS, MOST = 4, 8, 128
 CostFunction = Callable[[int, float, float, int], float]  # batch, nodes, context, grown -> milliseconds

@@ -17,8 +17,8 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from ladon.bench.systems import LadonSystem
 from ladon.cli import loading
 from ladon.cli.main import app, run
-from ladon.generation import Decoder
-from ladon.text import PieceStreamer
+from ladon.decoder.decoder import Decoder
+from ladon.decoder.detokenizer import PieceStreamer
 from ladon.viz import png
 from user_side import CONTEXT, Tiny, write_jsonl
 

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from ladon.bundled import demo_path
 from ladon.calibrate.lattice_trace import LatticeTrace, hit_rates
-from ladon.calibration import CALIBRATION_FILE, read_calibration
 from ladon.cli.main import run
+from ladon.demo.bundled import demo_path
+from ladon.drafting.head_chaining import calibrated_temperatures, joint_of
 from ladon.heads import load_heads, new_heads
-from ladon.joints import calibrated_temperatures, joint_of
+from ladon.heads.calibration import CALIBRATION_FILE, read_calibration
 from user_side import Tiny, write_jsonl
 
 PROMPTS: list[dict[str, object]] = [{"prompt": text} for text in ("def read", "for line in", "return", "self.")]

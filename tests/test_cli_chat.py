@@ -18,8 +18,8 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from ladon.cli.conversation import COMMANDS, Conversation, read_line
 from ladon.cli.main import run
+from ladon.decoder.detokenizer import Detokenizer
 from ladon.errors import InputError
-from ladon.text import Detokenizer
 from user_side import CONTEXT, Tiny, make_tokenizer
 
 TEMPLATE = (

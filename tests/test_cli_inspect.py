@@ -13,12 +13,12 @@ import torch
 from rich.console import Console
 from safetensors.torch import save_file
 
-from ladon.calibration import Calibration
 from ladon.cli.inspect import inspect
 from ladon.cli.main import run
-from ladon.fixed_tree import FixedTree, best_fixed_tree
 from ladon.heads import load_heads, new_heads
+from ladon.heads.calibration import Calibration
 from ladon.heads.early_exit import new_early_exit
+from ladon.trees.fixed_tree import FixedTree, best_fixed_tree
 from ladon.viz.fixed_tree import fixed_view, path_values
 from user_side import Tiny
 

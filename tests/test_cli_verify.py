@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-import ladon.engine
-from ladon.accept import Accepted, longest_match
+import ladon.engine.engine
 from ladon.bench.quality.verification import said_from, verify_law
 from ladon.cli.main import run
-from ladon.generation import Decoder
-from ladon.target import Target
-from ladon.tree import TokenTree
+from ladon.decoder.decoder import Decoder
+from ladon.sampling.acceptance import Accepted, longest_match
+from ladon.target.target import Target
+from ladon.trees.token_tree import TokenTree
 
 QUICK = ["verify", "--limit", "3", "--max-new-tokens", "12", "--batch", "2", "--dtype", "float32", "--threads", "1"]
 
@@ -54,7 +54,7 @@ def test_a_decoder_that_errs_is_found(capsys: pytest.CaptureFixture[str], monkey
             picks[:, 0] = tree.tokens[:, 1]
         return longest_match(tree, picks, ancestors)
 
-    monkeypatch.setattr(ladon.engine, "longest_match", gullible)
+    monkeypatch.setattr(ladon.engine.engine, "longest_match", gullible)
     assert run([*QUICK, "--json", "--budget", "8"]) == 1
     found = document(capsys)
     assert not all(law["exact"] for law in found["laws"])

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from families import VOCAB_SIZE
+
 VOCAB = 97
 
 
 def packed(tokens: set[int]) -> bytes:
-    """Tokens as bits, as `ladon.constraints.State.allowed` gives them."""
+    """Tokens as bits, as `ladon.constraints.state.State.allowed` gives them."""
     bits = bytearray(max(tokens, default=0) // 8 + 1)
     for token in tokens:
         bits[token // 8] |= 1 << token % 8
@@ -80,3 +86,36 @@ class Script:
     def after(self, token: int) -> Script:
         assert not self.is_complete and token in self.script[self.place], f"{token} is not allowed"
         return Script(self.script, self.place + 1)
+
+
+def deep_llama(num_layers: int = 5) -> PreTrainedModel:
+    """A tiny float64 Llama of several layers, no token of which ends a text."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=num_layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        eos_token_id=None,
+    )
+    model = LlamaForCausalLM(config)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            nn.init.normal_(parameter, std=0.2)
+    return model.double().eval()
+
+
+class Packed(nn.Module):
+    """An output projection whose weight is packed, as quantised ones are."""
+
+    def __init__(self, plain: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self._plain = plain.in_features, plain.out_features, [plain]
+        self.weight = nn.Parameter(torch.zeros(8, 1, dtype=torch.uint8), requires_grad=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """The logits of the projection that was packed."""
+        return self._plain[0](hidden)

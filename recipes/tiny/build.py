@@ -36,7 +36,7 @@ from tokens import cached_tokens, train_tokenizer
 from training import Text
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ladon.bundled import module_prompts
+from ladon.demo.bundled import module_prompts
 
 ARCHITECTURES = ("llama", "gpt_neox", "qwen3")
 

@@ -9,8 +9,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ladon.attaching import attach, detach
-    from ladon.bundled import load_demo
+    from ladon.constraints.llguidance_backend import grammar, json_schema, regex
+    from ladon.decoder.attach import attach, detach
+    from ladon.decoder.decoder import Decoder
+    from ladon.decoder.trace import TraceStep
+    from ladon.demo.bundled import load_demo
+    from ladon.engine.sequence import Row
+    from ladon.engine.stats import DecodeStats
     from ladon.errors import (
         ConstraintError,
         HeadsError,
@@ -20,40 +25,34 @@ if TYPE_CHECKING:
         TreeError,
         UnsupportedModelError,
     )
-    from ladon.fixed_tree import FixedTree, best_fixed_tree
-    from ladon.generation import Decoder
     from ladon.heads import Heads, load_heads, new_heads
     from ladon.heads.mtp import load_mtp
-    from ladon.lossy import Nucleus, Typical
-    from ladon.pruning import Pruning
-    from ladon.rows import Row
-    from ladon.stats import DecodeStats
-    from ladon.structured import grammar, json_schema, regex
-    from ladon.trace import TraceStep
-    from ladon.tree_notations import TreeSize, read_tree
+    from ladon.sampling.lossy import Nucleus, Typical
+    from ladon.target.pruning.pruner import Pruning
+    from ladon.trees.fixed_tree import FixedTree, TreeSize, best_fixed_tree, read_tree
 
 _HOME = {
-    "Decoder": "ladon.generation",
-    "TraceStep": "ladon.trace",
-    "attach": "ladon.attaching",
-    "detach": "ladon.attaching",
-    "Nucleus": "ladon.lossy",
-    "Pruning": "ladon.pruning",
-    "Row": "ladon.rows",
-    "Typical": "ladon.lossy",
-    "json_schema": "ladon.structured",
-    "regex": "ladon.structured",
-    "grammar": "ladon.structured",
-    "DecodeStats": "ladon.stats",
-    "FixedTree": "ladon.fixed_tree",
-    "best_fixed_tree": "ladon.fixed_tree",
+    "Decoder": "ladon.decoder.decoder",
+    "TraceStep": "ladon.decoder.trace",
+    "attach": "ladon.decoder.attach",
+    "detach": "ladon.decoder.attach",
+    "Nucleus": "ladon.sampling.lossy",
+    "Pruning": "ladon.target.pruning.pruner",
+    "Row": "ladon.engine.sequence",
+    "Typical": "ladon.sampling.lossy",
+    "json_schema": "ladon.constraints.llguidance_backend",
+    "regex": "ladon.constraints.llguidance_backend",
+    "grammar": "ladon.constraints.llguidance_backend",
+    "DecodeStats": "ladon.engine.stats",
+    "FixedTree": "ladon.trees.fixed_tree",
+    "best_fixed_tree": "ladon.trees.fixed_tree",
     "Heads": "ladon.heads",
     "load_heads": "ladon.heads",
     "new_heads": "ladon.heads",
     "load_mtp": "ladon.heads.mtp",
-    "load_demo": "ladon.bundled",
-    "TreeSize": "ladon.tree_notations",
-    "read_tree": "ladon.tree_notations",
+    "load_demo": "ladon.demo.bundled",
+    "TreeSize": "ladon.trees.fixed_tree",
+    "read_tree": "ladon.trees.fixed_tree",
     "LadonError": "ladon.errors",
     "InputError": "ladon.errors",
     "LogitsError": "ladon.errors",

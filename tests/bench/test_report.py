@@ -21,7 +21,7 @@ from ladon.bench.workloads import Question, make_workload
 from ladon.cli.bench import measure
 from ladon.cli.main import run as run_command
 from ladon.config import BenchOptions
-from ladon.stats import DecodeStats
+from ladon.engine.stats import DecodeStats
 from user_side import ROOT, Tiny, write_jsonl
 
 

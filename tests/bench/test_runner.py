@@ -13,19 +13,19 @@ import pytest
 import torch
 
 from bench_runs import TEXTS, TREE, silent, subject, workload
-from ladon import environment
 from ladon.bench import report, table
 from ladon.bench.findings import Findings, Subject
 from ladon.bench.runner import calibrate, run_bench
 from ladon.bench.systems import LadonSystem, Run, System, TransformersSystem
 from ladon.bench.workloads import Question, make_workload
-from ladon.calibration import Calibration
 from ladon.cli.bench_inputs import tree_source
 from ladon.cli.loading import Loaded
 from ladon.cli.main import run as run_command
 from ladon.config import BenchOptions
 from ladon.errors import HeadsError, InputError, TreeError
-from ladon.fixed_tree import FixedTree, best_fixed_tree
+from ladon.heads.calibration import Calibration
+from ladon.trees.fixed_tree import FixedTree, best_fixed_tree
+from ladon.util import machine as environment
 from user_side import CONTEXT, Tiny, write_jsonl
 
 
@@ -153,7 +153,7 @@ def test_calibration_answers_every_prompt_of_its_file(
 
 
 def test_where_fixed_trees_come_from_without_calibration(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
-    from ladon.bundled import demo_fixed_tree
+    from ladon.demo.bundled import demo_fixed_tree
 
     bundled = tree_source(
         loaded(tiny, is_demo=True), workload(), None, None, bundled_heads=True, max_new_tokens=6, progress=silent

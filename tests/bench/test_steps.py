@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from ladon.auto_sizing import AutoSizing
 from ladon.bench import plots, table
 from ladon.bench.report import Result
 from ladon.bench.steps import NotedSizing, StepFacts, by_size, prediction_error
 from ladon.cli.main import run as run_command
-from ladon.sizing import Size, StepRecord
-from ladon.step_cost import StepTime
+from ladon.tree_size.adaptive import AutoSizing
+from ladon.tree_size.latency_model import StepTime
+from ladon.tree_size.policy import Size, StepRecord
 from ladon.viz import png
 from user_side import Tiny, write_jsonl
 

@@ -11,13 +11,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ladon import Decoder, new_heads
-from ladon.accept import Accepted
 from ladon.bench.synthetic import SyntheticDecoder, SyntheticDrafts, SyntheticProposer
+from ladon.engine.stats import StageClock
 from ladon.errors import InputError
-from ladon.fixed_tree import FixedTree
-from ladon.growth import grow_dynamic
-from ladon.stats import StageClock
-from ladon.tree import check_tree
+from ladon.sampling.acceptance import Accepted
+from ladon.trees.fixed_tree import FixedTree
+from ladon.trees.grow import grow_dynamic
+from ladon.trees.token_tree import check_tree
 
 RATES = [[0.5, 0.2, 0.1, 0.0], [0.3, 0.25, 0.05, 0.05], [0.1, 0.1, 0.1, 0.1]]
 VOCAB = 97

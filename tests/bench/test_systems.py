@@ -6,7 +6,7 @@ import pytest
 
 from bench_runs import TEXTS
 from ladon.bench.systems import LadonSystem, TransformersSystem, cut, merged
-from ladon.stats import DecodeStats
+from ladon.engine.stats import DecodeStats
 from user_side import Tiny
 
 

@@ -18,7 +18,7 @@ from ladon.calibrate.summary import summary
 from ladon.calibrate.temperatures import calibration_errors, fit_temperatures
 from ladon.calibrate.timing import StepTimes
 from ladon.errors import InputError
-from ladon.fixed_tree import FixedTree, best_fixed_tree
+from ladon.trees.fixed_tree import FixedTree, best_fixed_tree
 from ladon.viz.fixed_tree import outline
 from traces import trace_of
 

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ladon.calibrate.simulate import mean_leaf_mass, reached, true_rows, true_slots
-from ladon.growth import grow_chain, grow_dynamic
-from ladon.lattice import Lattice
-from test_growth import brute_force, random_lattice, tree_paths
+from ladon.trees.grow import grow_chain, grow_dynamic
+from ladon.trees.lattice import Lattice
+from lattices import brute_force, random_lattice, tree_paths
 
 
 def some_truth(lattice: Lattice, row: int, dice: random.Random) -> list[int]:

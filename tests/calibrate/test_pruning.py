@@ -26,14 +26,14 @@ from ladon.calibrate.pruning import (
     ways_to_prune,
 )
 from ladon.calibrate.timing import LayerTimes, Trials, measure_layer_times
-from ladon.calibration import CALIBRATION_FILE
 from ladon.cli.main import run
 from ladon.errors import UnsupportedModelError
+from ladon.heads.calibration import CALIBRATION_FILE
 from ladon.heads.early_exit import EarlyExit
-from ladon.pruning import Pruner
-from ladon.target import Target
-from ladon.tree import TokenTree, check_tree
-from test_pruning import Packed, deep_llama
+from ladon.target.pruning.pruner import Pruner
+from ladon.target.target import Target
+from ladon.trees.token_tree import TokenTree, check_tree
+from toys import Packed, deep_llama
 from user_side import Tiny, write_jsonl
 
 PROMPTS = [torch.arange(3, 9), torch.arange(40, 60), torch.tensor([7])]
@@ -68,8 +68,8 @@ def test_the_own_order_of_the_tree_is_the_unpruned_tree(
 
 def test_a_judge_that_knows_keeps_everything(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """The truth first: the accepted path survives whole as soon as there is room for it."""
-    from ladon.accept import longest_match
     from ladon.calibrate import pruning as survival_module
+    from ladon.sampling.acceptance import longest_match
 
     truth: list[Tensor] = []
 
@@ -189,7 +189,7 @@ def test_ways_that_do_not_fit_are_left_out(monkeypatch: pytest.MonkeyPatch) -> N
     model = deep_llama()
     heads = ladon.new_heads(model, num_heads=3)
     assert usable_ways(model, heads) == ways_to_prune(5, None)
-    monkeypatch.setattr("ladon.target.check_pruning", only_after_layer_1)
+    monkeypatch.setattr("ladon.target.target.check_pruning", only_after_layer_1)
     assert {way.layer for way in usable_ways(model, heads)} == {1}
     monkeypatch.undo()
     model = build("llama")
@@ -218,7 +218,7 @@ def test_the_command_keeps_what_it_has_measured(
         raise UnsupportedModelError("it cannot be done")
 
     with monkeypatch.context() as patch:
-        patch.setattr("ladon.target.check_pruning", refuse)
+        patch.setattr("ladon.target.target.check_pruning", refuse)
         patch.setattr("ladon.calibrate.recording.record", lambda *args, **options: pytest.fail("too late"))
         assert run(command) == 2
         assert "it cannot be done" in capsys.readouterr().err

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from ladon import lattice
 from ladon.calibrate.lattice_trace import GRID, LatticeTrace
 from ladon.calibrate.recording import record
 from ladon.errors import InputError
 from ladon.heads import Heads, new_heads
+from ladon.trees import lattice
 from traces import NearHeads, trace_of
 
 PROMPTS = [torch.tensor([5, 6, 7, 8]), torch.tensor([9, 10]), torch.tensor([11, 12, 13, 14, 15, 16])]

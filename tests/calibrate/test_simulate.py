@@ -9,13 +9,13 @@ import torch
 from transformers import PreTrainedModel
 
 from ladon import Decoder, FixedTree, load_demo, new_heads
-from ladon.bundled import demo_fixed_tree, demo_prompts
 from ladon.calibrate.lattice_trace import LatticeTrace
 from ladon.calibrate.recording import correction_of, record
 from ladon.calibrate.simulate import simulate, simulate_budgets
-from ladon.calibration import Calibration
+from ladon.demo.bundled import demo_fixed_tree, demo_prompts
 from ladon.errors import TreeError
 from ladon.heads import Heads
+from ladon.heads.calibration import Calibration
 from taught_heads import NEW_TOKENS, PROMPTS, taught
 
 TREE = FixedTree(((0,), (1,), (0, 0), (0, 1), (2,), (0, 0, 0), (4,), (1, 1)))

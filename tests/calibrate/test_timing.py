@@ -9,8 +9,8 @@ from transformers import PreTrainedModel
 from ladon.calibrate.timing import StepTimes, measure_step_times, profile_of
 from ladon.errors import InputError
 from ladon.heads import new_heads
-from ladon.target import Target
-from ladon.tree import TokenTree
+from ladon.target.target import Target
+from ladon.trees.token_tree import TokenTree
 
 
 @pytest.fixture

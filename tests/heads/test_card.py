@@ -12,9 +12,9 @@ import torch
 from transformers import PreTrainedModel
 
 from ladon import load_heads, new_heads
-from ladon.calibration import Calibration
 from ladon.errors import HeadsError
 from ladon.heads import Heads
+from ladon.heads.calibration import Calibration
 from ladon.heads.card import MARKER, in_bytes, model_card, shown_base, write_card
 from ladon.heads.early_exit import new_early_exit
 

@@ -15,16 +15,16 @@ from transformers import PreTrainedModel
 import ladon
 from corrections import brute_force, corrected_heads, made
 from families import build
-from ladon import lattice
 from ladon.calibrate.findings import given_the_truth
 from ladon.calibrate.recording import correction_of, record
 from ladon.calibrate.simulate import simulate_budgets
-from ladon.calibration import Calibration
 from ladon.config import MARKOV, MARKOV_ROWS, PRODUCT
+from ladon.drafting.head_chaining import joint_of, make_joint
 from ladon.errors import HeadsError, InputError
-from ladon.growth import grow_chain, grow_dynamic
+from ladon.heads.calibration import Calibration
 from ladon.heads.correction import MarkovCorrection
-from ladon.joints import joint_of, make_joint
+from ladon.trees import lattice
+from ladon.trees.grow import grow_chain, grow_dynamic
 
 
 @pytest.fixture
@@ -223,8 +223,8 @@ def test_temperatures_belong_to_their_joint(model: PreTrainedModel) -> None:
     torch.testing.assert_close(cold.log_probs, grow_dynamic(by_hand, root, 8).log_probs)
 
 
-def _clock() -> ladon.stats.StageClock:
-    return ladon.stats.StageClock({}, enabled=False, device=torch.device("cpu"))
+def _clock() -> ladon.engine.stats.StageClock:
+    return ladon.engine.stats.StageClock({}, enabled=False, device=torch.device("cpu"))
 
 
 @pytest.mark.parametrize("rank", [0, -1, 12, True, 2.0])

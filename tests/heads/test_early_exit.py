@@ -18,9 +18,9 @@ import families
 import ladon.heads.checkpoint as checkpoint
 from ladon import load_heads, new_heads
 from ladon.errors import HeadsError, UnsupportedModelError
-from ladon.forwards import layer_output, projection_inputs
 from ladon.heads.early_exit import EarlyExit, load_early_exit, new_early_exit
 from ladon.heads.model_parts import decoder_layers, output_projection
+from ladon.target.hooks import layer_output, projection_inputs
 
 IDS = torch.arange(3, 20)[None]
 

@@ -16,13 +16,13 @@ from transformers import PreTrainedModel
 import ladon
 from corrections import brute_force, corrected_heads, made
 from families import build
-from ladon import lattice
 from ladon.config import MARKOV
+from ladon.drafting.head_chaining import make_joint
 from ladon.errors import HeadsError
-from ladon.growth import grow_dynamic
 from ladon.heads import Heads
-from ladon.joints import make_joint
 from ladon.train import evaluate as evaluation
+from ladon.trees import lattice
+from ladon.trees.grow import grow_dynamic
 
 WEIGHTS = "heads.safetensors"
 

@@ -23,18 +23,18 @@ from ladon.calibrate.recording import record
 from ladon.calibrate.simulate import simulate
 from ladon.calibrate.summary import summary
 from ladon.calibrate.timing import StepTimes
-from ladon.calibration import Calibration, read_calibration
 from ladon.config import HIDDEN, HIDDEN_ROWS
+from ladon.drafting.head_chaining import Joint, hidden_rows, joint_of, make_joint
 from ladon.errors import HeadsError, TreeError
-from ladon.fixed_tree import FixedTree
-from ladon.growth import grow_dynamic
 from ladon.heads import Heads
+from ladon.heads.calibration import Calibration, read_calibration
 from ladon.heads.correction import HiddenCorrection
-from ladon.joints import Joint, hidden_rows, joint_of, make_joint
-from ladon.lattice import Lattice, from_logits
 from ladon.train.data.batches import Collator
 from ladon.train.data.documents import Document
 from ladon.train.evaluate import evaluate
+from ladon.trees.fixed_tree import FixedTree
+from ladon.trees.grow import grow_dynamic
+from ladon.trees.lattice import Lattice, from_logits
 
 ROWS = 3
 

@@ -10,11 +10,11 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from ladon import Decoder, FixedTree
-from ladon.calibration import Calibration
+from ladon.engine.stats import StageClock
 from ladon.errors import HeadsError, InputError
 from ladon.heads import Heads, HydraHeads, new_heads
-from ladon.stats import StageClock
-from test_growth import tree_paths
+from ladon.heads.calibration import Calibration
+from lattices import tree_paths
 
 
 def random_heads(model: PreTrainedModel, num_heads: int = 3, num_blocks: int = 2) -> HydraHeads:

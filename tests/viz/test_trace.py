@@ -15,9 +15,9 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from ladon.config import PICTURE_STEPS
+from ladon.decoder.decoder import Decoder
+from ladon.decoder.trace import TraceStep
 from ladon.errors import InputError
-from ladon.generation import Decoder
-from ladon.trace import TraceStep
 from ladon.viz import html, png
 from ladon.viz.record import (
     BONUS,

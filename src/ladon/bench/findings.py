@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ladon.bench.quality.identity import Difference
 from ladon.bench.systems import Budget, Run
 from ladon.bench.workloads import Question
-from ladon.fixed_tree import FixedTree
+from ladon.trees.fixed_tree import FixedTree
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -19,7 +19,7 @@ from ladon.bench.findings import Findings, Key, Measured, Subject
 from ladon.bench.quality.repetition import Repetition
 from ladon.bench.steps import by_size
 from ladon.bench.systems import Budget, Run, merged
-from ladon.stats import DecodeStats
+from ladon.engine.stats import DecodeStats
 
 _BASES = ("plain", "transformers")
 

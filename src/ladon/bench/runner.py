@@ -23,11 +23,11 @@ from ladon.bench.workloads import Question, Workload, prompt_ids
 from ladon.calibrate.findings import given_the_truth
 from ladon.calibrate.lattice_trace import hit_rates
 from ladon.calibrate.recording import correction_of, record
+from ladon.decoder.decoder import Decoder
+from ladon.decoder.options import OFF
 from ladon.errors import InputError
-from ladon.fixed_tree import FixedTree
-from ladon.generation import Decoder
-from ladon.prune_option import OFF
-from ladon.target import Target
+from ladon.target.target import Target
+from ladon.trees.fixed_tree import FixedTree
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ladon.auto_sizing import AutoSizing
-from ladon.expectation import Sums
-from ladon.sizing import Size, Sizing, StepRecord
+from ladon.tree_size.acceptance_model import Sums
+from ladon.tree_size.adaptive import AutoSizing
+from ladon.tree_size.policy import Size, Sizing, StepRecord
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

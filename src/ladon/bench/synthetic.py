@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ladon import lattice
-from ladon.accept import Accepted
+from ladon.decoder.decoder import Decoder
+from ladon.drafting.proposer import Proposer, Stateless, TreeBuilder, tree_builder
+from ladon.engine.stats import StageClock
 from ladon.errors import InputError
-from ladon.generation import Decoder
 from ladon.heads import Heads
-from ladon.lattice import Lattice
-from ladon.proposers import Proposer, Stateless, TreeBuilder, tree_builder
-from ladon.stats import StageClock
-from ladon.tree import TokenTree, root_tree
+from ladon.sampling.acceptance import Accepted
+from ladon.trees import lattice
+from ladon.trees.lattice import Lattice
+from ladon.trees.token_tree import TokenTree, root_tree
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -19,12 +19,12 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from ladon.bench.steps import NotedSizing, StepFacts
+from ladon.decoder.decoder import Decoder
+from ladon.decoder.options import AUTO, OFF
+from ladon.decoder.request import end_ids
+from ladon.engine.stats import DecodeStats
 from ladon.errors import InputError
-from ladon.fixed_tree import FixedTree
-from ladon.generation import Decoder
-from ladon.prune_option import AUTO, OFF
-from ladon.requests import end_ids
-from ladon.stats import DecodeStats
+from ladon.trees.fixed_tree import FixedTree
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ladon.bundled import demo_prompts
+from ladon.demo.bundled import demo_prompts
 from ladon.errors import InputError
 
 if TYPE_CHECKING:

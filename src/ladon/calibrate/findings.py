@@ -11,11 +11,11 @@ from ladon.calibrate.lattice_trace import LatticeTrace, hit_rates, marginal_hit_
 from ladon.calibrate.simulate import SimulatedRun, simulate_budgets, simulate_prefixes
 from ladon.calibrate.temperatures import BINS, CalibrationError, calibration_errors, fit_temperatures
 from ladon.calibrate.timing import StepTimes
-from ladon.calibration import Calibration
 from ladon.config import HIDDEN, MARKOV, PRODUCT
 from ladon.errors import InputError
-from ladon.fixed_tree import FixedTree, best_fixed_tree
-from ladon.lattice import Correction
+from ladon.heads.calibration import Calibration
+from ladon.trees.fixed_tree import FixedTree, best_fixed_tree
+from ladon.trees.lattice import Correction
 
 SIZES = (8, 16, 32, 64)
 
@@ -91,7 +91,7 @@ def calibrate(
             with it. A hidden correction is in the trace.
         budgets: sizes of the simulated trees, root included.
         step_times: measured on this machine; the projection goes by the first. May be empty.
-        place: the machine, as `ladon.environment` describes it.
+        place: the machine, as `ladon.util.machine` describes it.
 
     Raises:
         InputError: too little was recorded.

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ladon.config import PRODUCT
 from ladon.errors import InputError
-from ladon.lattice import Correction, outside
+from ladon.trees.lattice import Correction, outside
 
 FORMAT = "ladon-lattice-trace"
 VERSION = "2"
@@ -118,7 +118,7 @@ class LatticeTrace:
         """What the heads offer after the true tokens, corrected by the one just before each guess.
 
         Args:
-            correction: as `ladon.lattice.conditioned` takes it; the trace's gates hold.
+            correction: as `ladon.trees.lattice.conditioned` takes it; the trace's gates hold.
 
         Returns:
             The same trace with candidates in their corrected order; the normalisers are those of the candidates and

@@ -18,23 +18,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ladon import sampling
-from ladon.accept import longest_match
-from ladon.cache import TreeCache
 from ladon.calibrate.recording import row_of
 from ladon.calibrate.timing import LayerTimes, Trials, default_proposer, measure_layer_times
-from ladon.engine import Engine
+from ladon.engine.engine import Engine
+from ladon.engine.stats import DecodeStats, StageClock
 from ladon.errors import InputError, UnsupportedModelError
-from ladon.forwards import layer_output
 from ladon.heads import Heads
 from ladon.heads.early_exit import EarlyExit, load_early_exit
 from ladon.heads.model_parts import decoder_layers
-from ladon.pruning import Pruning
-from ladon.stats import DecodeStats, StageClock
-from ladon.survivors import best_nodes
-from ladon.target import Target
-from ladon.tree import TokenTree
-from ladon.verified import VerifyOutput
+from ladon.sampling import sampler as sampling
+from ladon.sampling.acceptance import longest_match
+from ladon.target.hooks import layer_output
+from ladon.target.kv_cache import TreeCache
+from ladon.target.pruning.node_scores import best_nodes
+from ladon.target.pruning.pruner import Pruning
+from ladon.target.target import Target
+from ladon.target.verify_output import VerifyOutput
+from ladon.trees.token_tree import TokenTree
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -158,7 +158,7 @@ def find_pruning(
         context: tokens in the cache when verifications are timed.
         batches: rows verified together when they are timed.
         max_new_tokens: tokens per answer at most.
-        place: the machine, as `ladon.environment` describes it.
+        place: the machine, as `ladon.util.machine` describes it.
         progress: called with (what, done, total).
 
     Raises:

@@ -18,21 +18,21 @@ from torch.nn import functional
 
 from ladon.calibrate.lattice_trace import GRID, LatticeTrace
 from ladon.config import HIDDEN, MARKOV, PRODUCT, DecoderOptions
-from ladon.engine import Engine
+from ladon.decoder.decoder import Decoder
+from ladon.decoder.request import end_ids
+from ladon.drafting.head_chaining import own_joint
+from ladon.drafting.proposer import Stateless
+from ladon.engine.engine import Engine
+from ladon.engine.sequence import Row
+from ladon.engine.stats import DecodeStats, StageClock
 from ladon.errors import InputError
-from ladon.forwards import lock_of, projection_inputs
-from ladon.generation import Decoder
 from ladon.heads import Heads
 from ladon.heads.correction import MarkovCorrection
 from ladon.heads.model_parts import output_projection
-from ladon.joints import own_joint
-from ladon.lattice import Correction
-from ladon.proposers import Stateless
-from ladon.requests import end_ids
-from ladon.rows import Row
-from ladon.stats import DecodeStats, StageClock
-from ladon.target import Target
-from ladon.tree import TokenTree, root_tree
+from ladon.target.hooks import lock_of, projection_inputs
+from ladon.target.target import Target
+from ladon.trees.lattice import Correction
+from ladon.trees.token_tree import TokenTree, root_tree
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

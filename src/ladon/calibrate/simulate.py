@@ -27,11 +27,11 @@ from torch import Tensor
 
 from ladon.calibrate.lattice_trace import LatticeTrace
 from ladon.config import HIDDEN, MARKOV_ROWS, PATHS
+from ladon.drafting.proposer import candidates_needed, tree_builder
 from ladon.errors import TreeError
-from ladon.fixed_tree import FixedTree
-from ladon.lattice import Correction, Lattice, conditioned
-from ladon.proposers import candidates_needed, tree_builder
-from ladon.tree import TokenTree
+from ladon.trees.fixed_tree import FixedTree
+from ladon.trees.lattice import Correction, Lattice, conditioned
+from ladon.trees.token_tree import TokenTree
 
 NOT_SIMULATED = (
     "a trace has what heads guess after the true tokens, and trees of heads that read the tokens before their guesses, "
@@ -95,8 +95,8 @@ def simulate_budgets(
         budgets: nodes per step and row, root included.
         temperatures: one per depth, [K], by which the heads' logits are divided; None leaves them.
         num_candidates: candidates kept per head, as `Decoder` takes it; None: as many as the trace has.
-        correction: by the token before, as `ladon.lattice.conditioned` takes it, with the trace's gates; None leaves
-            guesses as they are. Its successors are not simulated: a trace does not hold what heads said of them.
+        correction: by the token before, as `ladon.trees.lattice.conditioned` takes it, with the trace's gates; None
+            leaves guesses as they are. Its successors are not simulated: a trace does not hold what heads said of them.
 
     Returns:
         A run for each budget. What a depth cap of the target (some models with long contexts) would cut is not cut.

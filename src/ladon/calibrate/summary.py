@@ -11,9 +11,9 @@ from rich.table import Table
 from rich.text import Text
 
 from ladon.calibrate.simulate import NOT_SIMULATED
-from ladon.calibration import Calibration
 from ladon.config import HIDDEN, PATHS
-from ladon.fixed_tree import FixedTree
+from ladon.heads.calibration import Calibration
+from ladon.trees.fixed_tree import FixedTree
 from ladon.viz.fixed_tree import outline
 
 _RANKS = 5

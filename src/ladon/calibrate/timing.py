@@ -12,20 +12,20 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ladon import sampling
-from ladon.accept import longest_match
 from ladon.config import DecoderOptions
+from ladon.drafting.proposer import HeadsProposer, drafting
+from ladon.engine.stats import StageClock
 from ladon.errors import InputError
 from ladon.heads import Heads
 from ladon.heads.model_parts import decoder_layers, output_projection
-from ladon.host import to_host
-from ladon.proposers import HeadsProposer, drafting
-from ladon.pruning import Pruning
-from ladon.sizing import EDGES
-from ladon.stats import StageClock
-from ladon.step_cost import StepTime
-from ladon.target import Target
-from ladon.tree import TokenTree, ancestor_mask
+from ladon.sampling import sampler as sampling
+from ladon.sampling.acceptance import longest_match
+from ladon.target.pruning.pruner import Pruning
+from ladon.target.target import Target
+from ladon.tree_size.latency_model import StepTime
+from ladon.tree_size.policy import EDGES
+from ladon.trees.token_tree import TokenTree, ancestor_mask
+from ladon.trees.transfer import to_host
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -116,7 +116,7 @@ def measure_step_times(
 
 
 def profile_of(measured: Sequence[StepTimes]) -> list[StepTime]:
-    """Measured times as a profile holds them (`ladon.profiles`)."""
+    """Measured times as a profile holds them (`ladon.tree_size.profile_store`)."""
     times = []
     for found in measured:
         kinds = [(nodes, nodes > 1, ms) for nodes, ms in zip(found.nodes, found.ms, strict=True)]

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ladon.bench.findings import Findings, Progress, Subject
     from ladon.bench.workloads import Workload
     from ladon.cli.loading import Loaded
-    from ladon.fixed_tree import FixedTree
+    from ladon.trees.fixed_tree import FixedTree
 
 _DEFAULTS = BenchOptions()
 _MODES, _BUDGETS, _BATCHES = map(options.joined, (_DEFAULTS.modes, _DEFAULTS.budgets, _DEFAULTS.batches))
@@ -229,7 +229,7 @@ def measure(
     from ladon.bench.report import baselines, results
     from ladon.bench.runner import run_bench
     from ladon.cli.loading import dtype_name
-    from ladon.environment import environment, is_busy, load
+    from ladon.util.machine import environment, is_busy, load
 
     before = load()
     if is_busy(before):

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ladon.bench.findings import Progress
     from ladon.bench.workloads import Workload
     from ladon.cli.loading import Loaded
-    from ladon.fixed_tree import FixedTree
+    from ladon.trees.fixed_tree import FixedTree
 
 _DEMO_PROMPTS = 16
 
@@ -35,8 +35,8 @@ def tree_source(
     """
     from ladon.bench.runner import calibrate
     from ladon.bench.workloads import read_workload
-    from ladon.bundled import demo_fixed_tree
-    from ladon.fixed_tree import FixedTree, best_fixed_tree
+    from ladon.demo.bundled import demo_fixed_tree
+    from ladon.trees.fixed_tree import FixedTree, best_fixed_tree
 
     if fixed_tree is not None:
         given = FixedTree.load(fixed_tree)

@@ -21,8 +21,8 @@ from ladon.errors import InputError
 if TYPE_CHECKING:
     from ladon.calibrate.lattice_trace import LatticeTrace
     from ladon.calibrate.timing import StepTimes
-    from ladon.calibration import Calibration
     from ladon.cli.loading import Loaded
+    from ladon.heads.calibration import Calibration
 
 _NEW_TOKENS = BenchOptions().max_new_tokens
 _PRUNING_PROMPTS = 32  # whose answers pruning is judged on, at most
@@ -140,8 +140,8 @@ def _sizes(text: str) -> tuple[int, ...]:
 
 def _destination(model: str, heads: str | None, out: Path | None, dry_run: bool) -> Path | None:
     """The folder to write to; None in a dry run."""
-    from ladon.calibration import CALIBRATION_FILE
     from ladon.cli.loading import DEMO
+    from ladon.heads.calibration import CALIBRATION_FILE
 
     if dry_run:
         return None
@@ -195,8 +195,8 @@ def _stored_hash(loaded: Loaded, heads: str | None) -> str:
     """The hash of the heads as they are stored: float16 keeps less of small weights than the bfloat16 of the hash."""
     import torch
 
-    from ladon.bundled import demo_path
     from ladon.cli.loading import DEMO
+    from ladon.demo.bundled import demo_path
     from ladon.heads.factory import read_heads
 
     assert loaded.heads is not None  # checked when loaded
@@ -239,7 +239,7 @@ def _findings(loaded: Loaded, trace: LatticeTrace, budgets: tuple[int, ...], mea
     from ladon.calibrate.findings import calibrate as find
     from ladon.calibrate.recording import correction_of
     from ladon.cli.loading import dtype_name
-    from ladon.environment import environment
+    from ladon.util.machine import environment
 
     place = environment(loaded.model.device) | {"dtype": dtype_name(loaded.model)}
     assert loaded.heads is not None  # checked when loaded
@@ -250,7 +250,7 @@ def _findings(loaded: Loaded, trace: LatticeTrace, budgets: tuple[int, ...], mea
 def _write(loaded: Loaded, found: Calibration, measured: list[StepTimes], folder: Path) -> Path | None:
     """Write the calibration, and keep the step times for this machine; where, or None if there are none."""
     from ladon.calibrate.timing import profile_of
-    from ladon.profiles import place_of, write_profile
+    from ladon.tree_size.profile_store import place_of, write_profile
 
     assert loaded.heads is not None  # checked when loaded
     found.save(folder)
@@ -270,7 +270,7 @@ def _pruning(loaded: Loaded, asked: Asked, progress: Any) -> dict[str, Any]:
 
     from ladon.calibrate.pruning import find_pruning
     from ladon.cli.loading import dtype_name
-    from ladon.environment import environment
+    from ladon.util.machine import environment
 
     assert loaded.heads is not None  # checked when loaded
     place = environment(loaded.model.device) | {"dtype": dtype_name(loaded.model)}

@@ -17,11 +17,11 @@ from ladon.errors import InputError, LadonError
 
 if TYPE_CHECKING:
     from ladon.cli.loading import Loaded
-    from ladon.generation import Decoder
-    from ladon.past import Past
-    from ladon.rows import Row
-    from ladon.stats import DecodeStats
-    from ladon.steps import Step
+    from ladon.decoder.decoder import Decoder
+    from ladon.engine.sequence import Row
+    from ladon.engine.stats import DecodeStats
+    from ladon.engine.step import Step
+    from ladon.target.prefix_cache import Past
 
 _DEFAULTS = DecoderOptions()
 _CHAT = ChatOptions()
@@ -74,7 +74,7 @@ def chat(
     nodes, shape = options.parse_budget(budget), options.parse_tree(tree)
     law = options.sampling(temperature, top_k, top_p, seed)
     from ladon.cli.loading import load, require_heads
-    from ladon.generation import Decoder
+    from ladon.decoder.decoder import Decoder
 
     loaded = load(
         model,
@@ -136,7 +136,7 @@ class Session:
         self, decoder: Decoder, loaded: Loaded, conversation: Conversation, law: dict[str, Any], shows_depth: bool
     ) -> None:
         """`law` is what `Decoder.rows` is told about limits and sampling; its seed is that of the session."""
-        from ladon.stats import DecodeStats
+        from ladon.engine.stats import DecodeStats
 
         self._decoder, self._loaded, self._conversation = decoder, loaded, conversation
         self._law, self._shows_depth = law, shows_depth
@@ -198,7 +198,7 @@ class Session:
 
     def _answer(self) -> bool:
         """Answer the last message, as it comes; whether anything was said."""
-        from ladon.text import Detokenizer
+        from ladon.decoder.detokenizer import Detokenizer
 
         row = self._row()
         context = [] if self._conversation.has_template else row.prompt_ids
@@ -228,8 +228,8 @@ class Session:
         """The last message as a row, which goes on from what is kept of the chat; `InputError` if it is too long."""
         import torch
 
-        from ladon.capability import context_limit
-        from ladon.sampling import mix
+        from ladon.sampling.gumbel import mix
+        from ladon.target.support import context_limit
 
         ids = self._conversation.prompt_ids()
         limit = context_limit(self._loaded.model.config.get_text_config(decoder=True))

@@ -13,7 +13,7 @@ from ladon.cli.output import say
 from ladon.errors import InputError
 
 if TYPE_CHECKING:
-    from ladon.constraints import Constraint
+    from ladon.constraints.state import Constraint
 
 SchemaOption = Annotated[
     str | None,
@@ -38,8 +38,8 @@ def read_constraint(json_schema: str | None, regex: str | None, grammar: Path | 
     names = [name for name, value in given.items() if value is not None]
     if len(names) > 1:
         raise InputError(f"{' and '.join(names)} were given; give one of them")
-    from ladon import structured
     from ladon.bench.workloads import read_text
+    from ladon.constraints import llguidance_backend as structured
 
     if json_schema is not None:
         is_text = json_schema.lstrip()[:1] in ("", "{", "[", '"') or json_schema in ("true", "false")

@@ -53,8 +53,8 @@ def demo(
         budgets=(nodes if isinstance(nodes, int) else AUTO_BUDGET,), max_new_tokens=max_new_tokens, repeats=repeats
     )
     from ladon.bench.workloads import demo_workload
-    from ladon.bundled import demo_fixed_tree
     from ladon.cli.loading import DEMO, load
+    from ladon.demo.bundled import demo_fixed_tree
 
     loaded = load(DEMO, None, dtype=dtype, device="cpu", threads=threads)
     workload = demo_workload(prompts)
@@ -83,8 +83,8 @@ def _complete(console: Console, loaded: Loaded, prompt: str, plan: BenchOptions)
     from rich.text import Text
 
     from ladon.cli.prompts import encode
-    from ladon.generation import Decoder
-    from ladon.text import Detokenizer
+    from ladon.decoder.decoder import Decoder
+    from ladon.decoder.detokenizer import Detokenizer
     from ladon.viz.record import origins
     from ladon.viz.terminal import legend, token_text
 

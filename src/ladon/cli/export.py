@@ -14,7 +14,7 @@ from ladon.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from ladon.fixed_tree import FixedTree
+    from ladon.trees.fixed_tree import FixedTree
 
 _NAMES = "medusa, medusa-v2, tgi, vllm, tensorrt-llm, modelopt or own"
 _Heads = Annotated[str, Argument(metavar="HEADS", help="Folder, file or hub id of the heads, in any format.")]
@@ -68,8 +68,8 @@ def _stored(name: str, trust_remote_code: bool) -> tuple[PreTrainedModel, PreTra
     """Tokenizer and model, this in the dtype of its checkpoint, whatever is fast here: its weights go into files."""
     from transformers import AutoConfig
 
-    from ladon.bundled import demo_path
     from ladon.cli.loading import DEMO, load
+    from ladon.demo.bundled import demo_path
 
     loaded = load(name, None, dtype="auto", device="cpu", trust_remote_code=trust_remote_code)
     source = str(demo_path()) if name == DEMO else name
@@ -79,8 +79,7 @@ def _stored(name: str, trust_remote_code: bool) -> tuple[PreTrainedModel, PreTra
 
 
 def _rank_paths(path: Path) -> FixedTree:
-    from ladon.fixed_tree import FixedTree
-    from ladon.tree_notations import read_tree
+    from ladon.trees.fixed_tree import FixedTree, read_tree
 
     tree = read_tree(path)
     if not isinstance(tree, FixedTree):

@@ -18,9 +18,9 @@ from ladon.errors import InputError
 if TYPE_CHECKING:
     from ladon.bench.workloads import Question
     from ladon.cli.loading import Loaded
-    from ladon.generation import Decoder
-    from ladon.rows import Row
-    from ladon.stats import DecodeStats
+    from ladon.decoder.decoder import Decoder
+    from ladon.engine.sequence import Row
+    from ladon.engine.stats import DecodeStats
 
 _DEFAULTS = DecoderOptions()
 _NEW_TOKENS = BenchOptions().max_new_tokens
@@ -91,7 +91,7 @@ def generate(
         ladon generate --prompts prompts.jsonl --batch 4 --max-new-tokens 32
         ladon generate --model path/to/model --heads path/to/heads --prompt-file prompt.txt --budget 32
     """
-    from ladon.lossy import parsed_rule
+    from ladon.sampling.lossy import parsed_rule
 
     nodes, shape, texts = options.parse_budget(budget), options.parse_tree(tree), prompt or []
     if prompt_file is not None and (prompts is not None or len(texts) > 1):
@@ -102,7 +102,7 @@ def generate(
     law, rule = options.sampling(temperature, top_k, top_p, seed), parsed_rule(accept)
     make_constraint = constraints.read_constraint(json_schema, regex, grammar)
     from ladon.cli.loading import load, require_heads
-    from ladon.generation import Decoder
+    from ladon.decoder.decoder import Decoder
 
     loaded = load(
         model,
@@ -136,7 +136,7 @@ def _answer_one(
     decoder: Decoder, loaded: Loaded, text: str, max_new_tokens: int, law: dict[str, Any], *, is_silent: bool
 ) -> dict[str, Any]:
     """Write one answer as it comes; what is known of it."""
-    from ladon.text import PieceStreamer
+    from ladon.decoder.detokenizer import PieceStreamer
 
     ids = encode(loaded.tokenizer, text).to(loaded.model.device)
     streamer = None if is_silent else PieceStreamer(loaded.tokenizer, partial(print, end="", flush=True))
@@ -159,7 +159,7 @@ def _answer_many(
 ) -> dict[str, Any]:
     """Answer prompts together, and write each answer once it and all before it are done; what is known of them."""
     from ladon.bench.report import finite
-    from ladon.rows import warn_of_dead_ends
+    from ladon.engine.sequence import warn_of_dead_ends
 
     shown = 0
     for _ in decoder.decode(rows, max_rows=batch):
@@ -196,7 +196,7 @@ def _rows(
     import torch
 
     from ladon.bench.workloads import prompt_ids
-    from ladon.capability import context_limit
+    from ladon.target.support import context_limit
 
     limit = context_limit(loaded.model.config.get_text_config(decoder=True))
     prompts = [prompt_ids(loaded.tokenizer, question, []) for question in questions]

@@ -15,10 +15,9 @@ from ladon.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ladon.fixed_tree import FixedTree
     from ladon.heads import Heads
     from ladon.heads.formats.files import Checkpoint
-    from ladon.tree_notations import TreeSize
+    from ladon.trees.fixed_tree import FixedTree, TreeSize
 
 _PathArgument = Annotated[
     str | None,
@@ -78,7 +77,7 @@ def inspect(
 
 
 def _read_tree(path: Path) -> FixedTree | TreeSize:
-    from ladon.tree_notations import read_tree
+    from ladon.trees.fixed_tree import read_tree
 
     if not path.is_file():
         raise InputError(f"there is no tree file {options.shortened(str(path))}; give a JSON file of rank paths")
@@ -101,8 +100,8 @@ def describe(path: str, model: PreTrainedModel | None = None) -> dict[str, Any]:
     Raises:
         HeadsError: nothing there, no checkpoint, or a damaged one.
     """
-    from ladon.bundled import demo_path
     from ladon.cli.loading import DEMO
+    from ladon.demo.bundled import demo_path
     from ladon.heads.checkpoint import find_heads, is_own
     from ladon.heads.factory import read_heads
     from ladon.heads.formats.detect import LAYOUTS, detect
@@ -197,9 +196,9 @@ def _compared(heads: Heads, model: PreTrainedModel) -> dict[str, Any]:
     """Whether the heads are this model's, and what a draft reads of memory beside a plain step of it."""
     import torch
 
-    from ladon.forwards import projection_inputs
     from ladon.heads.fingerprint import MIN_AGREEMENT, agreement, fingerprint
     from ladon.heads.model_parts import input_embedding, output_projection
+    from ladon.target.hooks import projection_inputs
 
     projection = output_projection(model)
     sizes = {"hidden_size": projection.hidden_size, "vocab_size": projection.vocab_size}
@@ -231,7 +230,7 @@ def _compared(heads: Heads, model: PreTrainedModel) -> dict[str, Any]:
 
 def _tree(shape: FixedTree | TreeSize | None, rates: Any, nodes: int) -> dict[str, Any] | None:
     """The tree to draw: that of the file, or the best one for the hit rates."""
-    from ladon.fixed_tree import FixedTree, best_fixed_tree
+    from ladon.trees.fixed_tree import FixedTree, best_fixed_tree
     from ladon.viz.fixed_tree import path_values
 
     is_best = shape is None

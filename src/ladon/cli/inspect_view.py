@@ -11,8 +11,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from ladon.fixed_tree import FixedTree
 from ladon.heads.card import in_bytes, shown_base
+from ladon.trees.fixed_tree import FixedTree
 from ladon.viz.fixed_tree import fixed_view
 
 _TOP = 5

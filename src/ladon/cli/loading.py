@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ladon.bundled import demo_path, load_demo
 from ladon.cli.options import DTYPES, shortened
 from ladon.config import MTP
+from ladon.demo.bundled import demo_path, load_demo
 from ladon.errors import InputError
 from ladon.heads import load_heads
 from ladon.heads.mtp import load_mtp
-from ladon.machine import cpu_flags
+from ladon.util.machine import cpu_flags
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -13,8 +13,7 @@ from ladon.config import AUTO_BUDGET, BENCH_MODES, TREES, DecoderOptions, Sampli
 from ladon.errors import InputError
 
 if TYPE_CHECKING:
-    from ladon.fixed_tree import FixedTree
-    from ladon.tree_notations import TreeSize
+    from ladon.trees.fixed_tree import FixedTree, TreeSize
 
 ModelOption = Annotated[
     str,
@@ -96,7 +95,8 @@ JsonOption = Annotated[bool, Option("--json", help="Print one JSON document as t
 
 def sampling(temperature: float, top_k: int, top_p: float, seed: int) -> dict[str, Any]:
     """Options of `Decoder.generate` that say how tokens are picked; `InputError` for what is no law."""
-    from ladon.sampling import check_settings, row_seeds
+    from ladon.sampling.gumbel import row_seeds
+    from ladon.sampling.sampler import check_settings
 
     check_settings(temperature, top_k, top_p)
     row_seeds(seed, 1)
@@ -137,12 +137,12 @@ def parse_modes(text: str) -> tuple[str, ...]:
 
 
 def parse_tree(text: str) -> str | FixedTree | TreeSize:
-    """A tree option's name, or the tree in a file, in any of the notations of `ladon.tree_notations`."""
+    """A tree option's name, or the tree in a file, in any of the notations of `ladon.trees.fixed_tree`."""
     if text in TREES:
         return text
     if not os.path.isfile(text):  # also false for a name that is too long, such as the paths themselves
         raise InputError(f"--tree is {shortened(text)!r}; give {', '.join(TREES)}, or a file with a tree")
-    from ladon.tree_notations import read_tree
+    from ladon.trees.fixed_tree import read_tree
 
     return read_tree(text)
 

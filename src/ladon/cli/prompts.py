@@ -88,7 +88,7 @@ def asked_of(loaded: Loaded, prompts: str | None, limit: int | None) -> Asked:
     Raises:
         InputError: the data set cannot be read, or there is no prompt.
     """
-    from ladon.bundled import demo_prompts
+    from ladon.demo.bundled import demo_prompts
     from ladon.train.data.prompts import read_prompts
 
     if prompts is not None:

@@ -66,7 +66,7 @@ def trace(
     check_writable(html)
     check_writable(png)
     from ladon.cli.loading import dtype_name, load, require_heads
-    from ladon.generation import Decoder
+    from ladon.decoder.decoder import Decoder
     from ladon.viz import png as picture
     from ladon.viz.record import record
 

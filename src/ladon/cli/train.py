@@ -128,8 +128,8 @@ def train(
         torchrun --nproc-per-node 8 -m ladon.cli train answers.jsonl --model path/to/model --out heads
     """
     given = dict(locals())
-    from ladon.bundled import demo_path
     from ladon.cli.loading import DEMO, load
+    from ladon.demo.bundled import demo_path
 
     given["family_options"] = parse_family_options(family_option or [])
     if init_heads == DEMO:

@@ -15,7 +15,7 @@ from ladon.errors import InputError
 
 if TYPE_CHECKING:
     from ladon.bench.quality.verification import Distance, Verdict
-    from ladon.lossy import Nucleus, Typical
+    from ladon.sampling.lossy import Nucleus, Typical
 
 _DEFAULTS, _SAMPLING = DecoderOptions(), SamplingOptions()
 _DIFFERENT = 1  # exit code
@@ -154,7 +154,7 @@ def _lines(verdict: Verdict) -> list[str]:
 
 def _rules(texts: Sequence[str]) -> list[Typical | Nucleus]:
     """The lossy rules that are named; `InputError` for what is none."""
-    from ladon.lossy import parsed_rule
+    from ladon.sampling.lossy import parsed_rule
 
     rules = [parsed_rule(text) for text in texts]
     if None in rules:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ladon.calibration import Calibration
 from ladon.errors import HeadsError
+from ladon.heads.calibration import Calibration
 from ladon.heads.checkpoint import HeadsConfig, write_heads
 from ladon.heads.correction import MARKOV_GATE, HiddenCorrection, MarkovCorrection
 from ladon.heads.fingerprint import Fingerprint, check_same_base, fingerprint

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from ladon.calibration import Calibration
 from ladon.errors import HeadsError
 from ladon.heads.base import Heads
+from ladon.heads.calibration import Calibration
 from ladon.heads.early_exit import EarlyExit
 
 CARD_FILE = "README.md"

@@ -20,8 +20,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ladon.calibration import CALIBRATION_FILE
 from ladon.errors import HeadsError
+from ladon.heads.calibration import CALIBRATION_FILE
 from ladon.heads.fingerprint import SAMPLES, Fingerprint
 from ladon.heads.formats.files import CONFIG_FILE, HEADS_FILES, INDEX_FILES, read_json
 

@@ -4,7 +4,7 @@ Independent heads do not know which token their guess would follow, and head 1 d
 
 The Markov correction works in products of a low rank: head k's logit of token v after token u becomes
 U_k(v) + a_k <W1[u], W2[v]>, one W1 and W2 for all depths (DSpark, arXiv 2607.05147, there for chains). Decoding needs
-the products of a few candidates only (`ladon.lattice.conditioned`). With a gate, a_k is multiplied by
+the products of a few candidates only (`ladon.trees.lattice.conditioned`). With a gate, a_k is multiplied by
 2 sigmoid(<G_k, h>), h the hidden row that the heads read: how strongly the token before speaks then depends on the
 place.
 

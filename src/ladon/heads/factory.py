@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
-from ladon.calibration import CALIBRATION_FILE, Calibration, read_calibration
 from ladon.errors import HeadsError
 from ladon.heads.base import Heads
+from ladon.heads.calibration import CALIBRATION_FILE, Calibration, read_calibration
 from ladon.heads.checkpoint import check_token_ids, find_heads, is_own, read_config, read_tensors
 from ladon.heads.correction import HIDDEN_CORRECTION, MARKOV_GATE, MARKOV_RANK, MARKOV_SUCCESSORS
 from ladon.heads.formats.detect import detect

@@ -3,7 +3,7 @@
 Multi-token prediction is DeepSeek-V3's (arXiv 2412.19437, section 2.2): module l is one decoder layer of the model. At
 a token it reads that token's embedding and what module l - 1 (for the first: the model, after its final norm) made of
 the token before, and guesses the token after. Unlike decoding heads it attends to all that stands before, so it keeps
-keys and values of its own (`ladon.mtp`).
+keys and values of its own (`ladon.drafting.mtp`).
 """
 
 from __future__ import annotations

@@ -13,19 +13,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ladon import lattice
-from ladon.accept import longest_match
 from ladon.calibrate.timing import measure_step_times
 from ladon.config import AUTO_BUDGET, HIDDEN_ROWS, MARKOV_ROWS, PATH_ROWS, DecoderOptions
-from ladon.growth import grow_chain, grow_dynamic
+from ladon.drafting.head_chaining import hidden_rows, paths
 from ladon.heads import ConditionedHeads, Heads
 from ladon.heads.correction import HiddenCorrection, MarkovCorrection
 from ladon.heads.model_parts import input_embedding_module, output_projection
-from ladon.joints import hidden_rows, paths
-from ladon.partial_paths import best_rows
+from ladon.sampling.acceptance import longest_match
 from ladon.train.losses import rows_per_chunk
 from ladon.train.modules import hidden_states
-from ladon.tree import ancestor_mask, node_depths
+from ladon.trees import lattice
+from ladon.trees.grow import grow_chain, grow_dynamic
+from ladon.trees.lattice import best_rows
+from ladon.trees.token_tree import ancestor_mask, node_depths
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

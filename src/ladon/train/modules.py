@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ladon.forwards import layer_output, lock_of, projection_inputs
 from ladon.heads import Heads
 from ladon.heads.card import write_card
 from ladon.heads.checkpoint import EARLY_EXIT_FILES
 from ladon.heads.correction import MarkovCorrection
 from ladon.heads.early_exit import EarlyExit
 from ladon.heads.model_parts import output_projection
+from ladon.target.hooks import layer_output, lock_of, projection_inputs
 from ladon.train.losses import Labels, Outcome, SoftLabels, TokenLabels, chunked_loss, rows_per_chunk
 
 if TYPE_CHECKING:

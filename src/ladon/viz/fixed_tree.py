@@ -9,7 +9,7 @@ from rich.style import Style
 from rich.text import Text
 from rich.tree import Tree
 
-from ladon.fixed_tree import FixedTree, RankPath
+from ladon.trees.fixed_tree import FixedTree, RankPath
 from ladon.viz.record import ansi_colour
 
 

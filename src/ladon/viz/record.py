@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ladon.text import Detokenizer
-from ladon.tree import ancestor_mask
+from ladon.decoder.detokenizer import Detokenizer
+from ladon.trees.token_tree import ancestor_mask
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from ladon.trace import TraceStep
+    from ladon.decoder.trace import TraceStep
 
 BONUS = 0  # the origin of a bonus token; a drafted token's origin is its depth, 1 or more
 NO_STEP = "the answer ended with the prefill's token: no decode step"

@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 from ladon import Decoder
 from ladon.bench.quality.diagnosis import DiagnosedDecoder, Diagnosis
 from ladon.calibrate.temperatures import expected_calibration_error
+from ladon.drafting.proposer import candidates_needed
 from ladon.heads import Heads, new_heads
-from ladon.lattice import from_logits
-from ladon.proposers import candidates_needed
+from ladon.trees.lattice import from_logits
 from taught_heads import NEW_TOKENS, PROMPTS, taught
 
 PREFIXES = ("known", "oracle", "selected", "accepted")

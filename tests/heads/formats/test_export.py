@@ -14,10 +14,10 @@ from transformers import PreTrainedModel
 
 from checkpoints import HEADS, HIDDEN, V01, V2, VLLM, VOCABULARY, config_of, read, same
 from ladon.errors import HeadsError
-from ladon.fixed_tree import FixedTree
 from ladon.heads import MedusaHeads, load_heads, new_heads
 from ladon.heads.factory import read_heads
 from ladon.heads.formats.export import FORMATS, export_heads
+from ladon.trees.fixed_tree import FixedTree
 
 UNVERIFIED = pytest.mark.filterwarnings("ignore:cannot verify")
 

@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
 from ladon import InputError
-from ladon.generation import Decoder
-from ladon.rows import Row
-from ladon.sampling import Sampler, mix
+from ladon.decoder.decoder import Decoder
+from ladon.engine.sequence import Row
+from ladon.sampling.gumbel import mix
+from ladon.sampling.sampler import Sampler
 from ladon.train.data.prompts import Prompt
 from ladon.train.distill.distill import (
     Answer,

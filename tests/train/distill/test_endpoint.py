@@ -14,7 +14,7 @@ import pytest
 from chats import CHAT, TEMPLATE
 from endpoints import KEY, Server, says, serving
 from ladon import InputError
-from ladon.sampling import mix
+from ladon.sampling.gumbel import mix
 from ladon.train.data.prompts import Prompt, read_prompts
 from ladon.train.distill.distill import Report, Settings, distill, failed_path, read_distilled
 from ladon.train.distill.endpoint import EndpointModel

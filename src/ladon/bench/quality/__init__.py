@@ -1,1 +1,1 @@
-"""Quality of what is decoded: is it the same text, does it repeat itself, where are tokens lost?"""
+"""Quality of what is decoded: whether it is the same text, whether it repeats itself, where tokens are lost."""

@@ -19,13 +19,13 @@ from torch import Tensor
 from ladon.bench.report import finite
 from ladon.calibrate.simulate import mean_leaf_mass, reached, true_rows, true_slots
 from ladon.calibrate.temperatures import expected_calibration_error
-from ladon.generation import Decoder
-from ladon.lattice import Lattice
-from ladon.proposers import Proposer, TreeBuilder
-from ladon.rows import Row
-from ladon.stats import StageClock
-from ladon.steps import Step
-from ladon.tree import TokenTree
+from ladon.decoder.decoder import Decoder
+from ladon.drafting.proposer import Proposer, TreeBuilder
+from ladon.engine.sequence import Row
+from ladon.engine.stats import StageClock
+from ladon.engine.step import Step
+from ladon.trees.lattice import Lattice
+from ladon.trees.token_tree import TokenTree
 
 
 @runtime_checkable

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from ladon.bench.systems import LadonSystem
-from ladon.target import Target
-from ladon.trace import TraceStep
-from ladon.tree import TokenTree
+from ladon.decoder.trace import TraceStep
+from ladon.target.target import Target
+from ladon.trees.token_tree import TokenTree
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from ladon.bench.quality.identity import Difference, first_difference, near_tie_bound
-from ladon.generation import Decoder
-from ladon.lossy import Nucleus, Typical
-from ladon.picking import scores_of
-from ladon.rows import Row
-from ladon.steps import Step
-from ladon.target import Target
+from ladon.decoder.decoder import Decoder
+from ladon.engine.sequence import Row
+from ladon.engine.step import Step
+from ladon.sampling.lossy import Nucleus, Typical
+from ladon.sampling.sampler import scores_of
+from ladon.target.target import Target
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -13,11 +13,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ladon.errors import HeadsError
-from ladon.fixed_tree import FixedTree
 from ladon.heads.base import Heads
 from ladon.heads.formats.files import CONFIG_FILE, SAFE, new_folder, read_json, write_json
 from ladon.heads.medusa import MedusaHeads
 from ladon.heads.model_parts import OutputProjection, output_projection
+from ladon.trees.fixed_tree import FixedTree
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

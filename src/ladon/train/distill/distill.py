@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from ladon.bench.quality.repetition import Repetition
 from ladon.errors import InputError
-from ladon.sampling import check_settings, mix
+from ladon.sampling.gumbel import mix
+from ladon.sampling.sampler import check_settings
 from ladon.train.data.prompts import Prompt
 
 if TYPE_CHECKING:

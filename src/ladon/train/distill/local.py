@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ladon.capability import context_limit
+from ladon.decoder.decoder import Decoder
+from ladon.decoder.request import end_ids
+from ladon.engine.sequence import Row
 from ladon.errors import InputError
-from ladon.generation import Decoder
 from ladon.heads.fingerprint import fingerprint
-from ladon.pickers import Picker
-from ladon.requests import end_ids
-from ladon.rows import Row
-from ladon.sampling import GREEDY, Sampler
+from ladon.sampling.sampler import GREEDY, Picker, Sampler
+from ladon.target.support import context_limit
 from ladon.train.data.prompts import Prompt
 from ladon.train.distill.distill import Answer, Failure, Settings
 
@@ -62,7 +61,7 @@ class LocalModel:
 
     @property
     def acceptance_length(self) -> float | None:
-        """Tokens per row-step so far, as `ladon.stats` defines it; None without heads, or before the first step."""
+        """Tokens per row-step so far, as `ladon.engine.stats` has it; None without heads, or before the first step."""
         return self._tokens / self._row_steps if self._decoder.heads is not None and self._row_steps else None
 
     def answers(self, prompts: Sequence[Prompt], settings: Settings) -> Iterator[list[Answer | Failure]]:

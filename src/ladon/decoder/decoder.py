@@ -1,0 +1,302 @@
+"""The front door: `Decoder`.
+
+Preparing inputs, limits and stop rules is left to transformers' own `generate`, which then calls the decoder through
+`custom_generate`. What it drops on the way is handled here: the streamer, the tokenizer that stop strings need, an
+assistant model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from ladon.config import DecoderOptions
+from ladon.constraints.state import Constraint
+from ladon.decoder.options import DraftPlan, Prune, chosen_pruning, still_chosen
+from ladon.decoder.output import stream
+from ladon.decoder.request import (
+    Request,
+    call_options,
+    kept_rows,
+    make_rows,
+    padded_prompts,
+    prepared_by_generate,
+    refuse_unsupported,
+)
+from ladon.decoder.trace import Trace
+from ladon.drafting.proposer import Proposer, RootProposer
+from ladon.engine.engine import Engine
+from ladon.engine.sequence import Row
+from ladon.engine.stats import DecodeStats, StageClock
+from ladon.engine.step import Step
+from ladon.errors import InputError
+from ladon.heads import Heads
+from ladon.sampling.lossy import Nucleus, Typical, rule_of
+from ladon.sampling.sampling_params import Law
+from ladon.target.prefix_cache import Past
+from ladon.target.target import Target
+from ladon.trees.fixed_tree import FixedTree, TreeSize
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+    from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+_DEFAULTS = DecoderOptions()
+
+
+class Decoder:
+    """Decodes with a target model and, if given, heads that draft token trees for it.
+
+    Greedy output equals `transformers` greedy `generate`. While a forward runs, a hook sits on the model's output
+    projection; on alibi models, ctrl, xglm and gpt_neo hooks sit on every layer too, and gpt_neo's layers hold another
+    `bias` buffer. Between forwards the model is as it was.
+
+    Attributes:
+        sizing: chooses the sizes of trees; what it has learnt serves the next calls.
+        pruning: how trees are pruned; None if they are not.
+        stats: counts and times of the last call.
+        seeds: of the rows of the last call of `generate`; a row can be drawn again alone with its own.
+        complete: of the same rows, whether the text is whole, as its constraint has it; None without one.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        heads: Heads | None = None,
+        *,
+        tree: str | FixedTree | TreeSize = _DEFAULTS.tree,
+        budget: int | str = _DEFAULTS.budget,
+        num_candidates: int = _DEFAULTS.num_candidates,
+        joint: str = _DEFAULTS.joint,
+        deterministic: bool = False,
+        prune: Prune = _DEFAULTS.prune,
+        accept: str | Typical | Nucleus = _DEFAULTS.accept,
+        profile: bool = False,
+        ngrams: str = _DEFAULTS.ngrams,
+    ) -> None:
+        """Check the model and the options.
+
+        Args:
+            model: any causal language model of transformers whose cache can roll back.
+            heads: decoding heads for it; None: n-grams alone draft. Decoders of several models may share heads if they
+                run one after the other.
+            tree: "dynamic" (grown anew at each step from the heads' joint probabilities), "chain" (each head's best
+                token), "off" (plain decoding), a `FixedTree` or a `TreeSize`. A model that verifies chains but no trees
+                (its self-test says so) gets the chain instead of the dynamic tree.
+            budget: nodes verified per step and row, root included; "auto" chooses at each step what pays, plain
+                decoding included, and is the size of a fixed tree. A smaller budget cuts a fixed tree.
+            num_candidates: candidates kept per head.
+            joint: "product" (each head guesses by itself), "markov" or "hidden" (the token before corrects the guess),
+                "paths" (each guess after the path so far; "paths:16": after the 16 best of each depth, a beam) or
+                "auto", the one that the heads were made for.
+            deterministic: let no clock choose, as with LADON_DETERMINISTIC=1 in the environment: automatic sizes depend
+                on the trees and a profile (`ladon calibrate`) alone, and are 16 without one.
+            prune: "off"; "auto", what `ladon calibrate --pruning` found to pay, if anything; a `Pruning`; or its layer
+                and the nodes to keep, such as "4:16".
+            accept: "exact"; or, NOT exact where tokens are sampled, "typical" or "nucleus", a `Typical` or a `Nucleus`.
+            profile: measure time by stage (waits for the device at each stage).
+            ngrams: "auto": what followed the last tokens earlier joins dynamic trees, and without heads is all; "off".
+
+        Raises:
+            InputError: an unknown rule of acceptance, or joint.
+            UnsupportedModelError: the model cannot verify a tree exactly.
+            HeadsError: the heads do not belong to the model.
+            TreeError: an unknown tree or n-gram option, a budget below 1, or a fixed tree that the heads cannot fill or
+                that branches where the model verifies chains only.
+        """
+        plan = DraftPlan.of(heads, tree, budget, num_candidates, ngrams, joint)
+        self._profile, self._prune, self._rule = profile, prune, rule_of(accept)
+        self.model = model
+        self.heads = None if heads is None else heads.bind(model)
+        self._target = Target(model)
+        self._plan = plan.fitting(self._target, self.heads)
+        self.pruning = chosen_pruning(prune, heads, self._target)
+        self.sizing = self._plan.sizing(self._target, self.heads, self.pruning, deterministic=deterministic)
+        self.stats = DecodeStats()
+        self.seeds: list[int] = []
+        self.complete: list[bool | None] = []
+
+    def generate(
+        self,
+        input_ids: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        logits_processor: LogitsProcessorList | None = None,
+        stopping_criteria: StoppingCriteriaList | None = None,
+        prefix_allowed_tokens_fn: Any = None,
+        synced_gpus: Any = None,
+        assistant_model: PreTrainedModel | None = None,
+        streamer: Any = None,
+        seed: int | Sequence[int] | None = None,
+        constraint: Constraint | Sequence[Constraint | None] | None = None,
+        **kwargs: Any,
+    ) -> Tensor | GenerateDecoderOnlyOutput:
+        """What `model.generate` returns, with fewer forwards.
+
+        Args:
+            input_ids: prompts, [B, T] int64, padded on the left or right as `attention_mask` says; or `inputs`.
+            generation_config: options, which the model's own fill up and `**kwargs` override.
+            logits_processor: called with each node's own prefix, as are those that options ask for. One that is not of
+                transformers and does not declare `stateless = True` makes decoding plain.
+            stopping_criteria: called as if tokens came one at a time, each row alone; as in `generate`, they replace
+                the default of the same class.
+            prefix_allowed_tokens_fn: asked at every node of the trees.
+            synced_gpus: of no effect.
+            assistant_model: refused; the heads do its work.
+            streamer: gets the prompt, then new tokens, 1-D, as they come; for one prompt.
+            seed: of what is drawn with `do_sample=True`: a number, from which each row gets one of its own, or one for
+                each row, such as `seeds` shows; None draws a number from torch's global generator.
+            constraint: what texts may be (`ladon.json_schema`, `regex`, `grammar`), for all rows, or one or None for
+                each; where it lets a row go no further, that ends with a warning. `complete` tells whose text is whole.
+            **kwargs: `generate`'s options: `attention_mask`, `max_new_tokens`, `max_length`, `eos_token_id`,
+                `stop_strings` with `tokenizer`, `return_dict_in_generate`, `num_return_sequences`; `past_key_values` of
+                an earlier output (`ladon.target.prefix_cache.KeptCache`). Model inputs other than the mask (and
+                position ids that follow from it) are refused, caches of other kinds too.
+
+        Returns:
+            Sequences [B, T + new], padded on the right after a row's end; or transformers' output object.
+
+        Raises:
+            InputError: a prompt that is empty, not [B, T], not in the vocabulary, or at or past the context limit; no
+                room for a token; an option that is not supported, or that transformers does not accept.
+        """
+        options = {**kwargs, "generation_config": generation_config, "logits_processor": logits_processor}
+        options |= {"prefix_allowed_tokens_fn": prefix_allowed_tokens_fn, "synced_gpus": synced_gpus}
+        options["assistant_model"] = assistant_model
+        input_ids, options = call_options(self.model, input_ids, options, stopping_criteria or [])
+        own: dict[str, Any] = {
+            "seed": seed,
+            "constraint": constraint,
+            "pasts": kept_rows(options.pop("past_key_values", None)),
+        }
+        return self._run(self._prepare(input_ids, **own, **options), streamer)
+
+    def __call__(
+        self, model: PreTrainedModel, input_ids: Tensor, **prepared: Any
+    ) -> Tensor | GenerateDecoderOnlyOutput:
+        """What `model.generate(..., custom_generate=decoder)` calls, with inputs prepared.
+
+        Before it calls a `custom_generate` callable, transformers drops `streamer` (an iterator streamer given there
+        waits for ever), `tokenizer` (stop strings raise) and `assistant_model` (it has no effect), and refuses
+        `num_return_sequences` above 1 in greedy decoding. `Decoder.generate` and `attach` handle them. An empty cache
+        of transformers' given as `past_key_values` stays empty where transformers does not mark it as the user's.
+        """
+        return self._run(self._request(model, input_ids, **prepared), None)
+
+    def trace(
+        self, input_ids: Tensor, *, max_new_tokens: int, eos_token_id: int | Sequence[int] | None = None
+    ) -> Trace:
+        """Decode one sequence greedily and record every step's tree. Reads whole trees from the device: slower.
+
+        Args:
+            input_ids: one prompt, [T] or [1, T] int64.
+            max_new_tokens: how many tokens to emit at most, the prefill's token (the first root) included.
+            eos_token_id: tokens that end the sequence; the model's own if None.
+
+        Returns:
+            The prefill's token, and an iterator over the decode steps, each made when it is asked for.
+
+        Raises:
+            InputError: what `generate` refuses, the options in the model's generation config included; or several
+                prompts.
+        """
+        options: dict[str, Any] = {} if eos_token_id is None else {"eos_token_id": eos_token_id}
+        if input_ids.ndim == 2 and len(input_ids) > 1:
+            raise InputError(f"a trace shows one sequence, but there are {len(input_ids)}; give one prompt")
+        rows = self.rows([input_ids.flatten()], max_new_tokens=max_new_tokens, **options)
+        return Trace(self.engine().run(rows), len(rows[0].prompt))
+
+    def rows(self, prompts: Sequence[Tensor], *, past: Sequence[Past] = (), **options: Any) -> list[Row]:
+        """Prompts as rows for `engine` or `decode`, with the limits and stop rules that `generate` would give them.
+
+        Args:
+            prompts: token ids of each, [T] int64, without padding.
+            past: sequences decoded before (`Row.past`); each prompt goes on from the one that it shares most with.
+            **options: `generate`'s: `max_new_tokens`, `eos_token_id`, `stopping_criteria`, `do_sample` (False if it is
+                not given), `seed`, `constraint`, `return_dict_in_generate` (rows keep their `past`, scores) and so on.
+
+        Raises:
+            InputError: what `generate` refuses.
+        """
+        input_ids, mask = padded_prompts(self.model, prompts, options)
+        return self._prepare(input_ids, pasts=past, attention_mask=mask, **{"do_sample": False, **options}).rows
+
+    def decode(self, rows: Sequence[Row], *, max_rows: int | None = None) -> Generator[Step, None, None]:
+        """Decode rows whose limits, stops and token ids the caller has checked, in an `engine` of their own."""
+        return self.engine(max_rows=max_rows).run(rows)
+
+    def engine(self, *, max_rows: int | None = None, is_plain: bool = False) -> Engine:
+        """An engine for rows that come and go, with statistics of its own, which are `stats` from now on.
+
+        Args:
+            max_rows: rows in flight at most, 1 or more (else `InputError`), the others wait; None for no bound.
+            is_plain: draft nothing.
+        """
+        self._target.check()  # first of all: the model may have changed since the last call
+        self.pruning = still_chosen(self.pruning, self._prune, self._target)
+        self.stats = DecodeStats()
+        clock = StageClock(self.stats.stage_seconds, enabled=self._profile, device=self._target.device)
+        return Engine(
+            self._target,
+            RootProposer() if is_plain else self._proposer(clock),
+            budget=1 if is_plain else self.sizing,
+            stats=self.stats,
+            clock=clock,
+            max_rows=max_rows,
+            pruning=self.pruning,
+            rule=self._rule,
+            lookup=None if is_plain else self._plan.lookup(self._target),
+        )
+
+    def _prepare(
+        self, input_ids: Tensor, *, seed: Any = None, constraint: Any = None, pasts: Sequence[Past] = (), **options: Any
+    ) -> Request:
+        """What transformers makes of a call's options; its complaints about them become an `InputError`."""
+        prepare = partial(self._request, seed=seed, constraint=constraint, pasts=pasts)
+        request: Request = prepared_by_generate(self.model, input_ids, prepare, options)
+        return request
+
+    def _request(
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        logits_processor: Any = None,
+        stopping_criteria: Any = None,
+        generation_config: Any = None,
+        seed: int | Sequence[int] | None = None,
+        constraint: Constraint | Sequence[Constraint | None] | None = None,
+        pasts: Sequence[Past] = (),
+        **model_kwargs: Any,
+    ) -> Request:
+        """A call that transformers has prepared, as rows; what is not supported is refused."""
+        if model is not self.model:
+            raise InputError("this decoder was made for another model; make one with ladon.Decoder(model, heads)")
+        refuse_unsupported(input_ids, generation_config, model_kwargs)
+        rows = make_rows(
+            input_ids,
+            model_kwargs.get("attention_mask"),
+            stopping_criteria,
+            generation_config,
+            self._target.context_limit,
+            getattr(model.get_input_embeddings(), "num_embeddings", None),
+            Law.of(generation_config, logits_processor, seed, len(input_ids), constraint),
+            pasts or kept_rows(model_kwargs.get("past_key_values"), prepared=True),
+        )
+        return Request(input_ids=input_ids, rows=rows, config=generation_config)
+
+    def _run(self, request: Request, streamer: Any) -> Tensor | GenerateDecoderOnlyOutput:
+        """Decode a request to its end."""
+        self.seeds = [row.seed for row in request.rows]
+        is_plain = any(row.picker.is_plain for row in request.rows)
+        try:
+            stream(request, self.engine(is_plain=is_plain).run(request.rows), streamer)
+        finally:
+            self.complete = [row.complete for row in request.rows]
+        from ladon.decoder.output import pack_output
+
+        return pack_output(request, self.stats)
+
+    def _proposer(self, clock: StageClock) -> Proposer:
+        return self._plan.proposer(self._target, self.heads, clock)

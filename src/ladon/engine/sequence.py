@@ -1,0 +1,185 @@
+"""One sequence being decoded: what it may say, what it has said, and what that took."""
+
+from __future__ import annotations
+
+import threading
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ladon.constraints.state import Guide
+from ladon.engine.stats import RowStats
+from ladon.errors import ConstraintError, InputError, LogitsError
+from ladon.sampling.sampler import GREEDY, NO_TOKEN, Picker
+from ladon.target.prefix_cache import Past
+
+
+@dataclass(kw_only=True, eq=False)
+class Row:
+    """One sequence being decoded. It joins an engine once.
+
+    Attributes:
+        prompt: its token ids, [T] int64, no padding, at least one.
+        max_new_tokens: how many tokens it may get, at least 1.
+        is_stop: called with each new token, in order; True ends the row with that token.
+        seed: of its noise, where tokens are sampled.
+        picker: its law; greedy if not given.
+        guide: its constraint, as far as it has come; None: it may say anything.
+        padded: its prompt as the processors of `generate` see it, [T] with the padding of its batch; None: `prompt`.
+        number: its place in that batch.
+        keeps: what is kept of its new tokens: "logits", "scores" (after its law), both or nothing.
+        kept: that, by name, for each new token [V] float32, on the device.
+        past: keys and values of leading tokens of its prompt, which need not be read (`longest_past`); None: none.
+        states: hidden states of its prompt's chunks, [n, H] each, while it is read for a proposer that asks for them.
+        keeps_past: whether `past` shall be its own, as far as it got, from the step after its end on.
+        tokens: what has been emitted so far.
+        finished: whether it has ended, in whatever way.
+        cancelled: whether `cancel` has ended it.
+        error: what its stop rule has raised, that nothing could be said, or the `ConstraintError` of a constraint that
+            lets it go no further, upon which it was cancelled.
+        stats: its own counts and times.
+    """
+
+    prompt: Tensor
+    max_new_tokens: int
+    is_stop: Callable[[int], bool]
+    seed: int = 0
+    picker: Picker = GREEDY
+    guide: Guide | None = None
+    padded: Tensor | None = None
+    number: int = 0
+    keeps: frozenset[str] = frozenset()
+    kept: dict[str, list[Tensor]] = field(default_factory=dict)
+    past: Past | None = None
+    states: list[Tensor] = field(default_factory=list, repr=False)
+    keeps_past: bool = False
+    tokens: list[int] = field(default_factory=list)
+    finished: bool = False
+    cancelled: bool = False
+    error: Exception | None = None
+    stats: RowStats = field(default_factory=RowStats)
+    _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
+
+    @cached_property
+    def prompt_ids(self) -> list[int]:
+        """The prompt on the host; reads the device when first asked for."""
+        ids: list[int] = self.prompt.tolist()
+        return ids
+
+    @property
+    def num_left(self) -> int:
+        """Tokens it may still get."""
+        return self.max_new_tokens - len(self.tokens)
+
+    @property
+    def complete(self) -> bool | None:
+        """Whether its text is whole, as its constraint has it; None without a constraint."""
+        return None if self.guide is None else self.guide.here.is_complete
+
+    def take_states(self) -> Tensor:
+        """The hidden states of its whole prompt, [T, H]; the row lets go of them."""
+        states, self.states = torch.cat(self.states), []
+        return states
+
+    def take(self, tokens: Sequence[int]) -> list[int]:
+        """Append tokens one by one, as if they came alone, up to the first stop or the limit; return those taken.
+
+        `NO_TOKEN`, and `DEAD_END` in a row with a constraint, cancels the row, which keeps what it has.
+        """
+        taken: list[int] = []
+        for token in tokens:
+            if token == NO_TOKEN and not self.finished:
+                self._fail(self._nothing_to_say())
+            with self._lock:  # not while the stop rule runs: it may cancel, or wait for who does
+                if self.finished or not self._follow(token):
+                    break
+                self.tokens.append(token)
+            taken.append(token)
+            if self._stops_with(token) or self.num_left == 0:
+                with self._lock:
+                    self._end()
+        with self._lock:
+            if not self.finished:
+                self._follow(None)
+        return taken
+
+    def _follow(self, token: int | None) -> bool:
+        """Take a token as the constraint has it (None: see whether any may come). If none may, the row has ended."""
+        if self.guide is None:
+            return True
+        try:
+            is_over = self.guide.is_over()
+            if token is not None and not is_over:
+                self.guide.take(token)
+        except ConstraintError as error:
+            self.error, self.cancelled, is_over = error, True, True
+        if is_over:
+            self._end()
+        return not is_over
+
+    def _stops_with(self, token: int) -> bool:
+        """What the stop rule says; one that raises cancels this row and no other."""
+        try:
+            return self.is_stop(token)
+        except Exception as error:
+            self._fail(error)
+            return False
+
+    def _nothing_to_say(self) -> LogitsError:
+        return LogitsError(
+            f"prompt {self.number}, new token {len(self.tokens) + 1}: the model's logits are NaN, or its processors "
+            "leave no token that can be drawn. What came before stands; try another dtype (float32 for float16), and "
+            "fewer constraints"
+        )
+
+    def _fail(self, error: Exception) -> None:
+        self.error = error
+        self.cancel()
+
+    def _end(self) -> None:
+        if not self.finished:
+            self.finished, self.stats.finished = True, time.perf_counter()
+
+    def keep(self, found: Mapping[str, Tensor], count: int) -> None:
+        """Keep what was asked for of its newest tokens, from what there is of the step's, by name [A, V]."""
+        for name in self.keeps:
+            self.kept.setdefault(name, []).extend(found[name][:count].unbind())
+
+    def cancel(self) -> None:
+        """End the row, from any thread: when this returns, it gets no further token. No effect once it has ended."""
+        with self._lock:
+            self.cancelled |= not self.finished
+            self._end()
+
+    def check(self) -> None:
+        """Raise `InputError` unless the row can join an engine."""
+        if self.stats.submitted is not None:
+            raise InputError("this row has been given to an engine before; make a new Row for each answer")
+        if self.prompt.ndim != 1 or len(self.prompt) == 0:
+            raise InputError(f"the row's prompt has shape {list(self.prompt.shape)}; give [T] token ids, one or more")
+        if self.max_new_tokens < 1:
+            raise InputError(f"the row's max_new_tokens is {self.max_new_tokens}; ask for 1 or more")
+        if self.past is not None and self.past.shared(self.prompt_ids[:-1]) < len(self.past):
+            raise InputError(
+                f"the row's past holds {len(self.past)} tokens that its prompt does not begin with and go on from; use "
+                "ladon.target.prefix_cache.longest_past, or Decoder.rows(..., past=...)"
+            )
+
+
+def raise_error_of(rows: Sequence[Row]) -> None:
+    """Raise what has ended one of the rows before its time, if anything has; a dead end is its row's own affair."""
+    for row in rows:
+        if row.error is not None and not isinstance(row.error, ConstraintError):
+            raise row.error
+
+
+def warn_of_dead_ends(rows: Sequence[Row]) -> None:
+    """Warn of rows that their constraint let go no further."""
+    for number, row in enumerate(rows):
+        if isinstance(row.error, ConstraintError):
+            warnings.warn(f"row {number} ended after {len(row.tokens)} tokens: {row.error}", stacklevel=2)

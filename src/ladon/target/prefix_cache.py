@@ -1,0 +1,114 @@
+"""What a decoded sequence leaves behind: its tokens with their keys and values, copied out of the cache.
+
+A later prompt that begins with the same tokens starts from there, and only the rest of it is read. The copy is the
+sequence's own: engines use their buffers again, and what has been kept is never written to.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import takewhile
+
+from torch import Tensor, nn
+
+from ladon.errors import InputError
+
+Stores = Sequence[Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Maker:
+    """A model as it was at some time: its weights' places in memory and how often they had been written to.
+
+    Weights changed in place through `.data`, and adapters that are only switched, look as before.
+    """
+
+    model: weakref.ref[nn.Module]
+    weights: int
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Maker:
+        """`model` as it is now. Does not read the device."""
+        weights = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters()]
+        return cls(model=weakref.ref(model), weights=hash(tuple(weights)))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, slots=True)
+class Past:
+    """The leading tokens of a sequence, with their keys and values.
+
+    Attributes:
+        token_ids: T of them.
+        stores: of each layer of the cache, by name: [parts, heads, T, D] on the model's device.
+        regime: how the model treats positions in sequences of this length (`ladon.target.rope_regimes`).
+        maker: the model.
+    """
+
+    token_ids: Sequence[int]
+    stores: Stores
+    regime: int
+    maker: Maker
+
+    def __len__(self) -> int:
+        """T, the number of tokens."""
+        return len(self.token_ids)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values."""
+        return sum(states.nbytes for layer in self.stores for states in layer.values())
+
+    def shared(self, token_ids: Sequence[int]) -> int:
+        """How many leading tokens are those of another sequence too."""
+        pairs = zip(self.token_ids, token_ids, strict=False)
+        return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+    def first(self, count: int) -> Past:
+        """The same up to `count` tokens; nothing is copied."""
+        stores = [{name: states[:, :, :count] for name, states in layer.items()} for layer in self.stores]
+        return replace(self, token_ids=self.token_ids[:count], stores=stores)
+
+    def check(self, model: nn.Module) -> None:
+        """Raise `InputError` unless `model` is what made this, and its weights are as they were."""
+        if self.maker.model() is not model:
+            raise InputError("past_key_values come from another model object; give them to the model that made them")
+        if self.maker != Maker.of(model):
+            raise InputError(
+                "the model's weights have changed since past_key_values were made; leave past_key_values out, and the "
+                "prompt is read anew"
+            )
+
+
+class KeptCache:
+    """`past_key_values` of a call's output, for the next call.
+
+    Give it back with longer or other prompts, each whole: a prompt starts from the sequence with which it has the most
+    leading tokens in common.
+
+    Attributes:
+        rows: the sequences that have been decoded, in the order of their prompts.
+    """
+
+    def __init__(self, rows: Sequence[Past]) -> None:
+        self.rows = tuple(rows)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values."""
+        return sum(row.nbytes for row in self.rows)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """0, for transformers' `generate`, which asks how much of the prompt it need not prepare: none of it."""
+        return 0
+
+
+def longest_past(pasts: Sequence[Past], token_ids: Sequence[int]) -> Past | None:
+    """The past that shares most with a prompt, cut to what they share; None if that is nothing.
+
+    The prompt's last token is never part of it: what the model says after it has to be asked.
+    """
+    counts = [past.shared(token_ids[:-1]) for past in pasts]
+    longest = max(counts, default=0)
+    return pasts[counts.index(longest)].first(longest) if longest else None

@@ -1,0 +1,1 @@
+"""Files and the machine: what every package may use."""
