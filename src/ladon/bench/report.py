@@ -131,11 +131,10 @@ def _result(findings: Findings, entry: Measured, speeds: dict[tuple[str, int], f
     key = (entry.system, entry.budget, entry.batch)
     differences = findings.differences[key]
     near_ties = sum(difference.is_near_tie for difference in differences)
-    per_repeat = [merged([run.stats for run in runs]).tokens_per_second for runs in entry.timed]
-    counts = merged([run.stats for runs in entry.timed for run in runs])
+    per_repeat = [stats_of(runs).tokens_per_second for runs in entry.timed]
+    every_run = [run for runs in entry.timed for run in runs]
+    counts, speed = stats_of(every_run), _speed(entry.timed)
     repetition, stages = _repetition(entry), _stages(entry.profiled)
-    steps = [step for runs in entry.timed for run in runs for step in run.steps]
-    speed = _speed(entry.timed)
     return Result(
         mode=entry.system,
         batch=entry.batch,
@@ -158,7 +157,7 @@ def _result(findings: Findings, entry: Measured, speeds: dict[tuple[str, int], f
         pruned_share=finite(counts.pruned_share),
         prediction_error=finite(counts.prediction_error),
         sizing_share=_median(entry.timed, lambda stats: stats.sizing_share),
-        sizes=by_size(steps),
+        sizes=by_size([step for run in every_run for step in run.steps]),
         fitted_step_ms=entry.fitted_step_ms,
         first_token_ms=finite(_first_token_ms(entry.timed)),
         speedup_vs_plain=finite(speed / speeds["plain", entry.batch]),
@@ -191,7 +190,7 @@ def _repetition(entry: Measured) -> Repetition:
 
 def _median(repeats: Sequence[Sequence[Run]], number: Callable[[DecodeStats], float]) -> float | None:
     """The median over repeats of a number of each repeat's counts and times."""
-    return finite(median(number(merged([run.stats for run in runs])) for runs in repeats))
+    return finite(median(number(stats_of(runs)) for runs in repeats))
 
 
 def _stages(profiled: Sequence[Sequence[Run]]) -> dict[str, float | None]:
@@ -203,8 +202,13 @@ def _stages(profiled: Sequence[Sequence[Run]]) -> dict[str, float | None]:
     return {name: _median(profiled, partial(share, name=name)) for name in names}
 
 
+def stats_of(runs: Sequence[Run]) -> DecodeStats:
+    """The sums of the counts and times of some runs."""
+    return merged([run.stats for run in runs])
+
+
 def _speed(timed: Sequence[Sequence[Run]]) -> float:
-    return median(merged([run.stats for run in runs]).tokens_per_second for runs in timed)
+    return median(stats_of(runs).tokens_per_second for runs in timed)
 
 
 def _first_token_ms(timed: Sequence[Sequence[Run]]) -> float:
@@ -219,7 +223,7 @@ def _categories(entry: Measured) -> dict[str, dict[str, float | int | None]]:
         timed = [[runs[place] for place in chosen] for runs in entry.timed]
         found[name] = {
             "prompts": sum(len(entry.groups[place]) for place in chosen),
-            "acceptance_length": finite(merged([run.stats for run in timed[0]]).acceptance_length),
+            "acceptance_length": finite(stats_of(timed[0]).acceptance_length),
             "tokens_per_second": finite(_speed(timed)),
         }
     return found

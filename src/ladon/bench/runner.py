@@ -10,8 +10,7 @@ against transformers' `generate`; (5) if that is asked for, once more to see whe
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -23,7 +22,6 @@ from ladon.bench.workloads import Question, Workload, prompt_ids
 from ladon.calibrate.findings import given_the_truth
 from ladon.calibrate.lattice_trace import hit_rates
 from ladon.calibrate.recording import correction_of, record
-from ladon.decoder.decoder import Decoder
 from ladon.decoder.options import OFF
 from ladon.errors import InputError
 from ladon.target.target import Target
@@ -47,7 +45,7 @@ def run_bench(subject: Subject, workload: Workload, options: BenchOptions, progr
     plan = _plan(subject, options)
 
     def systems_of(model: PreTrainedModel, heads: Heads | None, profile: bool = False) -> list[LadonSystem]:
-        return [entry.system(model, heads, profile) for entry in plan]
+        return [entry.system(model, heads, profile=profile) for entry in plan]
 
     # Everything a mode needs is made before the first long run, so that a mistake shows at once.
     systems = systems_of(subject.model, subject.heads)
@@ -81,8 +79,7 @@ def run_bench(subject: Subject, workload: Workload, options: BenchOptions, progr
     return findings
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Entry:
+class _Entry(NamedTuple):
     """A mode at a budget, with its tree if that is fixed."""
 
     mode: str
@@ -95,24 +92,9 @@ class _Entry:
         """Whether heads alone draft."""
         return self.mode != "plain" and not self.mode.endswith("ngrams")
 
-    def system(
-        self,
-        model: PreTrainedModel,
-        heads: Heads | None,
-        profile: bool = False,
-        make: Callable[..., Decoder] = Decoder,
-    ) -> LadonSystem:
+    def system(self, model: PreTrainedModel, heads: Heads | None, **options: Any) -> LadonSystem:
         """The mode for a model."""
-        return LadonSystem(
-            model,
-            heads,
-            mode=self.mode,
-            budget=self.budget,
-            fixed_tree=self.fixed_tree,
-            prune=self.prune,
-            profile=profile,
-            make=make,
-        )
+        return LadonSystem(model, heads, **self._asdict(), **options)
 
 
 def _plan(subject: Subject, options: BenchOptions) -> list[_Entry]:

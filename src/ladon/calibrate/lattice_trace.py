@@ -24,6 +24,7 @@ from torch import Tensor
 from ladon.config import PRODUCT
 from ladon.errors import InputError
 from ladon.trees.lattice import Correction, outside
+from ladon.util.tensors import with_tensors
 
 FORMAT = "ladon-lattice-trace"
 VERSION = "2"
@@ -140,18 +141,8 @@ class LatticeTrace:
         starts = self.row_starts.tolist()
         parts = [torch.arange(starts[row], starts[row + 1]) for row in rows]
         index = torch.cat([torch.arange(0), *parts])
-        return LatticeTrace(
-            tokens=self.tokens[index],
-            logits=self.logits[index],
-            log_normalizers=self.log_normalizers[index],
-            roots=self.roots[index],
-            truth=self.truth[index],
-            row_starts=torch.tensor([0, *map(len, parts)]).cumsum(0),
-            gates=None if self.gates is None else self.gates[index],
-            heads=self.heads,
-            joint=self.joint,
-            about=self.about,
-        )
+        chosen = with_tensors(self, lambda table: table if table is self.row_starts else table[index])
+        return replace(chosen, row_starts=torch.tensor([0, *map(len, parts)]).cumsum(0))
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file; whoever looks sees the old file or the new one."""

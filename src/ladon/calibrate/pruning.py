@@ -35,6 +35,7 @@ from ladon.target.pruning.pruner import Pruning
 from ladon.target.target import Target
 from ladon.target.verify_output import VerifyOutput
 from ladon.trees.token_tree import TokenTree
+from ladon.util.json_values import rounded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -183,14 +184,14 @@ def find_pruning(
         verdicts.append(found)
         measured.append(_document(times, draft_ms, found) | _check(trials, found[0]))
     progress("timing verifications", len(batches), len(batches))
-    return {
-        "place": place or {},
+    document: dict[str, Any] = {
         "row_steps": survivals.row_steps,
-        "unpruned": {str(n): round(length, 4) for n, length in survivals.unpruned.items()},
+        "unpruned": {str(n): length for n, length in survivals.unpruned.items()},
         "survival": [_survival(way, size, survivals) for way in ways for size in sizes],
         "measured": measured,
         "best": best_everywhere(verdicts),
     }
+    return {"place": place or {}, **rounded(document)}
 
 
 def best_everywhere(verdicts: Sequence[Sequence[Verdict]]) -> dict[str, Any] | None:
@@ -201,7 +202,7 @@ def best_everywhere(verdicts: Sequence[Sequence[Verdict]]) -> dict[str, Any] | N
             what = verdict.survival.nodes, verdict.survival.pruning
             least[what] = min(verdict.gain, least.get(what, verdict.gain))
     best = max(least, key=lambda what: least[what])
-    return {"nodes": best[0], **_names(best[1]), "gain": round(least[best], 4)} if least[best] >= PAYS else None
+    return {"nodes": best[0], **_names(best[1]), "gain": rounded(least[best])} if least[best] >= PAYS else None
 
 
 def _names(pruning: Pruning) -> dict[str, Any]:
@@ -213,9 +214,9 @@ def _names(pruning: Pruning) -> dict[str, Any]:
 def _survival(way: Pruning, size: int, survivals: Survivals) -> dict[str, Any]:
     """Tokens per row-step, and the share of accepted paths that survive whole, by kept size."""
     of_way = [survival for survival in survivals.pruned if replace(survival.pruning, keep=way.keep) == way]
-    found = [survival for survival in of_way if survival.nodes == size]
-    lengths = {str(survival.pruning.keep): round(survival.acceptance_length, 4) for survival in found}
-    whole = {str(survival.pruning.keep): round(survival.whole, 4) for survival in found}
+    found = {str(survival.pruning.keep): survival for survival in of_way if survival.nodes == size}
+    lengths = {keep: survival.acceptance_length for keep, survival in found.items()}
+    whole = {keep: survival.whole for keep, survival in found.items()}
     return {**_names(way), "nodes": size, "keep": None, "acceptance_length": lengths, "whole": whole}
 
 
@@ -224,27 +225,25 @@ def _document(times: LayerTimes, draft_ms: float, verdicts: Sequence[Verdict]) -
     best: dict[Pruning, Verdict] = {}
     for verdict in verdicts:  # the best come first
         best.setdefault(replace(verdict.survival.pruning, keep=1), verdict)
-    tables = {
-        name: {str(n): round(ms, 4) for n, ms in getattr(times, name).items()} for name in ("layer_ms", "rest_ms")
-    }
+    tables = {name: {str(n): ms for n, ms in getattr(times, name).items()} for name in ("layer_ms", "rest_ms")}
     rows = [
         {
             "nodes": verdict.survival.nodes,
             **_names(verdict.survival.pruning),
-            "acceptance_length": round(verdict.survival.acceptance_length, 4),
-            "score_ms": round(verdict.score_ms, 4),
-            "verify_ms": round(verdict.ms, 4),
-            "gain": round(verdict.gain, 4),
+            "acceptance_length": verdict.survival.acceptance_length,
+            "score_ms": verdict.score_ms,
+            "verify_ms": verdict.ms,
+            "gain": verdict.gain,
         }
         for verdict in best.values()
     ]
-    return {"batch": times.batch, "context": times.context, **tables, "draft_ms": round(draft_ms, 4), "pruned": rows}
+    return {"batch": times.batch, "context": times.context, **tables, "draft_ms": draft_ms, "pruned": rows}
 
 
 def _check(trials: Trials, best: Verdict) -> dict[str, Any]:
     """The best way in real: the milliseconds of its verifications, and of unpruned ones in turns with them."""
     whole, pruned = trials.compare(best.survival.nodes, best.survival.pruning)
-    return {"check": {"whole_ms": round(whole, 4), "pruned_ms": round(pruned, 4), "predicted_ms": round(best.ms, 4)}}
+    return {"check": {"whole_ms": whole, "pruned_ms": pruned, "predicted_ms": best.ms}}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -18,7 +18,6 @@ from torch.nn import functional
 
 from ladon.calibrate.lattice_trace import GRID, LatticeTrace
 from ladon.config import HIDDEN, MARKOV, PRODUCT, DecoderOptions
-from ladon.decoder.decoder import Decoder
 from ladon.decoder.request import end_ids
 from ladon.drafting.head_chaining import own_joint
 from ladon.drafting.proposer import Stateless
@@ -28,8 +27,6 @@ from ladon.engine.stats import DecodeStats, StageClock
 from ladon.errors import InputError
 from ladon.heads import Heads
 from ladon.heads.correction import MarkovCorrection
-from ladon.heads.model_parts import output_projection
-from ladon.target.hooks import lock_of, projection_inputs
 from ladon.target.target import Target
 from ladon.trees.lattice import Correction
 from ladon.trees.token_tree import TokenTree, root_tree
@@ -232,12 +229,11 @@ def correction_of(heads: Heads) -> Correction | None:
     return copy.deepcopy(correction).cpu().float().among if isinstance(correction, MarkovCorrection) else None
 
 
-@torch.no_grad()
 def probe(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, heads: Heads) -> float:
-    """How often head 1's best token is what the model goes on to say.
+    """How often head 1's best token is what the model goes on to say: a quick look at whether heads belong to it.
 
-    The model continues a few short prompts by 20 tokens each, greedily, with the heads' chain; then head 1 is asked at
-    every position of these answers.
+    The model continues a few short prompts by 20 tokens each, greedily; head 1 is asked at every position of these
+    answers.
 
     Args:
         model: the target, in evaluation mode.
@@ -248,22 +244,8 @@ def probe(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, heads: Hea
         A share, 0 to 1. Under `TOO_FEW` the heads guess next to nothing right.
 
     Raises:
-        UnsupportedModelError: the model cannot verify the heads' guesses.
+        UnsupportedModelError: the model cannot decode with Ladon.
     """
-    decoder = Decoder(model, heads, tree="chain")
-    right = asked = 0
-    for text in _PROMPTS:
-        prompt = tokenizer(text, return_tensors="pt")["input_ids"].to(model.device)
-        rows = decoder.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=_TOKENS, do_sample=False)
-        assert isinstance(rows, torch.Tensor)  # no dict was asked for
-        with lock_of(model), projection_inputs(output_projection(model).module) as seen:
-            model(rows)
-        start, end = prompt.shape[1] - 1, rows.shape[1] - 2
-        if end <= start:
-            continue
-        guesses = heads.draft(seen[0][0, start:end], rows[0, start + 1 : end + 1])[:, 0].argmax(-1)
-        if heads.token_ids is not None:
-            guesses = heads.token_ids[guesses]
-        right += int((guesses == rows[0, start + 2 :]).sum())
-        asked += end - start
-    return right / asked if asked else 0.0
+    prompts = [tokenizer(text, return_tensors="pt")["input_ids"][0] for text in _PROMPTS]
+    ranks = record(model, heads, prompts, max_new_tokens=_TOKENS).ranks()[:, 0]
+    return float((ranks == 0).double().mean()) if len(ranks) else 0.0

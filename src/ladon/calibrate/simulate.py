@@ -32,6 +32,7 @@ from ladon.errors import TreeError
 from ladon.trees.fixed_tree import FixedTree
 from ladon.trees.lattice import Correction, Lattice, conditioned
 from ladon.trees.token_tree import TokenTree
+from ladon.util.json_values import rounded
 
 NOT_SIMULATED = (
     "a trace has what heads guess after the true tokens, and trees of heads that read the tokens before their guesses, "
@@ -62,18 +63,9 @@ class SimulatedRun:
         return self.tokens / self.row_steps if self.row_steps else math.nan
 
 
-def simulate(
-    trace: LatticeTrace,
-    tree: str | FixedTree,
-    budget: int,
-    *,
-    temperatures: Sequence[float] | None = None,
-    num_candidates: int | None = None,
-    correction: Correction | None = None,
-) -> SimulatedRun:
-    """Decode all answers of `trace` with a tree, on paper; see `simulate_budgets`."""
-    more: dict[str, Any] = {"temperatures": temperatures, "num_candidates": num_candidates, "correction": correction}
-    return simulate_budgets(trace, tree, [budget], **more)[0]
+def simulate(trace: LatticeTrace, tree: str | FixedTree, budget: int, **options: Any) -> SimulatedRun:
+    """Decode all answers of `trace` with a tree, on paper; `options` are those of `simulate_budgets`."""
+    return simulate_budgets(trace, tree, [budget], **options)[0]
 
 
 def simulate_budgets(
@@ -283,7 +275,7 @@ def reached(prefixes: Tensor, num_depths: int) -> dict[str, Any]:
     if len(prefixes) == 0:
         return {"mean": None, "shares": [None] * num_depths}
     shares = (prefixes[:, None] > torch.arange(num_depths)).double().mean(0)
-    return {"mean": round(float(prefixes.double().mean()), 4), "shares": [round(share, 4) for share in shares.tolist()]}
+    return {"mean": rounded(float(prefixes.double().mean())), "shares": rounded(shares.tolist())}
 
 
 def mean_leaf_mass(found: Sequence[Tensor], num_depths: int) -> list[float | None]:
@@ -292,4 +284,4 @@ def mean_leaf_mass(found: Sequence[Tensor], num_depths: int) -> list[float | Non
     Where lattices are not all as deep, each depth's mean is over those that have it; None where none does.
     """
     columns = [[mass[:, depth] for mass in found if mass.shape[1] > depth] for depth in range(num_depths - 1)]
-    return [round(float(torch.cat(column).double().mean()), 4) if column else None for column in columns]
+    return [rounded(float(torch.cat(column).double().mean())) if column else None for column in columns]

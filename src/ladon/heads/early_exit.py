@@ -6,7 +6,6 @@ finds likely. It sees every node of the tree, so it must be cheap: it shares the
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +15,8 @@ from torch.nn import functional
 
 from ladon.errors import HeadsError
 from ladon.heads.base import check_count, seeded_normal
-from ladon.heads.checkpoint import EARLY_EXIT_FILES, find_folder, read_tensors, write_pair
+from ladon.heads.checkpoint import EARLY_EXIT_FILES, VERSION, find_folder, read_tensors, write_pair
+from ladon.heads.formats.files import read_versioned
 from ladon.heads.model_parts import decoder_layers, final_norm, output_projection
 
 if TYPE_CHECKING:
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 CONFIG_FILE, WEIGHTS_FILE = EARLY_EXIT_FILES
 FORMAT = "ladon-early-exit"
-VERSION = 1
 EPSILON = 1e-6
 _AGAIN = "Remove the file, or train the heads again"
 
@@ -77,12 +76,10 @@ class EarlyExit(nn.Module):
             HeadsError: the folder cannot be written to.
         """
         document = {
-            "format": FORMAT,
-            "version": VERSION,
             **{name: getattr(self, name) for name in ("layer", "num_layers", "hidden_size", "width", "is_centred")},
             "training": self.training_record,
         }
-        write_pair(Path(folder), WEIGHTS_FILE, self.state_dict(), CONFIG_FILE, document)
+        write_pair(Path(folder), WEIGHTS_FILE, self.state_dict(), CONFIG_FILE, FORMAT, document)
 
 
 def new_early_exit(model: PreTrainedModel, layer: int, *, width: int | None = None, seed: int = 0) -> EarlyExit:
@@ -151,15 +148,10 @@ def _placed(made: EarlyExit, model: PreTrainedModel, layers: nn.ModuleList) -> E
 
 def _read_config(path: Path) -> tuple[EarlyExit, dict[str, Any]]:
     """An empty head of the saved sizes, and its training record."""
+    sizes = read_versioned(path, FORMAT, VERSION, _AGAIN)
     try:
-        document: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise HeadsError(f"{path} cannot be read ({error}). {_AGAIN}") from error
-    if not isinstance(document, dict) or (document.get("format"), document.get("version")) != (FORMAT, VERSION):
-        raise HeadsError(f"{path} is no {FORMAT} file of version {VERSION}. {_AGAIN}")
-    sizes = {name: value for name, value in document.items() if name not in ("format", "version", "training")}
-    try:
+        training = dict(sizes.pop("training"))
         with torch.device("meta"):
-            return EarlyExit(**sizes), dict(document["training"])
+            return EarlyExit(**sizes), training
     except (TypeError, ValueError, KeyError) as error:
         raise HeadsError(f"{path} is damaged ({error}). {_AGAIN}") from error

@@ -109,12 +109,13 @@ def read_heads(
 
 def _read_own(folder: Path) -> Heads:
     config = read_config(folder)
+    sizes = (config[name] for name in ("family", "num_heads", "hidden_size", "vocab_size", "options"))
     with torch.device("meta"):
-        heads = _build(config.family, config.num_heads, config.hidden_size, config.vocab_size, config.options)
+        heads = _build(*sizes)
     tensors = read_tensors(folder, {name: tensor.shape for name, tensor in heads.state_dict().items()})
     heads.load_state_dict(tensors, assign=True)
-    heads.base_name, heads.base_fingerprint = config.base_name, config.base_fingerprint
-    heads.training_record = dict(config.training)
+    heads.base_name, heads.base_fingerprint = config["base"]["name"], config["base"]["fingerprint"]
+    heads.training_record = config["training"]
     return heads
 
 

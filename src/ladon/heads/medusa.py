@@ -10,7 +10,6 @@ from torch.nn import functional
 
 from ladon.errors import HeadsError
 from ladon.heads.base import Heads, check_count
-from ladon.heads.model_parts import output_projection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -98,16 +97,11 @@ class MedusaHeads(Heads):
     @torch.no_grad()
     def initialise(self, model: PreTrainedModel, seed: int) -> None:
         """Zero blocks and copies of the target's projection; nothing random, `seed` is not used."""
-        target = output_projection(model)
         self.block_weight.zero_()
         self.block_bias.zero_()
         if self.projection is None:
             return
-        if target.weight.shape != (self.vocab_size, self.hidden_size):
-            raise HeadsError(
-                f"medusa heads start as copies of the output projection, but this model's is packed to "
-                f"{list(target.weight.shape)} {target.weight.dtype} (quantised). Use family='shared'"
-            )
+        target = self.start_projection(model)
         rows = slice(None) if self.token_map is None else self.token_map.to(target.weight.device)
         self.projection.copy_(target.weight[rows])
         if self.own_bias is not None:

@@ -10,7 +10,6 @@ from torch.nn import functional
 
 from ladon.errors import HeadsError
 from ladon.heads.base import Heads, check_count, seeded_normal
-from ladon.heads.model_parts import output_projection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -18,25 +17,17 @@ if TYPE_CHECKING:
 _UP_ROWS = {"silu": 1, "swiglu": 2}  # rows of up_weight per inner unit
 
 
-class SharedHeads(Heads):
-    """Heads that share the target's output projection: head k is project(h + down_k(act(up_k(h) + b_k))).
+class MlpHeads(Heads):
+    """Heads of which the k-th makes logits of h + down_k(act(up_k(h) + b_k)), a wide residual MLP.
 
     With inner width F = expansion * H the parameters are up_weight [K, F, H], up_bias [K, F] and down_weight
-    [K, F, H]; `down_weight` starts at zero, so an untrained head equals the projection. All depths run in three
-    products, the last being one [K, H] x [H, V] product per hidden row. With the activation "swiglu" up_weight and
-    up_bias have 2 F rows per head: the SiLU of the first half multiplies the second.
-
-    A target that scales or caps its logits after the projection (Cohere, Granite, Gemma 2) loses nothing: the heads
-    are trained through the bare projection, the MLP learns whatever scale makes their probabilities right, and the
-    target's own picks never come from here.
+    [K, F, H]; `down_weight` starts at zero, so an untrained MLP changes nothing. With the activation "swiglu" up_weight
+    and up_bias have 2 F rows per head: the SiLU of the first half multiplies the second.
 
     Attributes:
         expansion: F / H.
         activation: "silu" or "swiglu".
     """
-
-    family = "shared"
-    option_names = ("expansion", "activation")
 
     def __init__(
         self, *, num_heads: int, hidden_size: int, vocab_size: int, expansion: int = 2, activation: str = "silu"
@@ -60,17 +51,8 @@ class SharedHeads(Heads):
         self.up_bias.zero_()
         self.down_weight.zero_()
 
-    def forward(self, hidden: Tensor, following: Tensor | None = None) -> Tensor:
-        """Logits of every head, [..., H] to [..., K, V]; see `Heads.forward`."""
-        return self.project(self.states(hidden))
-
-    @property
-    def shares_projection(self) -> bool:
-        """See `Heads`: they always do."""
-        return True
-
-    def states(self, hidden: Tensor) -> Tensor:
-        """What the projection gets, [..., H] to [..., K, H]; see `Heads.states`."""
+    def _moved(self, hidden: Tensor) -> Tensor:
+        """What comes out of each head's MLP, [..., H] to [K, T, H]."""
         rows = hidden.reshape(-1, self.hidden_size)  # [T, H]
         inner = functional.linear(rows, self.up_weight.flatten(0, 1), self.up_bias.flatten())  # [T, K F] or [T, K 2F]
         inner = inner.view(-1, *self.up_bias.shape)
@@ -79,21 +61,44 @@ class SharedHeads(Heads):
             inner = functional.silu(gate) * value
         else:
             inner = functional.silu(inner)
-        inner = inner.transpose(0, 1)  # [K, T, F]
-        moved = torch.baddbmm(rows, inner, self.down_weight)  # [K, T, H], rows added to every head
-        return moved.transpose(0, 1).reshape(*hidden.shape[:-1], self.num_heads, self.hidden_size)
+        return torch.baddbmm(rows, inner.transpose(0, 1), self.down_weight)  # rows are added to every head
 
 
-class LowRankHeads(Heads):
-    """Head k is out_k(in_k(h + down_k(SiLU(up_k(h) + b_k)))), a wide residual MLP and two thin products.
+class SharedHeads(MlpHeads):
+    """Heads that share the target's output projection: head k is project(h + down_k(act(up_k(h) + b_k))).
 
-    With inner width F = expansion * H and rank r the parameters are up_weight [K, F, H], up_bias [K, F], down_weight
-    [K, F, H], in_weight [K, r, H] and out_weight [K, V, r]. The thin products start as the best approximation of rank
-    r of the target's own projection; its bias is left out. A head then costs r (H + V) for its logits, where a shared
+    All depths run in three products, the last being one [K, H] x [H, V] product per hidden row.
+
+    A target that scales or caps its logits after the projection (Cohere, Granite, Gemma 2) loses nothing: the heads
+    are trained through the bare projection, the MLP learns whatever scale makes their probabilities right, and the
+    target's own picks never come from here.
+    """
+
+    family = "shared"
+    option_names = ("expansion", "activation")
+
+    @property
+    def shares_projection(self) -> bool:
+        """See `Heads`: they always do."""
+        return True
+
+    def forward(self, hidden: Tensor, following: Tensor | None = None) -> Tensor:
+        """Logits of every head, [..., H] to [..., K, V]; see `Heads.forward`."""
+        return self.project(self.states(hidden))
+
+    def states(self, hidden: Tensor) -> Tensor:
+        """What the projection gets, [..., H] to [..., K, H]; see `Heads.states`."""
+        return self._moved(hidden).transpose(0, 1).reshape(*hidden.shape[:-1], self.num_heads, self.hidden_size)
+
+
+class LowRankHeads(MlpHeads):
+    """Heads with two thin products behind the MLP: head k is out_k(in_k(h + down_k(SiLU(up_k(h) + b_k)))).
+
+    With rank r they are in_weight [K, r, H] and out_weight [K, V, r]. They start as the best approximation of rank r
+    of the target's own projection; its bias is left out. A head then costs r (H + V) for its logits, where a shared
     projection costs H V.
 
     Attributes:
-        expansion: F / H.
         rank: r, at most H.
     """
 
@@ -103,43 +108,25 @@ class LowRankHeads(Heads):
     def __init__(
         self, *, num_heads: int, hidden_size: int, vocab_size: int, expansion: int = 2, rank: int = 64
     ) -> None:
-        super().__init__(num_heads=num_heads, hidden_size=hidden_size, vocab_size=vocab_size)
-        check_count("expansion", expansion)
+        super().__init__(num_heads=num_heads, hidden_size=hidden_size, vocab_size=vocab_size, expansion=expansion)
         check_count("rank", rank)
         if rank > hidden_size:
             raise HeadsError(f"rank is {rank}, but the hidden size is {hidden_size}; give a rank of at most that")
-        self.expansion = expansion
         self.rank = rank
-        inner_size = expansion * hidden_size
-        self.up_weight = nn.Parameter(torch.empty(num_heads, inner_size, hidden_size))
-        self.up_bias = nn.Parameter(torch.empty(num_heads, inner_size))
-        self.down_weight = nn.Parameter(torch.empty(num_heads, inner_size, hidden_size))
         self.in_weight = nn.Parameter(torch.empty(num_heads, rank, hidden_size))
         self.out_weight = nn.Parameter(torch.empty(num_heads, vocab_size, rank))
 
     @torch.no_grad()
     def initialise(self, model: PreTrainedModel, seed: int) -> None:
         """Random up_weight, a zero MLP, and the target's projection cut to rank r."""
-        weight = output_projection(model).weight
-        if weight.shape != (self.vocab_size, self.hidden_size):
-            raise HeadsError(
-                f"lowrank heads start from the output projection, but this model's is packed to {list(weight.shape)} "
-                f"{weight.dtype} (quantised). Use family='shared'"
-            )
         # The right singular vectors come from the small [H, H] product: V may be 256 thousand.
-        wide = weight.detach().double()
+        wide = self.start_projection(model, "from").weight.detach().double()
         directions = torch.linalg.eigh(wide.T @ wide).eigenvectors[:, -self.rank :]  # [H, r]
-        self.up_weight.copy_(seeded_normal(tuple(self.up_weight.shape), self.hidden_size**-0.5, seed))
-        self.up_bias.zero_()
-        self.down_weight.zero_()
+        super().initialise(model, seed)
         self.in_weight.copy_(directions.T)
         self.out_weight.copy_(wide @ directions)
 
     def forward(self, hidden: Tensor, following: Tensor | None = None) -> Tensor:
         """Logits of every head, [..., H] to [..., K, V]; see `Heads.forward`."""
-        rows = hidden.reshape(-1, self.hidden_size)  # [T, H]
-        inner = functional.linear(rows, self.up_weight.flatten(0, 1), self.up_bias.flatten())  # [T, K F]
-        inner = functional.silu(inner).view(-1, *self.up_bias.shape).transpose(0, 1)  # [K, T, F]
-        moved = torch.baddbmm(rows, inner, self.down_weight)  # [K, T, H]
-        logits = moved @ self.in_weight.mT @ self.out_weight.mT  # [K, T, V]
+        logits = self._moved(hidden) @ self.in_weight.mT @ self.out_weight.mT  # [K, T, V]
         return logits.transpose(0, 1).reshape(*hidden.shape[:-1], self.num_heads, self.vocab_size)

@@ -26,6 +26,7 @@ from ladon.trees import lattice
 from ladon.trees.grow import grow_chain, grow_dynamic
 from ladon.trees.lattice import best_rows
 from ladon.trees.token_tree import ancestor_mask, node_depths
+from ladon.util.json_values import rounded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -64,7 +65,8 @@ class HeldOutReport:
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON values: rounded to 4 places, None for NaN."""
-        return {name: _as_json(value) for name, value in asdict(self).items()}
+        found: dict[str, Any] = rounded(asdict(self))
+        return found
 
 
 class _Sums:
@@ -240,11 +242,3 @@ def _reference(values: tuple[float, ...], place: int) -> str:
 
 def _shown(value: float) -> str:
     return f"{value:.3f}" if math.isfinite(value) else "-"
-
-
-def _as_json(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return [_as_json(part) for part in value]
-    if isinstance(value, float):
-        return round(value, 4) if math.isfinite(value) else None
-    return value

@@ -22,7 +22,7 @@ from ladon.heads import Heads
 from ladon.heads.early_exit import EarlyExit
 from ladon.heads.model_parts import output_projection
 from ladon.train.config import TrainOptions
-from ladon.train.losses import Labels, SoftLabels, TokenLabels, chunked_loss
+from ladon.train.losses import Labels, SoftLabels, TokenLabels
 from ladon.train.modules import Batch, HeadsModule, LossOptions, group, hidden_states, learned_counts
 
 if TYPE_CHECKING:
@@ -108,17 +108,9 @@ class JointModule(HeadsModule):
         labels: Labels = TokenLabels(batch["next_labels"][:, None])
         if self._options.base_loss == "distill":
             labels = self._original(batch, rows)
-        with self.autocast():
-            outcome = chunked_loss(
-                lambda part, _: self.heads.project(part)[:, None],
-                hidden[rows],
-                labels,
-                torch.ones_like(rows, dtype=self._depth_weights.dtype)[:, None] / counts[-1].clamp(min=1),
-                self.projection_parameters(),
-                self.chunk_rows(1),
-            )
-        self.count("model", outcome, torch.tensor([len(rows)], device=rows.device))
-        return outcome.loss
+        return self.next_token_loss(
+            "model", self.heads.project, hidden[rows], labels, counts, self.projection_parameters()
+        )
 
     @torch.no_grad()
     def _original(self, batch: Batch, rows: Tensor) -> SoftLabels:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -186,16 +186,31 @@ class HeadsModule(nn.Module):
         """The mean divergence of the early exit from what the model says at the same place, from [B T, H] of both."""
         assert self.early_exit is not None
         rows, head, project = batch["next_rows"], self.early_exit, self.heads.project
+        labels = SoftLabels(project, hidden, rows[:, None])
+        return self.next_token_loss(
+            "exit", lambda part: project(head(part)), early[rows], labels, counts, [*head.parameters()]
+        )
+
+    def next_token_loss(
+        self,
+        name: str,
+        logits_of: Callable[[Tensor], Tensor],
+        hidden: Tensor,
+        labels: Labels,
+        counts: Tensor,
+        parameters: Sequence[nn.Parameter],
+    ) -> Tensor:
+        """The mean loss, logged as `name`, of what guesses the next token from hidden rows [N, H], as heads do not."""
         with self.autocast():
             outcome = chunked_loss(
-                lambda part, _: project(head(part))[:, None],
-                early[rows],
-                SoftLabels(project, hidden, rows[:, None]),
-                torch.ones_like(rows, dtype=self._depth_weights.dtype)[:, None] / counts[-1].clamp(min=1),
-                list(head.parameters()),
+                lambda part, _: logits_of(part)[:, None],
+                hidden,
+                labels,
+                self._depth_weights.new_ones(len(hidden), 1) / counts[-1].clamp(min=1),
+                parameters,
                 self.chunk_rows(1),
             )
-        self.count("exit", outcome, torch.tensor([len(rows)], device=rows.device))
+        self.count(name, outcome, torch.tensor([len(hidden)], device=hidden.device))
         return outcome.loss
 
     def chunk_rows(self, num_heads: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from ladon.train.data.documents import Document, data_hash, documents_from, show
 from ladon.train.data.rows import Example, read_rows
 from ladon.train.modules import HeadsModule
 from ladon.train.start import make_module
-from ladon.train.trainer import HeadsTrainer, LossLines, Reports, history, training_arguments
+from ladon.train.trainer import HeadsTrainer, LossLines, Reports, history, rows_per_update, training_arguments
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -78,7 +79,7 @@ def train(
     collator = Collator(heads.num_heads, heads.vocab_size, heads.token_ids)
     looked_at = batches_of(held_out, length if share_rows else 0, collator, options.batch_size)
     reports = Reports(looked_at, options.eval_every, options.speedup, say)
-    order = RowOrder(learning, rows, _rows_of_run(arguments), options.seed)
+    order = RowOrder(learning, rows, arguments.max_steps * rows_per_update(arguments), options.seed)
     trainer = HeadsTrainer(module, arguments, options, settings, order, collator, [LossLines(say), reports])
     reports.trainer = trainer
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -101,7 +102,7 @@ def _settings(
         "updates": arguments.max_steps,
         "processes": arguments.world_size,
         "dtype": str(dtype).removeprefix("torch."),
-        "model": heads.base_fingerprint and heads.base_fingerprint.as_dict(),
+        "model": heads.base_fingerprint and asdict(heads.base_fingerprint),
         "heads": heads.weights_hash,
         "data": data_hash(documents),
     }
@@ -167,12 +168,6 @@ def _finish(module: HeadsModule, out: Path, tokenizer: PreTrainedTokenizerBase, 
 def _longest(model: PreTrainedModel) -> int:
     """The most tokens that the model reads."""
     return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 2**20
-
-
-def _rows_of_run(arguments: Any) -> int:
-    """Rows that all processes see together in the whole run."""
-    per_update = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
-    return int(arguments.max_steps * per_update)
 
 
 def _silent(_: str) -> None:

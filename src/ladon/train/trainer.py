@@ -210,9 +210,14 @@ def training_arguments(options: TrainOptions, out: Path, num_rows: int, device: 
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs in one process hold a model's parts, no copies of it
     if options.steps is None:
-        per_update = options.batch_size * options.accumulation * arguments.world_size
-        arguments.max_steps = max(1, math.ceil(options.epochs * num_rows / per_update))
+        arguments.max_steps = max(1, math.ceil(options.epochs * num_rows / rows_per_update(arguments)))
     return arguments
+
+
+def rows_per_update(arguments: TrainingArguments) -> int:
+    """Rows that all processes see together in one update."""
+    per_process = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
+    return int(per_process * arguments.world_size)
 
 
 def schedule(options: TrainOptions, steps: int, start: int = 0) -> Callable[[int], float]:
@@ -272,7 +277,7 @@ class Reports(TrainerCallback):
             return
         report = self._look(model)
         self._reports[name] = report
-        entry: dict[str, Any] = {"after": name, "rows_seen": step * self._rows_per_update(args), **report.as_dict()}
+        entry: dict[str, Any] = {"after": name, "rows_seen": step * rows_per_update(args), **report.as_dict()}
         if self._cost is not None:
             entry |= {"step_cost": round(self._cost, 3), "speedup": round(projected_speedup(report, self._cost), 3)}
         should_log = control.should_log
@@ -298,10 +303,6 @@ class Reports(TrainerCallback):
         except UnsupportedModelError as error:
             self._say(f"no projected speed-up: {error}")
             return None
-
-    @staticmethod
-    def _rows_per_update(args: Any) -> int:
-        return int(args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size)
 
 
 def history(log_history: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

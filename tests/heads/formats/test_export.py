@@ -127,7 +127,7 @@ def test_vllm_keeps_the_draft_vocabulary(tiny_llama: PreTrainedModel, tmp_path: 
     assert len(tensors["lm_heads.0.weight"]) == (7 if projection == "own" else VOCABULARY)
     assert config_of(tmp_path / "vllm")["truncated_vocab_size"] == 7
     again = load_heads(tmp_path / "vllm", tiny_llama)
-    assert again.config.options == heads.config.options
+    assert again.config["options"] == heads.config["options"]
     torch.testing.assert_close(again(hidden), heads(hidden))
 
 

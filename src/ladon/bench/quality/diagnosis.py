@@ -11,12 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from ladon.bench.report import finite
 from ladon.calibrate.simulate import mean_leaf_mass, reached, true_rows, true_slots
 from ladon.calibrate.temperatures import expected_calibration_error
 from ladon.decoder.decoder import Decoder
@@ -26,6 +26,8 @@ from ladon.engine.stats import StageClock
 from ladon.engine.step import Step
 from ladon.trees.lattice import Lattice
 from ladon.trees.token_tree import TokenTree
+from ladon.util.json_values import rounded
+from ladon.util.tensors import with_tensors
 
 
 @runtime_checkable
@@ -158,34 +160,17 @@ def _drafts_of(drafted: tuple[Lattice, TokenTree] | None, rows: Sequence[Row]) -
     """What each row will verify a tree of, on the host."""
     if drafted is None:
         return {}
-    lattice, tree = _on_host(*drafted)
-    found = {}
-    for place, row in enumerate(rows):
-        own = Lattice(
-            tokens=lattice.tokens[[place]],
-            log_probs=lattice.log_probs[[place]],
-            next_row=None if lattice.next_row is None else lattice.next_row[[place]],
-        )
-        found[row] = _Draft(row=row, place=len(row.tokens), lattice=own, tree=tree.rows([place]))
-    return found
-
-
-def _on_host(lattice: Lattice, tree: TokenTree) -> tuple[Lattice, TokenTree]:
-    following = None if lattice.next_row is None else lattice.next_row.cpu()
-    return (
-        Lattice(tokens=lattice.tokens.cpu(), log_probs=lattice.log_probs.cpu(), next_row=following),
-        TokenTree(
-            tokens=tree.tokens.cpu(),
-            parents=tree.parents.cpu(),
-            log_probs=tree.log_probs.cpu(),
-            max_depth=tree.max_depth,
-        ),
-    )
+    lattice, tree = with_tensors(drafted[0], Tensor.cpu), with_tensors(drafted[1], Tensor.cpu)
+    lattices = [with_tensors(lattice, itemgetter(slice(place, place + 1))) for place in range(len(rows))]
+    return {
+        row: _Draft(row=row, place=len(row.tokens), lattice=lattices[place], tree=tree.rows([place]))
+        for place, row in enumerate(rows)
+    }
 
 
 def _error(judged: Sequence[tuple[Tensor, Tensor]]) -> float | None:
     if not judged:
         return None
     probabilities, right = (torch.cat(column) for column in zip(*judged, strict=True))
-    error = finite(expected_calibration_error(probabilities, right))
-    return None if error is None else round(error, 4)
+    error: float | None = rounded(expected_calibration_error(probabilities, right))
+    return error

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -86,12 +86,7 @@ def compare(
     if position is None:
         return None
     logits = _generate_logits(model, [*prompt, *reference[:position]], 0)
-    return Difference(
-        prompt=number,
-        position=position,
-        margin=_margin(logits, output, reference, position),
-        bound=near_tie_bound(model.dtype, logits),
-    )
+    return _difference(model, number, position, logits, output, reference)
 
 
 def examine(
@@ -112,13 +107,27 @@ def examine(
         return None
     theirs = _generate_logits(model, prompt, position)
     ours = replayed_logits(model, system, prompt, position, max_new_tokens=len(reference))
-    return Difference(
-        prompt=number,
-        position=position,
-        margin=_margin(theirs, output, reference, position),
-        bound=near_tie_bound(model.dtype, theirs),
-        deviation=math.inf if ours is None else float((ours - theirs).abs().max()),
-    )
+    deviation = math.inf if ours is None else float((ours - theirs).abs().max())
+    return replace(_difference(model, number, position, theirs, output, reference), deviation=deviation)
+
+
+def _difference(
+    model: PreTrainedModel,
+    number: int,
+    position: int,
+    logits: Tensor,
+    output: Sequence[int],
+    reference: Sequence[int],
+) -> Difference:
+    """What the first difference is worth by the logits [V] of its place."""
+    is_cut = position >= min(len(output), len(reference))
+    margin = math.inf if is_cut else margin_of(logits, output[position], reference[position])
+    return Difference(prompt=number, position=position, margin=margin, bound=near_tie_bound(model.dtype, logits))
+
+
+def margin_of(logits: Tensor, ours: int, theirs: int) -> float:
+    """How far the lower of two tokens lies below the best of the logits [V]."""
+    return float(logits.max() - min(logits[ours], logits[theirs]))
 
 
 @torch.no_grad()
@@ -151,12 +160,6 @@ def _verified_again(target: Target, prefix: Sequence[int], step: TraceStep) -> T
         max_depth=max(step.depths),
     )
     return target.verify(tree, cache).logits[0].float()
-
-
-def _margin(logits: Tensor, output: Sequence[int], reference: Sequence[int], position: int) -> float:
-    if position >= min(len(output), len(reference)):
-        return math.inf
-    return float(logits.max() - min(logits[output[position]], logits[reference[position]]))
 
 
 def _generate_logits(model: PreTrainedModel, prompt: Sequence[int], position: int) -> Tensor:

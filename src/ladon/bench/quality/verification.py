@@ -10,14 +10,14 @@ in docs/metrics.md.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ladon.bench.quality.identity import Difference, first_difference, near_tie_bound
+from ladon.bench.quality.identity import Difference, first_difference, margin_of, near_tie_bound
 from ladon.decoder.decoder import Decoder
 from ladon.engine.sequence import Row
 from ladon.engine.step import Step
@@ -96,17 +96,14 @@ def verify_law(
         progress(f"{name}: plain", done, len(expected))
     for _ in trees.decode(found, max_rows=batch):
         progress(f"{name}: trees", sum(row.finished for row in found), len(found))
-    target, differences = Target(model), []
-    for number, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
-        difference = difference_of(target, number, ours, theirs)
-        if difference is not None:
-            differences.append(difference)
+    target, pairs = Target(model), enumerate(zip(found, expected, strict=True))
+    differences = [difference_of(target, number, ours, theirs) for number, (ours, theirs) in pairs]
     return Verdict(
         law=name,
         prompts=len(prompts),
         tokens=sum(len(row.tokens) for row in expected),
         acceptance_length=trees.stats.acceptance_length,
-        differences=differences,
+        differences=[difference for difference in differences if difference is not None],
     )
 
 
@@ -137,7 +134,7 @@ def difference_of(target: Target, number: int, ours: Row, theirs: Row) -> Differ
     if place >= min(len(ours.tokens), len(theirs.tokens)):
         return Difference(prompt=number, position=place, margin=math.inf, bound=0.0)
     scores, logits = said_from(target, theirs, place)
-    margin = float(scores.max() - min(scores[ours.tokens[place]], scores[theirs.tokens[place]]))
+    margin = margin_of(scores, ours.tokens[place], theirs.tokens[place])
     bound = near_tie_bound(target.dtype, logits)
     return Difference(prompt=number, position=place, margin=margin, bound=bound)
 
@@ -199,14 +196,10 @@ def distance_of(
     name = type(rule).__name__.lower()
     decoder = Decoder(model, heads, **tree, accept=rule)
     keeping: dict[str, Any] = {"output_scores": True, "return_dict_in_generate": True}
-    rows = decoder.rows(prompts, max_new_tokens=max_new_tokens, **law, **keeping)
-
-    def steps() -> Iterable[Step]:
-        for step in decoder.decode(rows, max_rows=batch):
-            yield step
-            progress(name, sum(row.finished for row in rows), len(rows))
-
-    total = sum(step_distance(step) for step in steps())
+    rows, total = decoder.rows(prompts, max_new_tokens=max_new_tokens, **law, **keeping), 0.0
+    for step in decoder.decode(rows, max_rows=batch):
+        total += step_distance(step)
+        progress(name, sum(row.finished for row in rows), len(rows))
     return Distance(
         accept=name,
         settings=asdict(rule),
@@ -226,15 +219,10 @@ def step_distance(step: Step) -> float:
     if step.accepted is not None:
         counts = step.accepted.count.tolist()
         for row, taken, count in zip(step.rows, step.emitted, counts, strict=False):
-            total += _distance(row, taken[: count - 1]) if row.picker.draws else 0.0
+            if row.picker.draws and count > 1:
+                laws = torch.stack(row.kept["scores"][: len(taken[: count - 1])]).double().softmax(-1)
+                said = torch.tensor(taken[: count - 1], device=laws.device)
+                total += float((1.0 - laws.gather(1, said[:, None])).sum())
     for row in step.rows:
         row.kept.clear()
     return total
-
-
-def _distance(row: Row, accepted: Sequence[int]) -> float:
-    if not accepted:
-        return 0.0
-    laws = torch.stack(row.kept["scores"][: len(accepted)]).double().softmax(-1)
-    own = laws.gather(1, torch.tensor(accepted, device=laws.device)[:, None])
-    return float((1.0 - own).sum())

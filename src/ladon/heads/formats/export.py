@@ -114,12 +114,9 @@ def _write_tensorrt(job: _Job, folder: Path) -> None:
 
 def _write_vllm(job: _Job, folder: Path) -> None:
     """A draft model of vLLM's: blocks, projections or one shared copy of the base's, and the draft vocabulary."""
-    heads = job.heads
-    tensors = {}
+    heads, tensors = job.heads, dict[str, Tensor]()
     for head in range(heads.num_heads):
-        for layer in range(heads.num_blocks):
-            tensors[f"blocks.{head}.layers.{layer}.weight"] = heads.block_weight[layer, head]
-            tensors[f"blocks.{head}.layers.{layer}.bias"] = heads.block_bias[layer, head]
+        tensors |= _blocks(heads, head, "blocks.{}.layers.{}")
     if heads.projection is None:
         tensors["lm_heads.0.weight"] = _base_projection(job)
     else:
@@ -214,17 +211,25 @@ def _medusa_config(job: _Job) -> dict[str, Any]:
 
 def _numbered(job: _Job, prefix: str, *, own: bool) -> dict[str, Tensor]:
     """Blocks, and the projections after them if `own`, as `{head}.{layer}`."""
-    heads, tensors = job.heads, {}
+    heads, tensors = job.heads, dict[str, Tensor]()
     projections: Any = heads.projection
     if own and projections is None:
         projections = [_base_projection(job)] * heads.num_heads
     for head in range(heads.num_heads):
-        for layer in range(heads.num_blocks):
-            tensors[f"{prefix}{head}.{layer}.linear.weight"] = heads.block_weight[layer, head]
-            tensors[f"{prefix}{head}.{layer}.linear.bias"] = heads.block_bias[layer, head]
+        tensors |= _blocks(heads, head, prefix + "{}.{}.linear")
         if own:
             tensors[f"{prefix}{head}.{heads.num_blocks}.weight"] = projections[head]
     return tensors
+
+
+def _blocks(heads: MedusaHeads, head: int, name: str) -> dict[str, Tensor]:
+    """The blocks of one head, by `name` with its number and that of the block."""
+    kinds = {"weight": heads.block_weight, "bias": heads.block_bias}
+    return {
+        f"{name.format(head, layer)}.{kind}": stack[layer, head]
+        for layer in range(heads.num_blocks)
+        for kind, stack in kinds.items()
+    }
 
 
 def _base_projection(job: _Job) -> Tensor:

@@ -16,6 +16,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,27 @@ def read_json(folder: Path, file: str = CONFIG_FILE) -> dict[str, Any]:
     return document
 
 
+def read_versioned(path: Path, form: str, version: int, again: str) -> dict[str, Any]:
+    """A JSON document that names its format and version, without these two.
+
+    Args:
+        path: the file.
+        form: the format that it must name.
+        version: likewise.
+        again: what to do about a file that is none.
+
+    Raises:
+        HeadsError: it cannot be read, or is of another format or version.
+    """
+    try:
+        document: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise HeadsError(f"{path} cannot be read ({error}). {again}") from error
+    if not isinstance(document, dict) or (document.get("format"), document.get("version")) != (form, version):
+        raise HeadsError(f"{path} is no {form} file of version {version}. {again}")
+    return {name: value for name, value in document.items() if name not in ("format", "version")}
+
+
 def _weight_files(folder: Path) -> list[Path]:
     kinds = {name.split(".")[0] for name in HEADS_FILES if (folder / name).is_file()}
     if len(kinds) > 1:
@@ -155,29 +177,18 @@ def _slots(file: Path) -> dict[str, Slot]:
 
 
 def _safe_slots(file: Path) -> dict[str, Slot]:
-    def reader(key: str) -> Callable[[], Tensor]:
-        def read() -> Tensor:
-            with safe_open(file, framework="pt") as opened:
-                # Copied: tensors in the mapped file are not aligned, and products of unaligned ones round differently.
-                whole: Tensor = opened.get_tensor(key).clone()
-                return whole
-
-        return read
-
-    def row_reader(key: str) -> Callable[[int], Tensor]:
-        def read(row: int) -> Tensor:
-            with safe_open(file, framework="pt") as opened:
-                part: Tensor = opened.get_slice(key)[row]
-                return part
-
-        return read
+    def read(key: str, row: int | None = None) -> Tensor:
+        with safe_open(file, framework="pt") as opened:
+            # Copied: tensors in the mapped file are not aligned, and products of unaligned ones round differently.
+            found: Tensor = opened.get_tensor(key).clone() if row is None else opened.get_slice(key)[row]
+            return found
 
     try:
         with safe_open(file, framework="pt") as opened:
             shapes = {key: torch.Size(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise _damaged(file, error) from error
-    return {key: Slot(file, shape, reader(key), row_reader(key)) for key, shape in shapes.items()}
+    return {key: Slot(file, shape, partial(read, key), partial(read, key)) for key, shape in shapes.items()}
 
 
 def _pickled_slots(file: Path) -> dict[str, Slot]:

@@ -94,7 +94,7 @@ def build(checkpoint: Checkpoint, layout: Layout, parts: Parts, vocab_size: int 
     heads.load_state_dict(_tensors(checkpoint, parts, heads, token_map), assign=True)
     if "shared" in parts.single and not is_own:
         copy = checkpoint.read(parts.single["shared"])
-        heads.base_fingerprint = Fingerprint(embedding="", projection=samples_of(copy), body="", body_matrices=0)
+        heads.base_fingerprint = Fingerprint(projection=samples_of([copy]))
     return heads
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, fields
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
 from ladon.bench.quality.repetition import Repetition
 from ladon.errors import InputError
@@ -115,17 +117,12 @@ def repair(path: Path) -> int:
         raise InputError(f"cannot go on with {path}: {error.strerror}; give another place") from error
 
 
-def _end_of_lines(file: Any, size: int, block: int = 1 << 16) -> int:
-    """Where the last whole line ends, searched from the end of the file."""
-    stop = size
-    while stop > 0:
-        start = max(0, stop - block)
-        file.seek(start)
-        found = file.read(stop - start).rfind(b"\n")
-        if found >= 0:
-            return int(start + found + 1)
-        stop = start
-    return 0
+def _end_of_lines(file: BinaryIO, size: int) -> int:
+    """Where the last whole line ends in a file of that size, searched from its end."""
+    if size == 0:  # which cannot be mapped
+        return 0
+    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return content.rfind(b"\n") + 1
 
 
 def read_distilled(path: Path) -> list[DistilledRow]:
@@ -167,12 +164,7 @@ class Settings:
     @property
     def sampling(self) -> dict[str, float | int]:
         """As each row records it."""
-        return {
-            "temperature": self.temperature,
-            "top_p": self.top_p,
-            "top_k": self.top_k,
-            "max_new_tokens": self.max_new_tokens,
-        }
+        return {name: getattr(self, name) for name in ("temperature", "top_p", "top_k", "max_new_tokens")}
 
     def seed_of(self, prompt: Prompt) -> int | None:
         """The seed of one row's noise; None if there is no noise."""
@@ -300,7 +292,7 @@ def distill(
         ]
         progress(report)
         started = time.perf_counter()
-        for outcomes in _chained(empty, answerer.answers(asked, settings)):
+        for outcomes in chain([empty] if empty else [], answerer.answers(asked, settings)):
             outcomes = [_not_empty(outcome) for outcome in outcomes]
             answers = [outcome for outcome in outcomes if isinstance(outcome, Answer)]
             failures = [outcome for outcome in outcomes if isinstance(outcome, Failure)]
@@ -337,12 +329,6 @@ def append(path: Path, lines: Sequence[str]) -> None:
             f"cannot write {path}: {error.strerror}; the rows written before are whole: make room, then run the same "
             "command again to go on"
         ) from error
-
-
-def _chained(first: list[Answer | Failure], rest: Iterator[list[Answer | Failure]]) -> Iterator[list[Answer | Failure]]:
-    if first:
-        yield first
-    yield from rest
 
 
 def _not_empty(outcome: Answer | Failure) -> Answer | Failure:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +14,7 @@ from ladon.decoder.request import end_ids
 from ladon.engine.sequence import Row
 from ladon.errors import InputError
 from ladon.heads.fingerprint import fingerprint
-from ladon.sampling.sampler import GREEDY, Picker, Sampler
+from ladon.sampling.sampler import GREEDY, Sampler
 from ladon.target.support import context_limit
 from ladon.train.data.prompts import Prompt
 from ladon.train.distill.distill import Answer, Failure, Settings
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 def weights_hash(model: PreTrainedModel) -> str:
     """16 hexadecimal digits that tell a model from another of the same name: of its fingerprint, not of all weights."""
-    return hashlib.sha256(repr(sorted(fingerprint(model).as_dict().items())).encode()).hexdigest()[:16]
+    return hashlib.sha256(repr(sorted(asdict(fingerprint(model)).items())).encode()).hexdigest()[:16]
 
 
 class LocalModel:
@@ -89,12 +90,6 @@ class LocalModel:
         if told < len(rows):  # no row at all, or none after the last
             yield [self._outcome(prompts[place], rows[place]) for place in range(told, len(rows))]
 
-    def _picker(self, settings: Settings) -> Picker:
-        """The law of a row."""
-        if settings.temperature == 0:
-            return GREEDY
-        return Sampler(temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p)
-
     def _row(self, prompt: Prompt, settings: Settings) -> Row | None:
         """The prompt for the engine; None if the context has no room for an answer."""
         room = settings.max_new_tokens
@@ -102,12 +97,13 @@ class LocalModel:
             room = min(room, self._context_limit - len(prompt.token_ids))
         if room < 1:
             return None
+        law: dict[str, Any] = {"temperature": settings.temperature, "top_k": settings.top_k, "top_p": settings.top_p}
         return Row(
             prompt=torch.tensor(prompt.token_ids),
             max_new_tokens=room,
             is_stop=self._ends.__contains__,
             seed=settings.seed_of(prompt) or 0,
-            picker=self._picker(settings),
+            picker=Sampler(**law) if settings.temperature else GREEDY,
         )
 
     def _outcome(self, prompt: Prompt, row: Row | None) -> Answer | Failure:
