@@ -20,9 +20,11 @@ import ladon
 from ladon.drafting.head_chaining import product
 from ladon.drafting.proposer import HeadsProposer
 from ladon.engine.engine import Engine
+from ladon.engine.recorder import Recorder
 from ladon.engine.sequence import Row
-from ladon.engine.stats import DecodeStats, StageClock
+from ladon.engine.stats import DecodeStats
 from ladon.target.target import Target
+from ladon.tree_size.observer import TreeSizes
 from ladon.trees.grow import grow_dynamic
 
 MIB = 2**20
@@ -59,10 +61,9 @@ def measure(num_layers: int, vocab_size: int, batch: int, context: int, budget: 
     heads = ladon.new_heads(model, num_heads=4).bind(model)
     target = Target(model, self_test=False)
     stats = DecodeStats()
-    clock = StageClock(stats.stage_seconds, enabled=False, device=target.device)
-    engine = Engine(
-        target, HeadsProposer(product(heads, 32), grow_dynamic, clock), budget=budget, stats=stats, clock=clock
-    )
+    sizes = TreeSizes(budget, target.device)
+    recorder = Recorder(stats, sizes, model, target.device)
+    engine = Engine(target, HeadsProposer(product(heads, 32), grow_dynamic), sizes, observer=recorder)
     prompts = torch.randint(0, vocab_size, (batch, context))
     rows = [Row(prompt=prompt, max_new_tokens=64, is_stop=lambda token: False) for prompt in prompts]
     steps = engine.run(rows)

@@ -29,7 +29,8 @@ import ladon
 from ladon.engine.sequence import Row
 from ladon.engine.stats import DecodeStats
 from ladon.engine.step import Step
-from ladon.sampling.sampler import GREEDY, Context, Nodes, Sampler, noisy
+from ladon.sampling.sampler import noisy
+from ladon.sampling.sampling_params import GREEDY, Context, Nodes, TemperatureSampling
 from ladon.trees.token_tree import TokenTree, ancestor_mask
 from ladon.util.machine import environment, load
 
@@ -60,8 +61,8 @@ class System:
     def __init__(
         self, model: PreTrainedModel, heads: ladon.Heads, nodes: int, prompt: torch.Tensor, drawn: bool
     ) -> None:
-        law = Sampler(temperature=0.8) if drawn else GREEDY
-        row = Row(prompt=prompt, max_new_tokens=1500, is_stop=lambda token: False, seed=7, picker=law)
+        law = TemperatureSampling(temperature=0.8) if drawn else GREEDY
+        row = Row(prompt=prompt, max_new_tokens=1500, is_stop=lambda token: False, seed=7, sampling_params=law)
         decoder = ladon.Decoder(model, heads, budget=nodes)
         self._steps: Iterator[Step] = decoder.decode([row])
         self._stats: DecodeStats = decoder.stats

@@ -14,8 +14,9 @@ from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any
 
+from ladon.tree_size.frozen import FrozenSizing
 from ladon.tree_size.latency_model import StepCost, StepTime
-from ladon.tree_size.policy import EDGES, FrozenSizing
+from ladon.tree_size.policy import EDGES
 from ladon.trees.fixed_tree import RankPath, best_fixed_tree
 
 # (best candidate, among the best five) of heads 1 to 4: training logs in MEDUSA's repository, docs/train-your-heads.md

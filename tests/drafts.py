@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,12 +17,14 @@ from ladon.decoder.decoder import Decoder
 from ladon.drafting.head_chaining import product
 from ladon.drafting.proposer import HeadsProposer, Proposer, RootProposer, Stateless, tree_builder
 from ladon.engine.engine import Engine
+from ladon.engine.recorder import Recorder
 from ladon.engine.sequence import Row
-from ladon.engine.stats import DecodeStats, StageClock
-from ladon.sampling.sampler import GREEDY, Picker
+from ladon.engine.stats import DecodeStats
+from ladon.sampling.sampling_params import GREEDY, SamplingParams
 from ladon.target.pruning.pruner import Pruning
 from ladon.target.target import Target
 from ladon.tree_size.acceptance_model import Sums
+from ladon.tree_size.observer import TreeSizes
 from ladon.tree_size.policy import EDGES, Size, Sizing, StepRecord
 from ladon.trees.fixed_tree import FixedTree
 from ladon.trees.lattice import Lattice
@@ -149,15 +152,14 @@ def make_proposer(
         return RootProposer()
     if kind == "heads":
         assert heads is not None
-        clock = StageClock({}, enabled=False, device=torch.device("cpu"))
-        return HeadsProposer(product(heads, CANDIDATES), tree_builder(tree), clock)
+        return HeadsProposer(product(heads, CANDIDATES), tree_builder(tree))
     return DraftedLattice(kind, truth, vocab_size, tree)
 
 
 def oracle_decoder(model: PreTrainedModel, truth: Sequence[int], tree: str, budget: int) -> Decoder:
     """A decoder for one prompt whose drafts hold what is said after it, so that most steps emit several tokens."""
     decoder = Decoder(model, budget=budget)
-    decoder._proposer = lambda clock: make_proposer("oracle", TREES[tree], [truth], 97, None)
+    decoder._proposer = lambda observer: make_proposer("oracle", TREES[tree], [truth], 97, None)
     return decoder
 
 
@@ -169,13 +171,28 @@ def decode(
     eos_token_ids: frozenset[int] = frozenset(),
     budget: int | Sizing = NUM_NODES,
     pruning: Pruning | None = None,
-    picker: Picker = GREEDY,
+    sampling_params: SamplingParams = GREEDY,
 ) -> tuple[list[list[int]], DecodeStats]:
     """Run the engine; the emitted tokens of each prompt, and the statistics."""
     never = eos_token_ids.__contains__
-    rows = [Row(prompt=p, max_new_tokens=max_new_tokens, is_stop=never, picker=picker) for p in prompts]
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "is_stop": never, "sampling_params": sampling_params}
+    rows = [Row(prompt=prompt, **options) for prompt in prompts]
     stats = DecodeStats()
-    clock = StageClock(stats.stage_seconds, enabled=False, device=torch.device("cpu"))
-    for _ in Engine(target, proposer, budget=budget, stats=stats, clock=clock, pruning=pruning).run(rows):
+    for _ in make_engine(target, proposer, budget=budget, stats=stats, pruning=pruning).run(rows):
         pass
     return [row.tokens for row in rows], stats
+
+
+def make_engine(
+    target: Target,
+    proposer: Proposer,
+    *,
+    budget: int | Sizing = NUM_NODES,
+    stats: DecodeStats | None = None,
+    pruning: Pruning | None = None,
+    **options: Any,
+) -> Engine:
+    """An engine that counts, as a decoder makes it."""
+    sizes = TreeSizes(budget, target.device, pruning)
+    recorder = Recorder(stats or DecodeStats(), sizes, target.model, target.device)
+    return Engine(target, proposer, sizes, observer=recorder, **options)

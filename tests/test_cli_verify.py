@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-import ladon.engine.engine
+import ladon.sampling.acceptance
 from ladon.bench.quality.verification import said_from, verify_law
 from ladon.cli.main import run
 from ladon.decoder.decoder import Decoder
@@ -54,7 +54,7 @@ def test_a_decoder_that_errs_is_found(capsys: pytest.CaptureFixture[str], monkey
             picks[:, 0] = tree.tokens[:, 1]
         return longest_match(tree, picks, ancestors)
 
-    monkeypatch.setattr(ladon.engine.engine, "longest_match", gullible)
+    monkeypatch.setattr(ladon.sampling.acceptance, "longest_match", gullible)
     assert run([*QUICK, "--json", "--budget", "8"]) == 1
     found = document(capsys)
     assert not all(law["exact"] for law in found["laws"])

@@ -19,14 +19,6 @@ BASE_INSTALL = {"torch", "transformers", "safetensors", "numpy", "typer", "rich"
 GROUND = ["errors", "config", "util"]
 CORE = ["trees", "constraints", "heads", "sampling", "target", "tree_size", "drafting", "engine", "decoder", "demo"]
 USER_SIDE = ["viz", "calibrate", "bench", "train", "cli"]
-KNOWN = {  # to be cured
-    "drafting.constrained": {"engine.sequence", "engine.stats"},
-    "drafting.merge_on_host": {"engine.sequence", "engine.stats"},
-    "drafting.mtp": {"engine.stats"},
-    "drafting.proposer": {"engine.stats"},
-    "target.target": {"engine.sequence"},
-    "tree_size.observer": {"engine.stats"},
-}
 ORDER = GROUND + CORE + USER_SIDE
 
 # What each side may import besides the standard library and ladon itself.
@@ -94,7 +86,7 @@ def test_every_package_says_what_it_is(folder: Path) -> None:
 @pytest.mark.parametrize("name", MODULES)
 def test_imports_point_down(name: str) -> None:
     own = name.split(".")[0]
-    for target in ladon_imports(name) - KNOWN.get(name, set()):
+    for target in ladon_imports(name):
         package = target.split(".")[0]
         assert package == own or ORDER.index(package) < ORDER.index(own), f"{name} imports {target}, from above it"
 

@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 
 from ladon import Decoder, new_heads
 from ladon.bench.synthetic import SyntheticDecoder, SyntheticDrafts, SyntheticProposer
-from ladon.engine.stats import StageClock
 from ladon.errors import InputError
 from ladon.sampling.acceptance import Accepted
 from ladon.trees.fixed_tree import FixedTree
@@ -128,8 +127,7 @@ def test_rows_come_and_go() -> None:
     """Rows that join come behind; after others have left, each goes on where it stands."""
     answers = {key(prompt): [10 * number + place for place in range(9)] for number, prompt in enumerate(PROMPTS)}
     drafts = SyntheticDrafts(answers, [[1.0, 0.0]], vocab_size=VOCAB)
-    clock = StageClock({}, enabled=False, device=torch.device("cpu"))
-    proposer = SyntheticProposer(drafts, grow_dynamic, clock)
+    proposer = SyntheticProposer(drafts, grow_dynamic)
 
     def drafted(rows: int) -> list[int]:
         return proposer.propose(torch.zeros(rows, 4), torch.zeros(rows, dtype=torch.long), 2).tokens[:, 1].tolist()

@@ -16,9 +16,10 @@ from ladon.drafting.proposer import RootProposer
 from ladon.engine.sequence import Row
 from ladon.target.target import Target
 from ladon.tree_size.adaptive import AutoSizing
+from ladon.tree_size.frozen import FrozenSizing
 from ladon.tree_size.latency_model import StepTime
 from ladon.tree_size.observer import path_mass
-from ladon.tree_size.policy import EDGES, FixedSizing, FrozenSizing
+from ladon.tree_size.policy import EDGES, FixedSizing
 from ladon.tree_size.profile_store import place_of, write_profile
 from random_trees import draw
 

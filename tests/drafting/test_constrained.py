@@ -10,9 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ladon.constraints.state import Guide
-from ladon.drafting.constrained import Draft, count_illegal, drafts_of, legal_tree, legal_trees
+from ladon.drafting.constrained import Draft, drafts_of, legal_tree, legal_trees
+from ladon.engine.recorder import Recorder
 from ladon.engine.sequence import Row
 from ladon.engine.stats import DecodeStats
+from ladon.tree_size.observer import TreeSizes
 from ladon.trees.token_tree import TokenTree, check_tree
 from ladon.trees.transfer import flat, on_host
 from toys import Residues, Script
@@ -148,12 +150,13 @@ def test_rows_without_a_constraint_keep_their_trees() -> None:
     assert [draft.tokens for draft in drafts_of(received)] == tree.tokens.tolist()
     rows = [Row(prompt=torch.arange(3), max_new_tokens=5, is_stop=lambda _: False) for _ in range(2)]
     rows[0].guide = Guide(Residues(4, 1, vocab_size=VOCAB))
-    found = legal_trees(received, rows, 6)
+    found = legal_trees(received, [row.guide for row in rows], 6)
     check_tree(found)
     assert found.num_nodes == 6 and found.max_depth <= 5
     assert torch.equal(found.tokens[1], tree.tokens[1, :6]) and torch.equal(found.log_probs[1], tree.log_probs[1, :6])
     stats = DecodeStats()
-    count_illegal(rows, 6, stats)
+    cpu = torch.device("cpu")
+    Recorder(stats, TreeSizes(6, cpu), torch.nn.Identity(), cpu).verifies(rows, 6)
     assert (stats.drafts_checked, stats.drafts_illegal) == rows[0].guide.looked_through(6) and rows[
         1
     ].stats.row_steps == 0

@@ -15,18 +15,17 @@ from torch import nn
 
 import families
 import ladon
-from drafts import FIXED, RandomSizing
+from drafts import FIXED, RandomSizing, make_engine
 from ladon.cli.main import run
 from ladon.drafting.mtp import MtpProposer
 from ladon.drafting.ngram_proposer import Lookup
-from ladon.engine.engine import Engine
 from ladon.engine.sequence import Row
-from ladon.engine.stats import DecodeStats, StageClock
+from ladon.engine.stats import DecodeStats
 from ladon.errors import HeadsError, InputError
 from ladon.heads.mtp import MtpHeads
 from ladon.sampling.acceptance import Accepted
 from ladon.sampling.lossy import Typical
-from ladon.sampling.sampler import GREEDY, Sampler
+from ladon.sampling.sampling_params import GREEDY, TemperatureSampling
 from ladon.target.pruning.pruner import Pruning
 from ladon.target.target import Target
 from ladon.trees.token_tree import check_tree
@@ -44,7 +43,6 @@ MODULES = {  # family, modules
     "mellum": ("mellum", 1),  # its module sees a window
     "glm4_moe with eager": ("glm4_moe", 2),
 }
-CLOCK = StageClock({}, enabled=False, device=torch.device("cpu"))
 LENGTHS = (3, 17, 9, 1, 26)
 
 
@@ -70,7 +68,7 @@ def states_of(model, tokens):
 
 def proposer_of(heads, model, tree="dynamic", **options):
     options = {"num_candidates": 4, "budget": 12} | options
-    return MtpProposer(heads, model, tree, clock=CLOCK, **options)
+    return MtpProposer(heads, model, tree, **options)
 
 
 @torch.no_grad()
@@ -237,12 +235,12 @@ class Noting(MtpProposer):
         return self.drafted
 
 
-def run_changing(model, proposer, *, sizing, chunk=5, picker=GREEDY, **options):
+def run_changing(model, proposer, *, sizing, chunk=5, sampling_params=GREEDY, **options):
     """Rows that join and leave at any step, one cancelled; yields each step's rows and the trees drafted after it."""
     target = Target(model, prefill_chunk=chunk)
-    engine = Engine(target, proposer, budget=sizing, stats=DecodeStats(), clock=CLOCK, max_rows=3, **options)
+    engine = make_engine(target, proposer, budget=sizing, max_rows=3, **options)
     rows = [
-        Row(prompt=prompt.repeat(2), max_new_tokens=limit, is_stop=lambda _: False, picker=picker)
+        Row(prompt=prompt.repeat(2), max_new_tokens=limit, is_stop=lambda _: False, sampling_params=sampling_params)
         for prompt, limit in zip(prompts_of((6, 1, 23, 2, 11)), (30, 3, 19, 12, 14), strict=True)
     ]
     with torch.no_grad():
@@ -254,10 +252,10 @@ def run_changing(model, proposer, *, sizing, chunk=5, picker=GREEDY, **options):
             proposer.drafted = None
             if engine.step() is None:
                 break
-            yield engine._batch.decoding, proposer.drafted
+            yield engine._scheduler.decoding, proposer.drafted
     assert all(row.finished for row in rows) and sum(row.cancelled for row in rows) == 1
     assert not any(row.states for row in rows)
-    for row in rows if picker is GREEDY else []:
+    for row in rows if sampling_params is GREEDY else []:
         truth = reference(model, row.prompt, row.max_new_tokens)
         assert row.tokens == truth[: len(row.tokens)] and (row.cancelled or row.tokens == truth)
 
@@ -267,7 +265,7 @@ WAYS = {
     "read at once": lambda: {"chunk": 1000},
     "n-grams": lambda: {"lookup": Lookup(is_chain=False)},
     "pruned": lambda: {"pruning": Pruning(layer=1, keep=6)},
-    "typical": lambda: {"rule": Typical(), "picker": Sampler(temperature=0.9)},
+    "typical": lambda: {"rule": Typical(), "sampling_params": TemperatureSampling(temperature=0.9)},
 }
 
 
@@ -276,7 +274,7 @@ WAYS = {
 def test_drafts_are_those_of_a_row_that_has_just_joined(name, way):
     """Whatever trees and steps came before, plain ones among them: the same tokens and probabilities, at every step."""
     (model, heads), compared = build(name), 0
-    proposer = Noting(heads, model, "dynamic", num_candidates=16, budget=48, clock=CLOCK)
+    proposer = Noting(heads, model, "dynamic", num_candidates=16, budget=48)
     for rows, tree in run_changing(model, proposer, sizing=RandomSizing(3), **WAYS[way]()):
         if tree is None or tree.num_nodes == 1:
             continue
@@ -314,7 +312,7 @@ def test_much_that_waits_is_read_though_nothing_is_drafted():
     (model, heads), widths = build("glm4_moe with 3"), []
     proposer = proposer_of(heads, model)
     row = Row(prompt=prompts_of((4,))[0], max_new_tokens=150, is_stop=lambda _: False)
-    engine = Engine(Target(model), proposer, budget=1, stats=DecodeStats(), clock=CLOCK)
+    engine = make_engine(Target(model), proposer, budget=1)
     for _ in engine.run([row]):
         widths.append(proposer._waiting.tokens.shape[1])
     assert row.tokens == reference(model, row.prompt, 150)
@@ -437,9 +435,7 @@ def test_offloaded_models_are_refused_and_the_modules_keep_their_weights(shipped
 def test_hidden_states_of_prompts_are_let_go_of(ends, shipped, monkeypatch):
     """Also of those that are never read to their end."""
     _, model, heads = shipped
-    engine = Engine(
-        Target(model, prefill_chunk=4), proposer_of(heads, model), budget=8, stats=DecodeStats(), clock=CLOCK
-    )
+    engine = make_engine(Target(model, prefill_chunk=4), proposer_of(heads, model), budget=8, stats=DecodeStats())
     row = Row(prompt=prompts_of((19,))[0], max_new_tokens=4, is_stop=lambda _: False)
     engine.submit(row)
     engine.step()

@@ -6,12 +6,10 @@ import pytest
 import torch
 
 import ladon
-from drafts import TREES, RandomSizing, make_proposer
+from drafts import TREES, RandomSizing, make_engine, make_proposer
 from ladon import TreeError
 from ladon.drafting.ngram_index import MOST_GUESSED
 from ladon.drafting.ngram_proposer import Lookup, looks_up
-from ladon.engine.engine import Engine
-from ladon.engine.stats import DecodeStats, StageClock
 from ladon.target.target import Target
 from ladon.trees.token_tree import TokenTree, root_tree
 from ladon.trees.transfer import flat, on_host, to_device
@@ -137,18 +135,17 @@ def test_a_row_that_leaves_takes_its_text_along(model):
     while any(not row.finished for row in rows):
         before = sum(not row.finished for row in rows)
         engine.step()
-        assert len(engine._reviser._lookup._rows) == before
+        assert len(engine._host_merge._lookup._rows) == before
     assert engine.step() is None
-    assert engine._reviser._lookup._rows == [] and [len(row.tokens) for row in rows] == [12, 4, 12]
+    assert engine._host_merge._lookup._rows == [] and [len(row.tokens) for row in rows] == [12, 4, 12]
 
 
 def test_sums_of_merged_trees_reach_the_sizing(model, decoder):
     """Depths beyond the heads' are summed, and steps that heads had no part in are told apart."""
     sizing, target = RandomSizing(2), Target(model)
-    clock = StageClock({}, enabled=False, device=torch.device("cpu"))
     proposer = make_proposer("heads", "dynamic", [], 97, decoder.heads)
     for _ in range(4):
-        engine = Engine(target, proposer, budget=sizing, stats=DecodeStats(), clock=clock, lookup=Lookup())
+        engine = make_engine(target, proposer, budget=sizing, lookup=Lookup())
         for _ in engine.run(decoder.rows([REPETITIVE[0]], max_new_tokens=80)):
             pass
     depths = {len(sums) for sums in sizing.sums if sums is not None}

@@ -15,17 +15,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ladon
-from drafts import CANDIDATES, NUM_NODES, PROPOSERS, TREES, RandomSizing, decode, make_proposer
+from drafts import CANDIDATES, NUM_NODES, PROPOSERS, TREES, RandomSizing, decode, make_engine, make_proposer
 from families import FAMILIES, VOCAB_SIZE, build
-from ladon.drafting import merge_on_host as revising
+from ladon.drafting import merge_on_host
 from ladon.drafting.ngram_proposer import Lookup
 from ladon.drafting.proposer import RootProposer
-from ladon.engine import engine as engine_module
 from ladon.engine.engine import Engine
 from ladon.engine.sequence import Row
-from ladon.engine.stats import DecodeStats, StageClock
+from ladon.engine.stats import DecodeStats
 from ladon.errors import InputError
-from ladon.sampling.sampler import GREEDY, Picker, Sampler
+from ladon.sampling.sampling_params import GREEDY, SamplingParams, TemperatureSampling
 from ladon.target.kv_cache import TreeCache
 from ladon.target.pruning.pruner import Pruning
 from ladon.target.target import Target
@@ -34,7 +33,7 @@ from rope_cases import CASES
 CHUNK = 7
 MOST = 18  # tokens of a row
 LENGTHS = (1, 3, 7, 8, 15, 16, 17, 30, 12, 5)  # below and beyond a chunk, a window, a switch
-SAMPLER = Sampler(temperature=0.9, top_k=30)
+SAMPLER = TemperatureSampling(temperature=0.9, top_k=30)
 
 
 class Case:
@@ -59,7 +58,7 @@ class Case:
 
     def _drawn(self, target: Target, index: int) -> list[int]:
         row = Row(prompt=self.prompts[index], max_new_tokens=MOST, is_stop=lambda _: False, seed=index)
-        row.picker = SAMPLER
+        row.sampling_params = SAMPLER
         for _ in new_engine(target, RootProposer()).run([row]):
             pass
         return row.tokens
@@ -73,8 +72,7 @@ class Case:
 
 def new_engine(target: Target, proposer, **options) -> Engine:
     stats = DecodeStats()
-    clock = StageClock(stats.stage_seconds, enabled=False, device=torch.device("cpu"))
-    return Engine(target, proposer, **{"budget": NUM_NODES, "stats": stats, "clock": clock, **options})
+    return make_engine(target, proposer, **{"budget": NUM_NODES, "stats": stats, **options})
 
 
 case = cache(Case)
@@ -97,13 +95,13 @@ class Plan:
         tokens = truth[self.prompt][: self.limit]
         return tokens if self.stop not in tokens else tokens[: tokens.index(self.stop) + 1]
 
-    def make(self, picker: Picker = GREEDY) -> Row:
+    def make(self, sampling_params: SamplingParams = GREEDY) -> Row:
         self.row = Row(
             prompt=CASE_PROMPTS[self.prompt],
             max_new_tokens=self.limit,
             is_stop=lambda token: token == self.stop,
             seed=self.prompt,
-            picker=picker,
+            sampling_params=sampling_params,
         )
         return self.row
 
@@ -175,7 +173,7 @@ def follow(name: str, schedule: dict) -> None:
         else:
             assert row.tokens == plan.expected(truth)
     assert engine.cache_bytes == 0
-    total, parts = engine._stats, [row.stats for row in plan_of]
+    total, parts = engine.observer.stats, [row.stats for row in plan_of]
     for name in ("prefill_tokens", "row_steps", "tokens", "nodes_verified", "accepted_nodes"):
         assert getattr(total, name) == sum(getattr(part, name) for part in parts)
 
@@ -270,7 +268,7 @@ def test_cancelled_from_a_stop_rule():
 def test_cancelled_between_verify_and_delivery(monkeypatch):
     made = case("llama")
     rows = [a_row(made, 1), a_row(made, 2)]
-    engine, to_host = made.engine("oracle"), revising.to_host
+    engine, to_host = made.engine("oracle"), merge_on_host.to_host
     for row in rows:
         engine.submit(row)
     engine.step()
@@ -280,7 +278,7 @@ def test_cancelled_between_verify_and_delivery(monkeypatch):
         engine.cancel(rows[0])
         return table
 
-    monkeypatch.setattr(revising, "to_host", cancel_and_read)
+    monkeypatch.setattr(merge_on_host, "to_host", cancel_and_read)
     step = engine.step()
     monkeypatch.undo()
     assert step.rows == rows and step.emitted[0] == [] and len(step.emitted[1]) > 1
@@ -469,7 +467,7 @@ def test_no_leak():
         assert 4 <= rows <= 9
         assert most <= 2 * rows * max(64, 2 * (tokens + NUM_NODES)) * per_slot
         assert engine.cache_bytes == 0 and engine.step() is None
-        assert engine._batch.rows == engine._batch.drafted == [] and not engine._batch._waiting
+        assert engine._scheduler.rows == engine._scheduler.drafted == [] and not engine._scheduler._waiting
     assert engine._tree is None and engine._proposer._place.numel() == 0
     gc.collect()
     assert sum(type(thing) is TreeCache for thing in gc.get_objects()) == before
@@ -480,7 +478,7 @@ def test_a_row_tells_what_became_of_it(monkeypatch):
     made = case("llama")
     ticks = iter(range(1000))
     clock = SimpleNamespace(perf_counter=lambda: float(next(ticks)))
-    monkeypatch.setattr(engine_module, "time", clock)
+    monkeypatch.setattr("ladon.engine.sequence.time", clock)
     monkeypatch.setattr("ladon.engine.scheduler.time", clock)
     row, other = a_row(made, LONG, 9), a_row(made, 1, 5)
     for _ in made.engine("oracle", "chain").run([row, other]):

@@ -10,7 +10,6 @@ import torch
 import ladon
 from drafts import TREES, decode, make_proposer
 from greedy import PROMPTS, generate
-from ladon.engine import engine as engine_module
 from ladon.engine.sequence import Row
 from ladon.target import target as target_module
 from ladon.target.self_test import Verdict
@@ -119,7 +118,7 @@ def test_the_self_test_is_no_part_of_the_prefill(model, monkeypatch):
         return Verdict(trees=True)
 
     monkeypatch.setattr(target_module, "tested", slow_test)
-    monkeypatch.setattr(engine_module, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr("ladon.engine.recorder.time", SimpleNamespace(perf_counter=lambda: now[0]))
     _, stats = decode(Target(model), make_proposer("root", "off", [], 97, None), PROMPTS, 3)
     assert (now[0], stats.prefill_seconds, stats.decode_seconds) == (100.0, 0.0, 0.0)
 

@@ -23,7 +23,7 @@ from drafts import FIXED, RandomSizing
 from families import FAMILIES, build, random_mtp
 from ladon.constraints.state import Guide
 from ladon.engine.sequence import Row
-from ladon.sampling.sampler import GREEDY, Sampler
+from ladon.sampling.sampling_params import GREEDY, TemperatureSampling
 from ladon.target.prefill import PromptReader
 from ladon.target.target import Target
 from ladon.trees.transfer import host_values, to_host
@@ -297,9 +297,9 @@ def test_rows_that_join_and_leave_add_no_read(name, temperature, reads, monkeypa
     model, heads = random_mtp("glm4_moe", 2) if name == "mtp" else (make(name, monkeypatch), None)
     decoder = ladon.Decoder(model, heads or ladon.new_heads(model, num_heads=3), budget=16)
     decoder._target.prefill_chunk = 5
-    engine, picker = decoder.engine(max_rows=3), Sampler(temperature=temperature) if temperature else GREEDY
+    engine, params = decoder.engine(max_rows=3), TemperatureSampling(temperature=temperature) if temperature else GREEDY
     rows = [
-        Row(prompt=torch.arange(3, 3 + length), max_new_tokens=limit, is_stop=lambda _: False, picker=picker)
+        Row(prompt=torch.arange(3, 3 + length), max_new_tokens=limit, is_stop=lambda _: False, sampling_params=params)
         for length, limit in ((6, 30), (1, 3), (23, 9), (2, 12), (11, 4))
     ]
     kinds = set()

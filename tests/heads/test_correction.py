@@ -25,6 +25,7 @@ from ladon.heads.calibration import Calibration
 from ladon.heads.correction import MarkovCorrection
 from ladon.trees import lattice
 from ladon.trees.grow import grow_chain, grow_dynamic
+from ladon.util.observer import SILENT
 
 
 @pytest.fixture
@@ -212,7 +213,7 @@ def test_temperatures_belong_to_their_joint(model: PreTrainedModel) -> None:
     heads.calibration = Calibration(heads="", temperatures=[0.5] * 3, hit_rates=[[]] * 3, joint=MARKOV)
     hidden, root = torch.randn(1, heads.hidden_size, dtype=model.dtype), torch.tensor([3])
     cold, warm = (
-        ladon.Decoder(model, heads, joint=joint, budget=8)._proposer(_clock()).propose(hidden, root, 8)
+        ladon.Decoder(model, heads, joint=joint, budget=8)._proposer(SILENT).propose(hidden, root, 8)
         for joint in (MARKOV, "product")
     )
     expected = grow_dynamic(lattice.from_logits(heads.draft(hidden, root), 7), root, 8)
@@ -221,10 +222,6 @@ def test_temperatures_belong_to_their_joint(model: PreTrainedModel) -> None:
     given_so = {"temperatures": torch.tensor([0.5] * 3), "num_rows": MARKOV_ROWS}
     by_hand = lattice.conditioned(candidates, root, heads.correction.among, **given_so)
     torch.testing.assert_close(cold.log_probs, grow_dynamic(by_hand, root, 8).log_probs)
-
-
-def _clock() -> ladon.engine.stats.StageClock:
-    return ladon.engine.stats.StageClock({}, enabled=False, device=torch.device("cpu"))
 
 
 @pytest.mark.parametrize("rank", [0, -1, 12, True, 2.0])

@@ -10,10 +10,10 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from ladon import Decoder, FixedTree
-from ladon.engine.stats import StageClock
 from ladon.errors import HeadsError, InputError
 from ladon.heads import Heads, HydraHeads, new_heads
 from ladon.heads.calibration import Calibration
+from ladon.util.observer import SILENT
 from lattices import tree_paths
 
 
@@ -182,8 +182,7 @@ def sure_heads(model: PreTrainedModel) -> HydraHeads:
 
 def proposed(model: PreTrainedModel, heads: Heads, hidden: torch.Tensor, root: torch.Tensor, **options: Any) -> Any:
     """The tree that a decoder drafts, of all its nodes."""
-    clock = StageClock({}, enabled=False, device=torch.device("cpu"))
-    return Decoder(model, heads, **options)._proposer(clock).propose(hidden, root, options["budget"])
+    return Decoder(model, heads, **options)._proposer(SILENT).propose(hidden, root, options["budget"])
 
 
 def test_paths_are_the_default_and_a_chain_is_as_before(tiny_llama: PreTrainedModel) -> None:

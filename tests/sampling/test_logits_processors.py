@@ -16,8 +16,9 @@ import ladon
 from drafts import TREES, decode, make_proposer
 from ladon.engine.sequence import Row
 from ladon.errors import InputError
-from ladon.sampling.logits_processors import _BY_PREFIX, _BY_SCORES, ProcessedPicker, Processors
-from ladon.sampling.sampler import GREEDY, Context, Nodes, first_best, noisy
+from ladon.sampling.logits_processors import _BY_PREFIX, _BY_SCORES, ProcessedSampling, Processors
+from ladon.sampling.sampler import first_best, noisy
+from ladon.sampling.sampling_params import GREEDY, Context, Nodes
 from ladon.target.target import Target
 from ladon.trees.token_tree import ancestor_mask
 from random_trees import draw
@@ -263,15 +264,21 @@ def test_one_seed_one_text(tiny_llama: PreTrainedModel, heads: ladon.Heads, law:
 def test_rows_of_several_laws_in_one_engine(tiny_llama: PreTrainedModel) -> None:
     """Greedy, sampled and processed rows decode together, each as if it were alone."""
     target, prompts = Target(tiny_llama), [torch.arange(3, 9), torch.arange(5, 20), torch.arange(1, 4)]
-    pickers = [
+    params_of = [
         GREEDY,
-        ProcessedPicker(Processors([kinds.TemperatureLogitsWarper(0.8)]), draws=True),
-        ProcessedPicker(Processors([kinds.NoRepeatNGramLogitsProcessor(1)]), draws=False),
+        ProcessedSampling(Processors([kinds.TemperatureLogitsWarper(0.8)]), draws=True),
+        ProcessedSampling(Processors([kinds.NoRepeatNGramLogitsProcessor(1)]), draws=False),
     ]
 
     def said(places: list[int], tree: str) -> list[list[int]]:
         rows = [
-            Row(prompt=prompts[place], max_new_tokens=15, is_stop=lambda _: False, seed=place, picker=pickers[place])
+            Row(
+                prompt=prompts[place],
+                max_new_tokens=15,
+                is_stop=lambda _: False,
+                seed=place,
+                sampling_params=params_of[place],
+            )
             for place in places
         ]
         decoder = ladon.Decoder(tiny_llama, ladon.new_heads(tiny_llama, num_heads=3), tree=tree, budget=9)
@@ -296,7 +303,7 @@ def test_what_is_said_is_accepted(tiny_llama: PreTrainedModel, tree: str) -> Non
     row_processors = Processors([kinds.RepetitionPenaltyLogitsProcessor(1.6)])
     proposer = make_proposer("oracle", TREES[tree], [truth], VOCAB, None)
     outputs, stats = decode(
-        Target(tiny_llama), proposer, [prompt], 18, picker=ProcessedPicker(row_processors, draws=False)
+        Target(tiny_llama), proposer, [prompt], 18, sampling_params=ProcessedSampling(row_processors, draws=False)
     )
     assert outputs == [truth] and stats.acceptance_length > 1.5
 
@@ -305,12 +312,12 @@ def test_acceptance_is_the_mass_on_the_children(tiny_llama: PreTrainedModel) -> 
     """Over seeds, the share of draws that fall on a node's children is the target's mass there."""
     logits = torch.randn(1, 1, 12, generator=torch.Generator().manual_seed(3))
     children, num = [1, 4, 7], 20_000
-    picker = ProcessedPicker(Processors([kinds.TemperatureLogitsWarper(0.9)]), draws=True)
+    params = ProcessedSampling(Processors([kinds.TemperatureLogitsWarper(0.9)]), draws=True)
     law = (logits[0, 0] / 0.9).softmax(-1)
     drawn = draw(random.Random(0), [None], 1, 12).tree
     nodes = Nodes(tree=drawn.rows([0] * num), ancestors=torch.ones(num, 1, 1, dtype=torch.bool))
     where = Context(rows=[], seeds=torch.arange(num), first=torch.zeros(num, dtype=torch.int64))
-    picks = first_best(noisy(picker.law(logits.expand(num, -1, -1), where, nodes), where, nodes))[:, 0]
+    picks = first_best(noisy(params.scores(logits.expand(num, -1, -1), where, nodes), where, nodes))[:, 0]
     share = float(torch.isin(picks, torch.tensor(children)).float().mean())
     mass = float(law[children].sum())
     assert share == pytest.approx(mass, abs=4 * (mass * (1 - mass) / num) ** 0.5)

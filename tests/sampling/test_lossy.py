@@ -14,16 +14,15 @@ import torch
 from torch import Tensor
 
 import ladon
-from drafts import TableProposer
+from drafts import TableProposer, make_engine
 from ladon.bench.quality.verification import distance_of, step_distance
 from ladon.cli.main import run
-from ladon.engine.engine import Engine
 from ladon.engine.sequence import Row
-from ladon.engine.stats import DecodeStats, StageClock
+from ladon.engine.stats import DecodeStats
 from ladon.sampling.acceptance import longest_admitted
 from ladon.sampling.gumbel import mix
 from ladon.sampling.lossy import Nucleus, Rule, Typical, admitted, admitted_by_picks, rule_of
-from ladon.sampling.sampler import Sampler
+from ladon.sampling.sampling_params import TemperatureSampling
 from ladon.target.target import Target
 from ladon.trees.token_tree import TokenTree, ancestor_mask
 from small_vocabulary import p_value, tiny_vocabulary
@@ -298,14 +297,13 @@ def written(request) -> tuple[Enumerated, list[tuple[int, ...]], float, int]:
     with torch.no_grad():
         exact.walk((), 1.0)
     never = frozenset[int]().__contains__
-    law, keeps = Sampler(temperature=0.7), frozenset({"scores"})
+    law, keeps = TemperatureSampling(temperature=0.7), frozenset({"scores"})
     rows = [
-        Row(prompt=PROMPT, max_new_tokens=LENGTH, is_stop=never, seed=mix(9, i), picker=law, keeps=keeps)
+        Row(prompt=PROMPT, max_new_tokens=LENGTH, is_stop=never, seed=mix(9, i), sampling_params=law, keeps=keeps)
         for i in range(NUM)
     ]
     stats = DecodeStats()
-    clock = StageClock({}, enabled=False, device=torch.device("cpu"))
-    engine = Engine(Target(model), proposer, budget=5, stats=stats, clock=clock, rule=request.param)
+    engine = make_engine(Target(model), proposer, budget=5, stats=stats, rule=request.param)
     total = sum(step_distance(step) for step in engine.run(rows))
     return exact, [tuple(row.tokens) for row in rows], total, stats.accepted_nodes
 

@@ -24,14 +24,15 @@ from transformers import (
 )
 
 import ladon.engine.engine
-from drafts import TableProposer
+import ladon.sampling.acceptance
+from drafts import TableProposer, make_engine
 from ladon.engine.engine import Engine
 from ladon.engine.sequence import Row
-from ladon.engine.stats import DecodeStats, StageClock
 from ladon.engine.step import Step
 from ladon.sampling.acceptance import Accepted, longest_match
 from ladon.sampling.gumbel import mix
-from ladon.sampling.sampler import Picking, Said, Sampler
+from ladon.sampling.sampler import Sampled, Sampler
+from ladon.sampling.sampling_params import TemperatureSampling
 from ladon.target.target import Target
 from ladon.trees.token_tree import TokenTree
 from small_vocabulary import Text, p_value, tiny_vocabulary
@@ -69,14 +70,13 @@ def enumerated(model: PreTrainedModel, settings: Mapping[str, Any], length: int)
 
 def engine_of(model: PreTrainedModel, shape: str) -> Engine:
     proposer = TableProposer.random(VOCAB, SHAPES[shape], seed=4)
-    clock = StageClock({}, enabled=False, device=torch.device("cpu"))
-    return Engine(Target(model), proposer, budget=len(SHAPES[shape]), stats=DecodeStats(), clock=clock)
+    return make_engine(Target(model), proposer, budget=len(SHAPES[shape]))
 
 
 def rows_of(settings: Mapping[str, Any], seed: int, max_new_tokens: int = LENGTH) -> list[Row]:
-    never, picker = frozenset[int]().__contains__, Sampler(**settings)
+    never, params = frozenset[int]().__contains__, TemperatureSampling(**settings)
     return [
-        Row(prompt=PROMPT, max_new_tokens=max_new_tokens, is_stop=never, seed=mix(seed, index), picker=picker)
+        Row(prompt=PROMPT, max_new_tokens=max_new_tokens, is_stop=never, seed=mix(seed, index), sampling_params=params)
         for index in range(NUM)
     ]
 
@@ -85,8 +85,8 @@ def texts_of(model: PreTrainedModel, shape: str, settings: Mapping[str, Any], se
     engine, rows = engine_of(model, shape), rows_of(settings, seed)
     for _ in engine.run(rows):
         pass
-    assert engine._stats.accepted_nodes > NUM / 5, "drafts are right"
-    assert engine._stats.tree_efficiency < 0.9, "and wrong"
+    assert engine.observer.stats.accepted_nodes > NUM / 5, "drafts are right"
+    assert engine.observer.stats.tree_efficiency < 0.9, "and wrong"
     return Counter(tuple(row.tokens) for row in rows)
 
 
@@ -99,12 +99,12 @@ def test_texts_follow_the_models_law(shape: str, settings: dict[str, Any]) -> No
     assert p_value(texts_of(model, shape, settings), law) > 1e-4
 
 
-class Redrawing(Picking):
+class Redrawing(Sampler):
     """Draws a second time at every node."""
 
     again: Tensor
 
-    def after(self, raw: Tensor, tree: TokenTree, ancestors: Tensor, kept: Tensor | None = None) -> Said:
+    def after(self, raw: Tensor, tree: TokenTree, ancestors: Tensor, kept: Tensor | None = None) -> Sampled:
         said = super().after(raw, tree, ancestors, kept)
         scores = raw.double() / 0.7
         noise = -(-torch.rand_like(scores).log()).log()
@@ -124,8 +124,8 @@ def test_a_token_drawn_again_after_a_mismatch_is_found(monkeypatch: pytest.Monke
     """The test above can fail: the same model, drafts and seeds, with acceptance as some implementations have it."""
     model, settings = tiny_vocabulary(VOCAB), {"temperature": 0.7}
     law = enumerated(model, settings, LENGTH)
-    monkeypatch.setattr(ladon.engine.engine, "Picking", Redrawing)
-    monkeypatch.setattr(ladon.engine.engine, "longest_match", redrawn)
+    monkeypatch.setattr(ladon.engine.engine, "Sampler", Redrawing)
+    monkeypatch.setattr(ladon.sampling.acceptance, "longest_match", redrawn)
     assert p_value(texts_of(model, "bushy", settings), law) < 1e-6
 
 

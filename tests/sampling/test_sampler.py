@@ -12,7 +12,8 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogit
 from ladon import Decoder, InputError, new_heads
 from ladon.engine.sequence import Row
 from ladon.sampling.gumbel import gumbel_noise, mix, row_seeds
-from ladon.sampling.sampler import Sampler, check_settings, first_best, pick
+from ladon.sampling.sampler import first_best, greedy
+from ladon.sampling.sampling_params import TemperatureSampling, check_settings
 
 
 @pytest.mark.parametrize("shape", [(4096,), (1, 1, 4096), (1, 64, 4096), (2, 32, 4096), (3, 7, 1000)])
@@ -22,23 +23,23 @@ def test_is_the_first_of_equal_maxima(shape, dtype):
     generator = torch.Generator().manual_seed(0)
     logits = torch.randint(-3, 4, shape, generator=generator).to(dtype)
     expected = (logits == logits.amax(-1, keepdim=True)).to(torch.uint8).argmax(-1)
-    assert torch.equal(pick(logits), expected)
+    assert torch.equal(greedy(logits), expected)
 
 
 @pytest.mark.parametrize("vocab_size", [4096, 1000])
 def test_agrees_with_argmax_on_ordinary_logits_and_on_masked_ones(vocab_size):
     logits = torch.randn(4, 64, vocab_size, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(pick(logits), logits.argmax(-1))
+    assert torch.equal(greedy(logits), logits.argmax(-1))
     logits[..., vocab_size // 2 :] = -torch.inf
-    assert torch.equal(pick(logits), logits.argmax(-1))
+    assert torch.equal(greedy(logits), logits.argmax(-1))
     logits[0, 3, 77] = torch.nan
-    assert torch.equal(pick(logits), logits.argmax(-1)), "NaN counts as the greatest, as in argmax"
+    assert torch.equal(greedy(logits), logits.argmax(-1)), "NaN counts as the greatest, as in argmax"
 
 
-def draws(sampler: Sampler, seed: int, logits: torch.Tensor, num: int) -> torch.Tensor:
+def draws(sampler: TemperatureSampling, seed: int, logits: torch.Tensor, num: int) -> torch.Tensor:
     """`num` picks, each at a position of its own, of the logits [V] of one row with this seed."""
     noise = gumbel_noise(torch.tensor([seed]), torch.arange(num)[None], len(logits), torch.float64)[0]
-    return first_best(sampler.law(logits.expand(num, -1)) + noise)
+    return first_best(sampler.scores(logits.expand(num, -1)) + noise)
 
 
 def chi_square(counts: torch.Tensor, law: torch.Tensor) -> float:
@@ -60,7 +61,7 @@ def test_the_law_is_that_of_generate(settings, dtype):
     warpers += [TopKLogitsWarper(top_k)] if top_k else []
     warpers += [TopPLogitsWarper(top_p)] if top_p < 1 else []
     law = warpers(torch.zeros(1, 1, dtype=torch.int64), logits.double()[None]).softmax(-1)[0]
-    sampler = Sampler(temperature=temperature, top_k=top_k, top_p=top_p)
+    sampler = TemperatureSampling(temperature=temperature, top_k=top_k, top_p=top_p)
     counts = torch.bincount(draws(sampler, mix(1, 2), logits, 40_000), minlength=12)
     assert abs(chi_square(counts, law)) < 4
 
@@ -70,7 +71,7 @@ def test_rows_and_positions_are_independent():
     logits = torch.tensor([0.5, 0.0, -0.5, -1.0])
     law = logits.softmax(-1)
     for seeds, shift in [((mix(7, 0), mix(7, 1)), 0), ((5, 5), 1), ((0, 1), 0)]:
-        left, right = (draws(Sampler(temperature=1.0), seed, logits, 30_001) for seed in seeds)
+        left, right = (draws(TemperatureSampling(temperature=1.0), seed, logits, 30_001) for seed in seeds)
         pairs = left[: 30_001 - shift] * 4 + right[shift:]
         assert abs(chi_square(torch.bincount(pairs, minlength=16), torch.outer(law, law).flatten())) < 4
 
@@ -135,7 +136,7 @@ def test_other_settings_without_a_law_are_refused():
         with pytest.raises(InputError, match=name):
             check_settings(1.0, top_k, top_p)
     with pytest.raises(InputError, match="greedy"):
-        Sampler(temperature=0.0)
+        TemperatureSampling(temperature=0.0)
 
 
 def sampled(decoder: Decoder, prompts, seeds, **settings) -> list[list[int]]:
@@ -146,7 +147,7 @@ def sampled(decoder: Decoder, prompts, seeds, **settings) -> list[list[int]]:
             max_new_tokens=17,
             is_stop=frozenset({5}).__contains__,
             seed=seed,
-            picker=Sampler(**settings),
+            sampling_params=TemperatureSampling(**settings),
         )
         for prompt, seed in zip(prompts, seeds, strict=True)
     ]
@@ -177,9 +178,9 @@ def test_follows_the_models_law_at_every_position(tiny_llama):
     tiny_llama.lm_head.weight.data *= 8
     prompt, num = torch.tensor([3, 1, 4]), 10_000
     plain = Decoder(tiny_llama)
-    law = Sampler(temperature=0.8)
+    law = TemperatureSampling(temperature=0.8)
     never = frozenset().__contains__
-    rows = [Row(prompt=prompt, max_new_tokens=2, is_stop=never, seed=seed, picker=law) for seed in range(num)]
+    rows = [Row(prompt=prompt, max_new_tokens=2, is_stop=never, seed=seed, sampling_params=law) for seed in range(num)]
     for _ in plain.decode(rows):
         pass
     pairs = torch.tensor([row.tokens for row in rows])

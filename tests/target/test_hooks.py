@@ -13,10 +13,10 @@ from transformers import PreTrainedModel
 
 import ladon
 from families import VOCAB_SIZE, build
-from ladon.engine.stats import StageClock
 from ladon.heads import Heads
 from ladon.target.hooks import lock_of, projection_inputs
 from ladon.target.target import Target
+from threads import together
 
 
 @pytest.fixture
@@ -26,27 +26,6 @@ def eager_switches() -> Iterator[None]:
     sys.setswitchinterval(1e-6)
     yield
     sys.setswitchinterval(usual)
-
-
-def together(jobs: list[Callable[[], Any]]) -> list[Any]:
-    """Results of jobs that run at the same time, each in a thread; an error of any of them is raised."""
-    found: dict[int, Any] = {}
-
-    def run(place: int) -> None:
-        try:
-            found[place] = jobs[place]()
-        except Exception as error:
-            found[place] = error
-
-    threads = [threading.Thread(target=run, args=(place,)) for place in range(len(jobs))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for result in found.values():
-        if isinstance(result, Exception):
-            raise result
-    return [found[place] for place in range(len(jobs))]
 
 
 def random_heads(model: PreTrainedModel) -> Heads:
@@ -108,13 +87,3 @@ def test_other_threads_may_use_the_projection(tiny_llama: PreTrainedModel) -> No
         assert tiny_llama.lm_head(hidden).shape == (2, 1, 97)
     assert len(seen) == 1 and seen[0] is hidden
     assert not tiny_llama.lm_head._forward_pre_hooks
-
-
-def test_forwards_of_other_threads_are_not_timed(tiny_llama: PreTrainedModel) -> None:
-    seconds: dict[str, float] = {}
-    clock = StageClock(seconds, enabled=True, device=torch.device("cpu"))
-    with clock.forward_of(tiny_llama, "forward"):
-        together([lambda: tiny_llama(torch.tensor([[3, 4]]))])
-        assert seconds == {}
-        tiny_llama(torch.tensor([[3, 4]]))
-    assert seconds["forward"] > 0

@@ -12,12 +12,11 @@ from hypothesis import strategies as st
 from transformers import DynamicCache, PreTrainedModel
 
 import ladon
-from drafts import TREES, make_proposer
+from drafts import TREES, make_engine, make_proposer
 from families import FAST, VOCAB_SIZE, build
 from greedy import BATCH, MASK, PROMPT, plain
-from ladon.engine.engine import Engine
 from ladon.engine.sequence import Row
-from ladon.engine.stats import DecodeStats, StageClock
+from ladon.engine.stats import DecodeStats
 from ladon.errors import InputError
 from ladon.target.prefix_cache import KeptCache, longest_past
 from ladon.target.rope_regimes import Spans
@@ -129,8 +128,7 @@ def test_a_stop_inside_an_accepted_path_cuts_the_cache_too(model, tree, stop_at)
     target, stats = Target(model), DecodeStats()
     row = Row(prompt=PROMPT[0], max_new_tokens=16, is_stop=lambda token: token == truth[stop_at], keeps_past=True)
     proposer = make_proposer("oracle", TREES[tree], [truth], 97, None)
-    clock = StageClock({}, enabled=False, device=torch.device("cpu"))
-    for _ in Engine(target, proposer, budget=12, stats=stats, clock=clock).run([row]):
+    for _ in make_engine(target, proposer, budget=12, stats=stats).run([row]):
         pass
     said = [*PROMPT[0].tolist(), *truth[: stop_at + 1]]
     assert row.tokens == truth[: stop_at + 1] and row.past is not None

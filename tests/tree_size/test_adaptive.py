@@ -10,8 +10,9 @@ from statistics import mean
 import pytest
 
 from ladon.tree_size.adaptive import AutoSizing
+from ladon.tree_size.frozen import FrozenSizing
 from ladon.tree_size.latency_model import StepCost, StepTime
-from ladon.tree_size.policy import EDGES, PLAIN, FixedSizing, FrozenSizing, PrunedSteps, StepRecord, edges_up_to
+from ladon.tree_size.policy import EDGES, PLAIN, FixedSizing, PrunedSteps, StepRecord, edges_up_to
 from sizing_machines import (
     BAD,
     BOASTING,

@@ -18,13 +18,13 @@ from torch import Tensor
 
 from ladon.decoder.decoder import Decoder
 from ladon.drafting.proposer import Proposer, Stateless, TreeBuilder, tree_builder
-from ladon.engine.stats import StageClock
 from ladon.errors import InputError
 from ladon.heads import Heads
 from ladon.sampling.acceptance import Accepted
 from ladon.trees import lattice
 from ladon.trees.lattice import Lattice
 from ladon.trees.token_tree import TokenTree, root_tree
+from ladon.util.observer import SILENT, Observer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -133,10 +133,10 @@ class SyntheticProposer(Stateless):
     """
 
     def __init__(
-        self, drafts: SyntheticDrafts, build: TreeBuilder, clock: StageClock, heads: Heads | None = None
+        self, drafts: SyntheticDrafts, build: TreeBuilder, observer: Observer = SILENT, heads: Heads | None = None
     ) -> None:
         """`build` makes trees of the candidates; `heads` run at each draft, for the time that they take alone."""
-        self._drafts, self.build, self._clock, self._heads = drafts, build, clock, heads
+        self._drafts, self.build, self._observer, self._heads = drafts, build, observer, heads
         self._numbers = self._places = torch.zeros(0, dtype=torch.long)
 
     def join(self, prompts: Sequence[Tensor], hidden: Tensor, states: Sequence[Tensor] = ()) -> None:
@@ -149,12 +149,12 @@ class SyntheticProposer(Stateless):
         """The tree over the imagined candidates."""
         if max_nodes == 1:
             return root_tree(root)
-        with self._clock.stage("heads"):
+        with self._observer.stage("heads"):
             if self._heads is not None:
                 logits = self._heads.draft(hidden, root)
                 lattice.from_logits(logits, self._drafts.num_candidates, token_ids=self._heads.token_ids)
             candidates = self._drafts.at(self._numbers, self._places)
-        with self._clock.stage("growth"):
+        with self._observer.stage("growth"):
             return self.build(candidates, root, max_nodes)
 
     def observe(self, accepted: Accepted, hidden: Tensor) -> None:
@@ -175,7 +175,7 @@ class SyntheticDecoder(Decoder):
         super().__init__(model, heads, **options)
         self._drafts = drafts
 
-    def _proposer(self, clock: StageClock) -> Proposer:
+    def _proposer(self, observer: Observer) -> Proposer:
         if self.heads is None or self._plan.tree == "off":
-            return super()._proposer(clock)
-        return SyntheticProposer(self._drafts, tree_builder(self._plan.tree), clock, self.heads)
+            return super()._proposer(observer)
+        return SyntheticProposer(self._drafts, tree_builder(self._plan.tree), observer, self.heads)

@@ -21,12 +21,11 @@ from torch import Tensor
 from ladon.calibrate.recording import row_of
 from ladon.calibrate.timing import LayerTimes, Trials, default_proposer, measure_layer_times
 from ladon.engine.engine import Engine
-from ladon.engine.stats import DecodeStats, StageClock
 from ladon.errors import InputError, UnsupportedModelError
 from ladon.heads import Heads
 from ladon.heads.early_exit import EarlyExit, load_early_exit
 from ladon.heads.model_parts import decoder_layers
-from ladon.sampling import sampler as sampling
+from ladon.sampling import sampler
 from ladon.sampling.acceptance import longest_match
 from ladon.target.hooks import layer_output
 from ladon.target.kv_cache import TreeCache
@@ -34,6 +33,7 @@ from ladon.target.pruning.node_scores import best_nodes
 from ladon.target.pruning.pruner import Pruning
 from ladon.target.target import Target
 from ladon.target.verify_output import VerifyOutput
+from ladon.tree_size.observer import TreeSizes
 from ladon.trees.token_tree import TokenTree
 from ladon.util.json_values import rounded
 
@@ -308,10 +308,9 @@ def record_survival(
         UnsupportedModelError: the model's trees cannot be pruned in one of these ways.
     """
     target = _WatchedTarget(model, ways, sizes, keeps)
-    clock = StageClock({}, enabled=False, device=target.device)
     proposer = default_proposer(target, heads)
     rows = [row_of(index, prompt, max_new_tokens, target) for index, prompt in enumerate(prompts)]
-    engine = Engine(target, proposer, budget=max(sizes), stats=DecodeStats(), clock=clock, max_rows=batch_size)
+    engine = Engine(target, proposer, TreeSizes(max(sizes), target.device), max_rows=batch_size)
     for _ in engine.run(rows):
         progress("judging trees", sum(row.finished for row in rows), len(rows))
     return target.found()
@@ -344,7 +343,7 @@ class _WatchedTarget(Target):
 
     @torch.no_grad()
     def _judge(self, out: VerifyOutput, states: dict[int, Tensor]) -> None:
-        path = longest_match(out.tree, sampling.pick(out.logits), out.ancestors).path
+        path = longest_match(out.tree, sampler.greedy(out.logits), out.ancestors).path
         right = torch.zeros_like(out.tree.tokens, dtype=torch.bool).scatter_(1, path, True)
         for size in {*self._sizes, *self._keeps}:
             self._unpruned[size] = self._unpruned.get(size, right.new_zeros(())) + right[:, :size].sum()

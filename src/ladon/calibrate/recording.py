@@ -23,11 +23,11 @@ from ladon.drafting.head_chaining import own_joint
 from ladon.drafting.proposer import Stateless
 from ladon.engine.engine import Engine
 from ladon.engine.sequence import Row
-from ladon.engine.stats import DecodeStats, StageClock
 from ladon.errors import InputError
 from ladon.heads import Heads
 from ladon.heads.correction import MarkovCorrection
 from ladon.target.target import Target
+from ladon.tree_size.observer import TreeSizes
 from ladon.trees.lattice import Correction
 from ladon.trees.token_tree import TokenTree, root_tree
 
@@ -78,8 +78,7 @@ def record(
     target = Target(model)
     rows = [row_of(index, prompt, max_new_tokens, target) for index, prompt in enumerate(prompts)]
     recorder = _Recorder(heads, num_candidates, batch_size)
-    clock = StageClock({}, enabled=False, device=target.device)
-    engine = Engine(target, recorder, budget=1, stats=DecodeStats(), clock=clock, max_rows=batch_size)
+    engine = Engine(target, recorder, TreeSizes(1, target.device), max_rows=batch_size)
     joined: list[Row] = []
     done = 0
     for step in engine.run(rows):

@@ -14,11 +14,10 @@ from torch import Tensor, nn
 
 from ladon.config import DecoderOptions
 from ladon.drafting.proposer import HeadsProposer, drafting
-from ladon.engine.stats import StageClock
 from ladon.errors import InputError
 from ladon.heads import Heads
 from ladon.heads.model_parts import decoder_layers, output_projection
-from ladon.sampling import sampler as sampling
+from ladon.sampling import sampler
 from ladon.sampling.acceptance import longest_match
 from ladon.target.pruning.pruner import Pruning
 from ladon.target.target import Target
@@ -137,7 +136,7 @@ class _Steps:
         self._proposer = default_proposer(target, heads)
         self._cache, self._lengths = target.new_cache(batch), [len(context)] * batch
         hidden, logits = target.prefill([context] * batch, self._cache)
-        self._hidden, self._root = hidden, sampling.pick(logits)
+        self._hidden, self._root = hidden, sampler.greedy(logits)
 
     @torch.no_grad()
     def draft(self, num_nodes: int) -> TokenTree:
@@ -149,7 +148,7 @@ class _Steps:
         """Seconds of one step that drafts so many nodes, as `Engine` does it."""
         started = time.perf_counter()
         out = self._target.verify(tree, self._cache)
-        accepted = longest_match(out.tree, sampling.pick(out.logits), out.ancestors)
+        accepted = longest_match(out.tree, sampler.greedy(out.logits), out.ancestors)
         self._cache.commit(accepted.path, accepted.count)
         hidden = out.hidden[torch.arange(len(self._lengths), device=accepted.last.device), accepted.last]
         self._proposer.propose(hidden, accepted.bonus, num_drafted)
@@ -161,10 +160,9 @@ class _Steps:
 
 def default_proposer(target: Target, heads: Heads) -> HeadsProposer:
     """Heads, bound to the model of `target`, that draft the kind of trees it can verify, untimed."""
-    clock = StageClock({}, enabled=False, device=target.device)
     tree = "dynamic" if target.supports_trees else "chain"
     options = DecoderOptions()
-    return drafting(heads.bind(target.model, force=True), tree, options.num_candidates, "auto", clock)
+    return drafting(heads.bind(target.model, force=True), tree, options.num_candidates, "auto")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

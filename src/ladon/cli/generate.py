@@ -178,7 +178,7 @@ def _answer_many(
             "text": _text(loaded, row.tokens),
             "token_ids": row.tokens,
             "prompt_tokens": len(row.prompt),
-            "seed": row.seed if row.picker.draws else None,
+            "seed": row.seed if row.sampling_params.draws else None,
             "acceptance_length": finite(row.stats.acceptance_length),
             "complete": row.complete,
         }

@@ -96,7 +96,7 @@ JsonOption = Annotated[bool, Option("--json", help="Print one JSON document as t
 def sampling(temperature: float, top_k: int, top_p: float, seed: int) -> dict[str, Any]:
     """Options of `Decoder.generate` that say how tokens are picked; `InputError` for what is no law."""
     from ladon.sampling.gumbel import row_seeds
-    from ladon.sampling.sampler import check_settings
+    from ladon.sampling.sampling_params import check_settings
 
     check_settings(temperature, top_k, top_p)
     row_seeds(seed, 1)

@@ -18,6 +18,7 @@ from ladon.constraints.state import Constraint
 from ladon.decoder.options import DraftPlan, Prune, chosen_pruning, still_chosen
 from ladon.decoder.output import stream
 from ladon.decoder.request import (
+    CallSampling,
     Request,
     call_options,
     kept_rows,
@@ -29,16 +30,18 @@ from ladon.decoder.request import (
 from ladon.decoder.trace import Trace
 from ladon.drafting.proposer import Proposer, RootProposer
 from ladon.engine.engine import Engine
+from ladon.engine.recorder import Recorder
 from ladon.engine.sequence import Row
-from ladon.engine.stats import DecodeStats, StageClock
+from ladon.engine.stats import DecodeStats
 from ladon.engine.step import Step
 from ladon.errors import InputError
 from ladon.heads import Heads
 from ladon.sampling.lossy import Nucleus, Typical, rule_of
-from ladon.sampling.sampling_params import Law
 from ladon.target.prefix_cache import Past
 from ladon.target.target import Target
+from ladon.tree_size.observer import TreeSizes
 from ladon.trees.fixed_tree import FixedTree, TreeSize
+from ladon.util.observer import Observer
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
@@ -237,15 +240,15 @@ class Decoder:
         self._target.check()  # first of all: the model may have changed since the last call
         self.pruning = still_chosen(self.pruning, self._prune, self._target)
         self.stats = DecodeStats()
-        clock = StageClock(self.stats.stage_seconds, enabled=self._profile, device=self._target.device)
+        device = self._target.device
+        sizes = TreeSizes(1 if is_plain else self.sizing, device, self.pruning)
+        recorder = Recorder(self.stats, sizes, self.model, device, profile=self._profile)
         return Engine(
             self._target,
-            RootProposer() if is_plain else self._proposer(clock),
-            budget=1 if is_plain else self.sizing,
-            stats=self.stats,
-            clock=clock,
+            RootProposer() if is_plain else self._proposer(recorder),
+            sizes,
+            observer=recorder,
             max_rows=max_rows,
-            pruning=self.pruning,
             rule=self._rule,
             lookup=None if is_plain else self._plan.lookup(self._target),
         )
@@ -281,7 +284,7 @@ class Decoder:
             generation_config,
             self._target.context_limit,
             getattr(model.get_input_embeddings(), "num_embeddings", None),
-            Law.of(generation_config, logits_processor, seed, len(input_ids), constraint),
+            CallSampling.of(generation_config, logits_processor, seed, len(input_ids), constraint),
             pasts or kept_rows(model_kwargs.get("past_key_values"), prepared=True),
         )
         return Request(input_ids=input_ids, rows=rows, config=generation_config)
@@ -289,7 +292,7 @@ class Decoder:
     def _run(self, request: Request, streamer: Any) -> Tensor | GenerateDecoderOnlyOutput:
         """Decode a request to its end."""
         self.seeds = [row.seed for row in request.rows]
-        is_plain = any(row.picker.is_plain for row in request.rows)
+        is_plain = any(row.sampling_params.is_plain for row in request.rows)
         try:
             stream(request, self.engine(is_plain=is_plain).run(request.rows), streamer)
         finally:
@@ -298,5 +301,5 @@ class Decoder:
 
         return pack_output(request, self.stats)
 
-    def _proposer(self, clock: StageClock) -> Proposer:
-        return self._plan.proposer(self._target, self.heads, clock)
+    def _proposer(self, observer: Observer) -> Proposer:
+        return self._plan.proposer(self._target, self.heads, observer)

@@ -14,7 +14,6 @@ from ladon.drafting.head_chaining import joint_of
 from ladon.drafting.mtp import MtpProposer
 from ladon.drafting.ngram_proposer import Lookup, looks_up
 from ladon.drafting.proposer import Proposer, RootProposer, as_chain, check_candidates, check_tree, drafting
-from ladon.engine.stats import StageClock
 from ladon.errors import HeadsError, InputError, TreeError, UnsupportedModelError
 from ladon.heads import Heads
 from ladon.heads.early_exit import load_early_exit
@@ -23,10 +22,12 @@ from ladon.heads.mtp import MtpHeads
 from ladon.target.pruning.pruner import Pruning
 from ladon.target.target import Target
 from ladon.tree_size.adaptive import AutoSizing
+from ladon.tree_size.frozen import FrozenSizing
 from ladon.tree_size.latency_model import StepCost
-from ladon.tree_size.policy import FixedSizing, FrozenSizing, PrunedSteps, Sizing
+from ladon.tree_size.policy import FixedSizing, PrunedSteps, Sizing
 from ladon.tree_size.profile_store import machine_of, place_of, read_profile
 from ladon.trees.fixed_tree import FixedTree, TreeSize
+from ladon.util.observer import Observer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -242,15 +243,15 @@ class DraftPlan:
         has = {"ngrams": self.ngrams, "deterministic": deterministic}
         return make_sizing(self.budget, self.tree, target.model, heads, self.num_candidates, pruning, **has)
 
-    def proposer(self, target: Target, heads: Heads | None, clock: StageClock) -> Proposer:
+    def proposer(self, target: Target, heads: Heads | None, observer: Observer) -> Proposer:
         """What drafts on the device."""
         if heads is None or self.tree == "off":
             return RootProposer()
         heads.bind(target.model, force=True)  # since then another decoder may have bound them to its own model
         tree = self.fitting(target, heads).tree
         if isinstance(heads, MtpHeads):
-            return MtpProposer(heads, target.model, tree, self.num_candidates, self.budget, clock, self.joint)
-        return drafting(heads, tree, self.num_candidates, self.budget, clock, self.joint)
+            return MtpProposer(heads, target.model, tree, self.num_candidates, self.budget, observer, self.joint)
+        return drafting(heads, tree, self.num_candidates, self.budget, observer, self.joint)
 
     def lookup(self, target: Target) -> Lookup | None:
         """The n-grams of one engine; None if they have no part."""

@@ -12,15 +12,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ladon.constraints.state import Guide
+from ladon.constraints.state import Constraint, Guide, row_constraints
 from ladon.decoder.stopping import StopRules, stop_string_rule
 from ladon.engine.sequence import Row
 from ladon.errors import InputError, LadonError
-from ladon.sampling.sampling_params import Law
+from ladon.sampling.gumbel import row_seeds
+from ladon.sampling.logits_processors import ProcessedSampling, Processors
+from ladon.sampling.sampling_params import GREEDY, SamplingParams
 from ladon.target.prefix_cache import KeptCache, Past, longest_past
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList
+    from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 
 _UNSET = (
     "unset the options that ask for it, in the call or in model.generation_config (on the command line: "
@@ -216,7 +218,7 @@ def make_rows(
     config: GenerationConfig,
     context_limit: int | None,
     vocab_size: int | None,
-    law: Law,
+    sampling: CallSampling,
     pasts: Sequence[Past] = (),
 ) -> list[Row]:
     """One row per prompt, its padding stripped.
@@ -228,7 +230,7 @@ def make_rows(
         config: the prepared generation config, whose `max_length` holds where no criterion limits the length.
         context_limit: the greatest length of a sequence that the model was made for, if any.
         vocab_size: how many tokens the model can read; None if that is not known.
-        law: how tokens are picked.
+        sampling: how tokens are sampled.
         pasts: sequences that prompts may go on from.
 
     Raises:
@@ -240,7 +242,7 @@ def make_rows(
     keeps = frozenset(name for name in ("logits", "scores") if getattr(config, f"output_{name}", False))
     keeps = keeps if config.return_dict_in_generate else frozenset()
     rows = []
-    for index, (ids, constraint) in enumerate(zip(input_ids, law.constraints, strict=True)):
+    for index, (ids, constraint) in enumerate(zip(input_ids, sampling.constraints, strict=True)):
         prompt = ids if attention_mask is None else ids[attention_mask[index].bool()]
         if len(prompt) == 0:
             raise InputError(f"prompt {index} is empty; give at least one token")
@@ -257,8 +259,8 @@ def make_rows(
                 prompt=prompt,
                 max_new_tokens=limit,
                 is_stop=rules.for_row(ids),
-                seed=law.seeds[index],
-                picker=law.picker,
+                seed=sampling.seeds[index],
+                sampling_params=sampling.sampling_params,
                 guide=None if constraint is None else Guide(constraint, rules.end_ids),
                 padded=ids,
                 number=index,
@@ -306,3 +308,48 @@ def prepared_by_generate(
         raise
     except ValueError as error:
         raise InputError(" ".join(str(error).split())) from error
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CallSampling:
+    """How the tokens of a call's sequences are sampled.
+
+    Attributes:
+        sampling_params: the same for all.
+        seeds: of their noise, one each; zeros where nothing is drawn.
+        constraints: theirs, one each; None for none.
+    """
+
+    sampling_params: SamplingParams
+    seeds: Sequence[int]
+    constraints: Sequence[Constraint | None]
+
+    @classmethod
+    def of(
+        cls,
+        config: GenerationConfig,
+        processors: LogitsProcessorList | None,
+        seed: int | Sequence[int] | None,
+        num_rows: int,
+        constraint: Constraint | Sequence[Constraint | None] | None = None,
+    ) -> CallSampling:
+        """What the merged config and the prepared processors ask for.
+
+        Warns where a processor makes decoding plain.
+
+        Raises:
+            InputError: seeds or constraints that are none, or not one for each row; several rows that cannot be decoded
+                together; a top_p of 0.
+        """
+        if seed is not None and not config.do_sample:
+            raise InputError("a seed is given, but nothing is drawn; pass do_sample=True, or leave the seed out")
+        if config.do_sample and config.top_p == 0:  # transformers takes it for greedy decoding
+            raise InputError("top_p is 0; give a probability above 0, or do_sample=False for the likeliest token")
+        constraints = row_constraints(constraint, num_rows)
+        if not config.do_sample and not processors:
+            return cls(sampling_params=GREEDY, seeds=[0] * num_rows, constraints=constraints)
+        known = Processors(processors or [])
+        known.check_rows(num_rows)
+        params = ProcessedSampling(known, draws=bool(config.do_sample))
+        seeds = row_seeds(seed, num_rows) if params.draws else [0] * num_rows
+        return cls(sampling_params=params, seeds=seeds, constraints=constraints)

@@ -16,8 +16,6 @@ import torch
 from torch import Tensor
 
 from ladon.constraints.state import Guide, Place
-from ladon.engine.sequence import Row
-from ladon.engine.stats import Counts
 from ladon.trees.token_tree import TokenTree
 from ladon.trees.transfer import host_values
 
@@ -114,11 +112,11 @@ def _children(draft: Draft, node: _Candidate, number: int, place: Place, legal: 
         yield _Candidate(node.cost, node.order, place.only, number, -1, 0.0)
 
 
-def legal_trees(drafted: TokenTree, rows: Sequence[Row], most: int) -> TokenTree:
+def legal_trees(drafted: TokenTree, guides: Sequence[Guide | None], most: int) -> TokenTree:
     """The trees of rows, on the host: legal ones of those that are constrained, the first `most` slots of others."""
     trees = [
-        draft.prefix(most) if row.guide is None else legal_tree(draft, row.guide, most)
-        for draft, row in zip(drafts_of(drafted), rows, strict=True)
+        draft.prefix(most) if guide is None else legal_tree(draft, guide, most)
+        for draft, guide in zip(drafts_of(drafted), guides, strict=True)
     ]
     width = max(len(tree.tokens) for tree in trees)
 
@@ -139,13 +137,3 @@ def _depth(tree: Draft) -> int:
     for parent in tree.parents[1:]:
         depths.append(depths[parent] + 1)
     return max(depths)
-
-
-def count_illegal(rows: Sequence[Row], num_nodes: int, stats: Counts) -> None:
-    """Count, of the rows that are constrained and of all, what a tree of so many nodes would have had in vain."""
-    for row in rows:
-        if row.guide is not None:
-            drafts, illegal = row.guide.looked_through(num_nodes)
-            for counts in (row.stats, stats):
-                counts.drafts_checked += drafts
-                counts.drafts_illegal += illegal

@@ -22,7 +22,6 @@ from torch.nn.functional import pad
 from ladon.config import MOST_NODES, PATHS
 from ladon.drafting.head_chaining import rows_and_depth
 from ladon.drafting.proposer import candidates_needed, tree_builder
-from ladon.engine.stats import StageClock
 from ladon.heads.mtp import MtpHeads
 from ladon.sampling.acceptance import Accepted
 from ladon.target.attention_masks import Locality, Sight, localities, model_masks, tree_mask
@@ -32,6 +31,7 @@ from ladon.target.rope_regimes import Spans
 from ladon.trees.fixed_tree import FixedTree
 from ladon.trees.lattice import along_paths
 from ladon.trees.token_tree import TokenTree, root_tree
+from ladon.util.observer import SILENT, Observer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -219,7 +219,7 @@ class MtpProposer:
         tree: str | FixedTree,
         num_candidates: int,
         budget: int | str,
-        clock: StageClock,
+        observer: Observer = SILENT,
         joint: str = PATHS,
     ) -> None:
         """Draft with modules that are bound to `model`.
@@ -230,10 +230,10 @@ class MtpProposer:
             tree: "dynamic", "chain" or a fixed tree.
             num_candidates: the most that are kept per path and depth.
             budget: nodes of the trees, or "auto".
-            clock: times the parts.
+            observer: is told of the parts.
             joint: "paths" with how many paths get candidates at each depth of a dynamic tree, if that was named.
         """
-        self._heads, self._model, self._build, self._clock = heads, model, tree_builder(tree), clock
+        self._heads, self._model, self._build, self._observer = heads, model, tree_builder(tree), observer
         most = budget if isinstance(budget, int) else MOST_NODES
         self._num_candidates = candidates_needed(tree, num_candidates, most)
         self._rows, self._depth = rows_and_depth(joint, tree, heads.num_heads, most)
@@ -247,7 +247,7 @@ class MtpProposer:
         if self._text is None or self._waiting is None:
             self._text = MtpText(self._heads, self._model, hidden)
             self._waiting, self._owed = Waiting.none(0, hidden), []
-        with self._clock.stage("heads"):
+        with self._observer.stage("heads"):
             self._text.join(prompts, states)
         self._waiting = self._waiting.join(hidden)
         self._owed += [1] * len(prompts)
@@ -265,7 +265,7 @@ class MtpProposer:
         waiting = self._waiting = self._waiting.ending_in(root)
         if max_nodes == 1 and waiting.tokens.shape[1] < _MOST_WAITING:
             return root_tree(root)
-        with self._clock.stage("heads"):
+        with self._observer.stage("heads"):
             self._text.read(waiting.hidden, waiting.tokens, waiting.count)
             self._waiting = Waiting.none(len(root), hidden)
             if max_nodes == 1:
@@ -273,7 +273,7 @@ class MtpProposer:
             depth = max(self._least_depth, min(self._depth, max_nodes - 1))
             after = _Guesses(self._heads, self._text).after
             candidates = along_paths(after, root, self._rows, depth=depth, num_candidates=self._num_candidates)
-        with self._clock.stage("growth"):
+        with self._observer.stage("growth"):
             return self._build(candidates, root, max_nodes)
 
     def mirror(self, counts: Sequence[int]) -> None:

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from ladon.config import MOST_NODES, TREES, DecoderOptions
 from ladon.drafting.head_chaining import Joint, joint_of, make_joint
-from ladon.engine.stats import StageClock
 from ladon.errors import TreeError
 from ladon.heads import Heads
 from ladon.sampling.acceptance import Accepted
@@ -21,6 +20,7 @@ from ladon.trees import grow as growth
 from ladon.trees.fixed_tree import FixedTree
 from ladon.trees.lattice import Lattice
 from ladon.trees.token_tree import TokenTree, root_tree
+from ladon.util.observer import SILENT, Observer
 
 TreeBuilder = Callable[[Lattice, Tensor, int], TokenTree]
 
@@ -89,25 +89,25 @@ class HeadsProposer(Stateless):
         build: turns the lattice into the tree.
     """
 
-    def __init__(self, joint: Joint, build: TreeBuilder, clock: StageClock) -> None:
+    def __init__(self, joint: Joint, build: TreeBuilder, observer: Observer = SILENT) -> None:
         """Draft with heads.
 
         Args:
             joint: makes the lattice.
             build: turns it into a tree.
-            clock: times the parts.
+            observer: is told of the parts.
         """
         self._joint = joint
         self.build = build
-        self._clock = clock
+        self._observer = observer
 
     def propose(self, hidden: Tensor, root: Tensor, max_nodes: int) -> TokenTree:
         """The tree over the heads' candidates."""
         if max_nodes == 1:
             return root_tree(root)
-        with self._clock.stage("heads"):
+        with self._observer.stage("heads"):
             candidates = self._joint(hidden, root)
-        with self._clock.stage("growth"):
+        with self._observer.stage("growth"):
             return self.build(candidates, root, max_nodes)
 
 
@@ -116,14 +116,14 @@ def drafting(
     tree: str | FixedTree,
     num_candidates: int,
     budget: int | str,
-    clock: StageClock,
+    observer: Observer = SILENT,
     joint: str = "auto",
 ) -> HeadsProposer:
     """Heads that draft trees of a kind with at most `num_candidates` each, for a budget, which may be "auto"."""
     most = budget if isinstance(budget, int) else MOST_NODES
     needed = candidates_needed(tree, num_candidates, most)
     guess = make_joint(heads, joint_of(heads, joint), needed, num_candidates, tree, most)
-    return HeadsProposer(guess, tree_builder(tree), clock)
+    return HeadsProposer(guess, tree_builder(tree), observer)
 
 
 def tree_builder(tree: str | FixedTree) -> TreeBuilder:

@@ -16,7 +16,7 @@ from ladon.target.kv_cache import TreeCache
 from ladon.target.target import Target
 
 
-class Batch:
+class Scheduler:
     """The rows of one engine. Any thread may submit.
 
     Attributes:
@@ -25,11 +25,11 @@ class Batch:
             the first ones, 0, 1, ...
     """
 
-    def __init__(self, target: Target, max_rows: int | None, *, resumes: bool = True) -> None:
-        """`resumes`: whether a row may start from its past; else its prompt is read whole."""
+    def __init__(self, target: Target, max_rows: int | None, *, reuses_prefixes: bool = True) -> None:
+        """`reuses_prefixes`: whether a row may start from its past; else its prompt is read whole."""
         if max_rows is not None and max_rows < 1:
             raise InputError(f"max_rows is {max_rows}; give how many rows may be in flight, 1 or more, or None")
-        self._target, self._max_rows, self._resumes = target, max_rows, resumes
+        self._target, self._max_rows, self._reuses_prefixes = target, max_rows, reuses_prefixes
         self._waiting: deque[Row] = deque()
         self._cache: TreeCache | None = None
         self.rows: list[Row] = []
@@ -76,7 +76,7 @@ class Batch:
             if row.finished:
                 row.states.clear()  # it may have been cancelled while its prompt was read
             if row.finished and row.keeps_past:
-                row.past = self._target.keep(row, self.cache, place)
+                row.past = self._target.keep(row.prompt_ids, row.tokens, self.cache, place)
         tree_of = {place: index for index, place in enumerate(self.drafted)}
         kept = [place for place, row in enumerate(self.rows) if not row.finished]
         decoding = [place for place in kept if place in tree_of]
@@ -107,8 +107,8 @@ class Batch:
         self._cache.append(len(new))
         for place, row in enumerate(new, start=first):
             row.stats.joined = time.perf_counter()
-            if self._resumes:
-                row.stats.reused_tokens = self._target.resume(row, self._cache, place)
+            if self._reuses_prefixes:
+                row.stats.reused_tokens = self._target.resume(row.past, len(row.prompt), self._cache, place)
         return new
 
     def drop(self) -> None:

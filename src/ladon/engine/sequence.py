@@ -15,7 +15,7 @@ from torch import Tensor
 from ladon.constraints.state import Guide
 from ladon.engine.stats import RowStats
 from ladon.errors import ConstraintError, InputError, LogitsError
-from ladon.sampling.sampler import GREEDY, NO_TOKEN, Picker
+from ladon.sampling.sampling_params import GREEDY, NO_TOKEN, SamplingParams
 from ladon.target.prefix_cache import Past
 
 
@@ -28,7 +28,7 @@ class Row:
         max_new_tokens: how many tokens it may get, at least 1.
         is_stop: called with each new token, in order; True ends the row with that token.
         seed: of its noise, where tokens are sampled.
-        picker: its law; greedy if not given.
+        sampling_params: how its tokens are sampled; greedily if not given.
         guide: its constraint, as far as it has come; None: it may say anything.
         padded: its prompt as the processors of `generate` see it, [T] with the padding of its batch; None: `prompt`.
         number: its place in that batch.
@@ -49,7 +49,7 @@ class Row:
     max_new_tokens: int
     is_stop: Callable[[int], bool]
     seed: int = 0
-    picker: Picker = GREEDY
+    sampling_params: SamplingParams = GREEDY
     guide: Guide | None = None
     padded: Tensor | None = None
     number: int = 0
@@ -99,6 +99,8 @@ class Row:
                 if self.finished or not self._follow(token):
                     break
                 self.tokens.append(token)
+            if self.stats.first_token is None:
+                self.stats.first_token = time.perf_counter()
             taken.append(token)
             if self._stops_with(token) or self.num_left == 0:
                 with self._lock:

@@ -1,4 +1,4 @@
-"""Counts and clocks of one run; every metric is defined here, once, with its unit.
+"""Counts and times of one run; every metric is defined here, once, with its unit.
 
 acceptance length: tokens emitted by decode steps / row-steps; the bonus token counts, so plain decoding has 1.0.
 tokens per second: tokens emitted by decode steps / seconds of decode steps; prefill and its token are left out.
@@ -11,14 +11,7 @@ pruned share: node slots that later layers did not see / node slots given to the
 from __future__ import annotations
 
 import math
-import threading
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-
-import torch
-from torch import nn
 
 
 @dataclass(kw_only=True)
@@ -167,65 +160,3 @@ class DecodeStats(Counts):
 
 def _ratio(numerator: float, denominator: float) -> float:
     return numerator / denominator if denominator else math.nan
-
-
-class StageClock:
-    """Adds up wall time per stage of a step. On an accelerator it waits for the device at each end: profiling only."""
-
-    def __init__(self, seconds: dict[str, float], *, enabled: bool, device: torch.device) -> None:
-        """`seconds` is the table that is added to."""
-        self._seconds = seconds
-        self._enabled = enabled
-        self._waits = device.type != "cpu"
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Time the body as stage `name`."""
-        if not self._enabled:
-            yield
-            return
-        started = self._now()
-        yield
-        self._seconds[name] = self._seconds.get(name, 0.0) + self._now() - started
-
-    @contextmanager
-    def paused(self, when: bool = True) -> Iterator[None]:
-        """While this lasts, if `when`, nothing is timed: what runs is no part of a decode step."""
-        enabled, self._enabled = self._enabled, self._enabled and not when
-        try:
-            yield
-        finally:
-            self._enabled = enabled
-
-    @contextmanager
-    def forward_of(self, module: nn.Module, name: str) -> Iterator[None]:
-        """While this lasts, time the forwards of `module` in this thread as stage `name`."""
-        if not self._enabled:
-            yield
-            return
-        started, owner = 0.0, threading.get_ident()
-
-        def before(*_: object) -> None:
-            nonlocal started
-            if threading.get_ident() == owner:
-                started = self._now()
-
-        def after(*_: object) -> None:
-            if threading.get_ident() == owner:
-                self._seconds[name] = self._seconds.get(name, 0.0) + self._now() - started
-
-        handles = [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def wait(self) -> None:
-        """Wait until the device has done all it was given, so that it is not timed with what follows."""
-        if self._waits:
-            torch.accelerator.synchronize()
-
-    def _now(self) -> float:
-        self.wait()
-        return time.perf_counter()

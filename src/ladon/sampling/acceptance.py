@@ -34,6 +34,20 @@ class Accepted:
     bonus: Tensor
 
 
+def accepted_path(tree: TokenTree, tokens: Tensor, ancestors: Tensor, admitted: Admitted | None = None) -> Accepted:
+    """The path that is accepted: what the target says, or the longest that a lossy rule admits.
+
+    Args:
+        tree: the verified tree.
+        tokens: what the target says after each node, [B, N] int64.
+        ancestors: the tree's ancestor mask [B, N, N].
+        admitted: which nodes a lossy rule admits; None for exact acceptance.
+    """
+    if admitted is None:
+        return longest_match(tree, tokens, ancestors)
+    return longest_admitted(tree, tokens, admitted, ancestors)
+
+
 def longest_match(tree: TokenTree, picks: Tensor, ancestors: Tensor | None = None) -> Accepted:
     """Follow the picks down the tree as far as it holds them.
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ladon.errors import InputError
-from ladon.sampling.sampler import Context, Nodes
+from ladon.sampling.sampling_params import Context, Nodes
 from ladon.trees.transfer import to_host
 
 if TYPE_CHECKING:
@@ -156,7 +156,7 @@ def _for_row(processor: Any, number: int, num_nodes: int) -> Any:
     return processor
 
 
-class ProcessedPicker:
+class ProcessedSampling:
     """The law of `generate`: processors, then the greatest score or a draw.
 
     Attributes:
@@ -169,7 +169,7 @@ class ProcessedPicker:
         self._processors, self.draws = processors, draws
         self.reads, self.is_plain = processors.reads, processors.is_plain
 
-    def law(self, logits: Tensor, context: Context, nodes: Nodes) -> Tensor:
+    def scores(self, logits: Tensor, context: Context, nodes: Nodes) -> Tensor:
         """The processed scores, in float32 as in `generate`, or in float64 where a draw needs more."""
         exact = self.draws and logits.dtype == torch.float64
         return self._processors(logits.to(torch.float64 if exact else torch.float32, copy=True), context, nodes)

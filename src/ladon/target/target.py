@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ladon.engine.sequence import Row
 from ladon.errors import UnsupportedModelError
 from ladon.heads.model_parts import output_projection
 from ladon.target.attention_masks import Sight, localities, model_masks, tree_mask
@@ -126,23 +125,22 @@ class Target:
         """The greatest depth a node may have in a row of `length` cached tokens; None for no bound, 0 for plain."""
         return self._spans.depth_cap(length)
 
-    def keep(self, row: Row, cache: TreeCache, place: int) -> Past | None:
-        """What a row that has ended leaves behind; None if no other prompt could go on from it.
+    def keep(self, prompt: Sequence[int], new: Sequence[int], cache: TreeCache, place: int) -> Past | None:
+        """What a sequence of these tokens that has ended leaves behind; None if no other prompt could go on from it.
 
-        An accepted path may reach beyond the token that ended the row: what lies there is not kept.
+        An accepted path may reach beyond the token that ended the sequence: what lies there is not kept.
         """
-        ids = [*row.prompt_ids, *row.tokens]
+        ids = [*prompt, *new]
         length = min(cache.host_lengths[place], len(ids))
-        regime = self._spans.kept_regime(len(row.prompt_ids), length)
+        regime = self._spans.kept_regime(len(prompt), length)
         if regime is None or length == 0:
             return None
         stores = cache.read_row(place, length)
         return Past(token_ids=ids[:length], stores=stores, regime=regime, maker=Maker.of(self.model))
 
-    def resume(self, row: Row, cache: TreeCache, place: int) -> int:
-        """Let a new row of the cache start from its past, if its prompt can go on from it; how many tokens that is."""
-        past = row.past
-        if past is None or past.regime != self._spans.regime(len(row.prompt)) or past.maker != Maker.of(self.model):
+    def resume(self, past: Past | None, prompt_length: int, cache: TreeCache, place: int) -> int:
+        """Let a new row of the cache start from `past`, if its prompt can go on from it; how many tokens that is."""
+        if past is None or past.regime != self._spans.regime(prompt_length) or past.maker != Maker.of(self.model):
             return 0
         cache.write_row(place, past.stores, len(past))
         return len(past)

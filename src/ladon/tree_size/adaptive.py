@@ -29,8 +29,7 @@ from collections.abc import Mapping, Sequence
 from copy import copy
 
 from ladon.tree_size.acceptance_model import Expectation, Sums
-from ladon.tree_size.latency_curve import Curve, Curves, options_of
-from ladon.tree_size.latency_model import StepCost, StepTime
+from ladon.tree_size.latency_model import Curve, Curves, StepCost, StepTime, options_of
 from ladon.tree_size.policy import PrunedSteps, Size, StepRecord, are_usable, edges_up_to
 
 _TRIAL_ROWS = 4  # verified rows without which heads are not judged

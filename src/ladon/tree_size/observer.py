@@ -9,12 +9,13 @@ import math
 import time
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ladon.engine.stats import DecodeStats
-from ladon.tree_size.policy import FixedSizing, Size, Sizing, StepRecord
+from ladon.target.pruning.pruner import Pruning
+from ladon.tree_size.policy import FixedSizing, Sizing, StepRecord
 from ladon.trees.token_tree import TokenTree, ancestor_mask, node_depths
 from ladon.trees.transfer import host_values
 
@@ -22,13 +23,26 @@ _NO_NUMBER = -(2.0**16)  # stands for NaN: no sum of probabilities makes up for 
 _ONE = 2**32  # probabilities are summed as integers: the order of the sum, which devices choose, does not matter
 
 
-class StepSizes:
+class Choice(NamedTuple):
+    """How the next step verifies: the best `nodes` of each tree, root included, and how they are pruned on the way."""
+
+    nodes: int
+    pruning: Pruning | None
+
+
+class TreeSizes:
     """Asks a sizing what the engine needs to know, and tells it what the engine did."""
 
-    def __init__(self, budget: int | Sizing, stats: DecodeStats, device: torch.device) -> None:
-        """`budget` is a number of nodes, root included, or what chooses it; `stats` is added to."""
+    def __init__(self, budget: int | Sizing, device: torch.device, pruning: Pruning | None = None) -> None:
+        """For trees on a device.
+
+        Args:
+            budget: a number of nodes, root included, or what chooses it.
+            device: of the trees.
+            pruning: how trees are pruned while they are verified, when that is chosen; None: they are not.
+        """
         self._sizing: Sizing = FixedSizing(budget) if isinstance(budget, int) else budget.for_run()
-        self._stats, self._timed = stats, _Timed(stats)
+        self._pruning, self._timed = pruning, _Timed()
         self._edges = list(self._sizing.edges)
         buckets = [place for place, (low, high) in enumerate(pairwise([0, *self._edges])) for _ in range(low, high)]
         self._buckets = torch.tensor(buckets, dtype=torch.long)
@@ -39,8 +53,18 @@ class StepSizes:
         self._of_heads: list[list[float]] | None = None  # over what heads have drafted
         self._rows = 0  # over how many rows they were summed
         self._expected: list[float] = []
-        self._batch, self._context, self._nodes = 0, 0.0, 1
+        self._batch, self._context = 0, 0.0
         self._drafted = False  # whether heads have drafted what is verified now
+
+    @property
+    def seconds(self) -> float:
+        """How long deciding has taken so far."""
+        return self._timed.seconds
+
+    @property
+    def probes(self) -> int:
+        """Steps so far that were taken to learn something."""
+        return self._sizing.probes
 
     def reach(self, lengths: Sequence[int]) -> int:
         """Most nodes worth growing now, for rows of so many cached tokens each."""
@@ -99,8 +123,13 @@ class StepSizes:
         starts = range(num_edges, len(masses), num_edges)  # the root's depth is left out
         return [list(accumulate(numbers[k : k + num_edges])) for k in starts]
 
-    def choose(self, lengths: Sequence[int]) -> Size:
-        """What to verify now, of rows of so many cached tokens each; some of those drafted for may have ended."""
+    def choose(self, lengths: Sequence[int], *, depth: int) -> Choice:
+        """What to verify now.
+
+        Args:
+            lengths: cached tokens of each row; some of those drafted for may have ended.
+            depth: no row's tree is cut at this depth or above after the choice.
+        """
         with self._timed:
             self._batch, self._context = len(lengths), sum(lengths) / len(lengths)
             share = self._batch / self._rows
@@ -108,21 +137,17 @@ class StepSizes:
             of_heads = sums if self._of_heads is self._sums else _shared(self._of_heads, share)
             size = self._sizing.choose(sums, self._batch, self._context, of_heads)
             place = self._edges.index(size.nodes) if size.nodes in self._edges else 0
-            self._expected = [masses[place] for masses in sums] if sums is not None and place > 0 else []
-            self._drafted = of_heads is not None
-            return size
+            expected = [masses[place] for masses in sums] if sums is not None and place > 0 else []
+            self._expected, self._drafted = expected[:depth], of_heads is not None
+            return Choice(size.nodes, self._pruning if size.pruned else None)
 
-    def begin(self, nodes: int, *, depth: int) -> None:
-        """A step verifies so many slots per row; no row's tree was cut at this `depth` or above, after the choice."""
-        self._nodes = nodes
-        self._expected = self._expected[:depth]
-
-    def observe(self, counts: Sequence[int], *, pruned: int, grown: int, seconds: float) -> None:
-        """The step is done.
+    def learn(self, counts: Sequence[int], *, nodes: int, pruned: int, grown: int, seconds: float) -> float:
+        """Learn from a step that is done; the seconds that were predicted for it, NaN if none were.
 
         Args:
             counts: of each row, nodes on the accepted path, the root included.
-            pruned: node slots per row that later layers did not see.
+            nodes: slots that were verified per row.
+            pruned: those of them that later layers did not see.
             grown: slots of the trees drafted in it; 1 if none were.
             seconds: how long it took.
         """
@@ -131,8 +156,8 @@ class StepSizes:
             record = StepRecord(
                 batch=self._batch,
                 context=self._context,
-                nodes=self._nodes,
-                kept=self._nodes - pruned,
+                nodes=nodes,
+                kept=nodes - pruned,
                 grown=grown,
                 seconds=seconds,
                 by_heads=self._drafted,
@@ -140,24 +165,22 @@ class StepSizes:
                 expected=self._expected,
                 accepted=[sum(count > depth for count in counts) for depth in depths],
             )
-            predicted = self._sizing.observe(record)
-        self._stats.add_size(self._nodes, predicted=predicted, seconds=seconds)
-        self._stats.probes = self._sizing.probes
+            return self._sizing.observe(record)
 
 
 class _Timed:
-    """Adds the time of a block to the statistics. A class of its own, as it runs five times a step."""
+    """Adds up the time of a block. A class of its own, as it runs five times a step."""
 
-    __slots__ = ("_started", "_stats")
+    __slots__ = ("_started", "seconds")
 
-    def __init__(self, stats: DecodeStats) -> None:
-        self._stats, self._started = stats, 0.0
+    def __init__(self) -> None:
+        self.seconds = self._started = 0.0
 
     def __enter__(self) -> None:
         self._started = time.perf_counter()
 
     def __exit__(self, *_: object) -> None:
-        self._stats.sizing_seconds += time.perf_counter() - self._started
+        self.seconds += time.perf_counter() - self._started
 
 
 def _shared(sums: list[list[float]] | None, share: float) -> list[list[float]] | None:

@@ -13,8 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from ladon.tree_size.acceptance_model import Expectation, Sums
-from ladon.tree_size.latency_model import StepCost
+from ladon.tree_size.acceptance_model import Sums
 
 EDGES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
 
@@ -137,46 +136,6 @@ class FixedSizing:
     def observe(self, record: StepRecord) -> float:
         """Nothing to learn."""
         return math.nan
-
-
-class FrozenSizing:
-    """Chosen from frozen times alone: no clock enters, so that the same trees always get the same size.
-
-    The heads' probabilities are taken at their word. Trees are grown to the greatest size that would pay if every draft
-    were right; drafting is off where there is none.
-    """
-
-    def __init__(self, cost: StepCost, most: int, depth: int) -> None:
-        """`cost` must not be added to; trees have `most` nodes and this `depth` at most."""
-        self.edges: Sequence[int] = edges_up_to(most)
-        self.probes = 0
-        self._cost = cost
-        self._depth = depth
-
-    def for_run(self) -> FrozenSizing:
-        """Itself: it remembers nothing."""
-        return self
-
-    def reach(self, batch: int, context: float) -> int:
-        """The greatest edge that could pay."""
-        plain = self._cost.predict(batch, 1, context, drafts=False)
-        could_pay = [n for n in self.edges[1:] if self._seconds(batch, n, context) < min(n, self._depth + 1) * plain]
-        return could_pay[-1] if could_pay else 1
-
-    def choose(self, sums: Sums | None, batch: int, context: float, of_heads: Sums | None = None) -> Size:
-        """The best edge for these trees."""
-        if sums is None or not are_usable(sums):
-            return PLAIN
-        tokens = Expectation(len(self.edges)).tokens(sums, batch)
-        rates = [t / self._seconds(batch, n, context) for n, t in zip(self.edges, tokens, strict=True)]
-        return Size(self.edges[rates.index(max(rates))], True)
-
-    def observe(self, record: StepRecord) -> float:
-        """The time predicted; nothing is learnt."""
-        return self._cost.predict(record.batch, record.nodes, record.context, drafts=record.grown > 1)
-
-    def _seconds(self, batch: int, nodes: int, context: float) -> float:
-        return self._cost.predict(batch, nodes, context, drafts=True)
 
 
 def edges_up_to(most: int) -> tuple[int, ...]:

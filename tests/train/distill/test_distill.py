@@ -20,7 +20,7 @@ from ladon import InputError
 from ladon.decoder.decoder import Decoder
 from ladon.engine.sequence import Row
 from ladon.sampling.gumbel import mix
-from ladon.sampling.sampler import Sampler
+from ladon.sampling.sampling_params import TemperatureSampling
 from ladon.train.data.prompts import Prompt
 from ladon.train.distill.distill import (
     Answer,
@@ -118,7 +118,9 @@ def test_a_sampled_row_can_be_replayed_from_itself(double, local, tmp_path):
             max_new_tokens=int(row.sampling["max_new_tokens"]),
             is_stop=double.generation_config.eos_token_id.__contains__,
             seed=row.seed,
-            picker=Sampler(**{name: row.sampling[name] for name in ("temperature", "top_p", "top_k")}),
+            sampling_params=TemperatureSampling(
+                **{name: row.sampling[name] for name in ("temperature", "top_p", "top_k")}
+            ),
         )
         for _ in Decoder(double).decode([again]):
             pass

@@ -22,11 +22,11 @@ from ladon.calibrate.temperatures import expected_calibration_error
 from ladon.decoder.decoder import Decoder
 from ladon.drafting.proposer import Proposer, TreeBuilder
 from ladon.engine.sequence import Row
-from ladon.engine.stats import StageClock
 from ladon.engine.step import Step
 from ladon.trees.lattice import Lattice
 from ladon.trees.token_tree import TokenTree
 from ladon.util.json_values import rounded
+from ladon.util.observer import Observer
 from ladon.util.tensors import with_tensors
 
 
@@ -50,8 +50,8 @@ class DiagnosedDecoder(Decoder):
         newest, self._newest = self._newest, None
         return newest
 
-    def _proposer(self, clock: StageClock) -> Proposer:
-        proposer = super()._proposer(clock)
+    def _proposer(self, observer: Observer) -> Proposer:
+        proposer = super()._proposer(observer)
         if isinstance(proposer, Builds) and not self._plan.ngrams:
             proposer.build = self._noting(proposer.build)
         return proposer

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 from ladon.bench.quality.repetition import Repetition
 from ladon.errors import InputError
 from ladon.sampling.gumbel import mix
-from ladon.sampling.sampler import check_settings
+from ladon.sampling.sampling_params import check_settings
 from ladon.train.data.prompts import Prompt
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from ladon.decoder.request import end_ids
 from ladon.engine.sequence import Row
 from ladon.errors import InputError
 from ladon.heads.fingerprint import fingerprint
-from ladon.sampling.sampler import GREEDY, Sampler
+from ladon.sampling.sampling_params import GREEDY, TemperatureSampling
 from ladon.target.support import context_limit
 from ladon.train.data.prompts import Prompt
 from ladon.train.distill.distill import Answer, Failure, Settings
@@ -103,7 +103,7 @@ class LocalModel:
             max_new_tokens=room,
             is_stop=self._ends.__contains__,
             seed=settings.seed_of(prompt) or 0,
-            picker=Sampler(**law) if settings.temperature else GREEDY,
+            sampling_params=TemperatureSampling(**law) if settings.temperature else GREEDY,
         )
 
     def _outcome(self, prompt: Prompt, row: Row | None) -> Answer | Failure:

@@ -6,8 +6,7 @@ import math
 
 import pytest
 
-from ladon.tree_size.latency_curve import Curve, Curves, options_of
-from ladon.tree_size.latency_model import StepCost, StepTime
+from ladon.tree_size.latency_model import Curve, Curves, StepCost, StepTime, options_of
 from ladon.tree_size.policy import PrunedSteps, Size
 
 EDGES = (1, 2, 4, 8, 16, 24, 32)
