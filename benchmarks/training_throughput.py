@@ -23,10 +23,10 @@ from ladon.demo.bundled import load_demo
 from ladon.heads import SharedHeads
 from ladon.train.config import TrainOptions
 from ladon.train.data.batches import Collator
-from ladon.train.data.documents import Document
+from ladon.train.data.rows import Document
 from ladon.train.modules import HeadsModule, hidden_states
 from ladon.train.optimizer import make_optimizer
-from ladon.train.start import make_module
+from ladon.train.run import make_module
 
 
 def milliseconds(rounds: int, functions: dict[str, Callable[[], Any]]) -> dict[str, float]:

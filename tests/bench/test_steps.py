@@ -10,7 +10,7 @@ import pytest
 
 from ladon.bench import plots, table
 from ladon.bench.report import Result
-from ladon.bench.steps import NotedSizing, StepFacts, by_size, prediction_error
+from ladon.bench.systems import NotedSizing, StepFacts, by_size, prediction_error
 from ladon.cli.main import run as run_command
 from ladon.tree_size.adaptive import AutoSizing
 from ladon.tree_size.latency_model import StepTime

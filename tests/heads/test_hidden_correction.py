@@ -30,7 +30,7 @@ from ladon.heads import Heads
 from ladon.heads.calibration import Calibration, read_calibration
 from ladon.heads.correction import HiddenCorrection
 from ladon.train.data.batches import Collator
-from ladon.train.data.documents import Document
+from ladon.train.data.rows import Document
 from ladon.train.evaluate import evaluate
 from ladon.trees.fixed_tree import FixedTree
 from ladon.trees.grow import grow_dynamic

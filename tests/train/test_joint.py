@@ -19,9 +19,9 @@ from ladon.heads import load_heads, new_heads
 from ladon.heads.early_exit import load_early_exit
 from ladon.train.config import TrainOptions
 from ladon.train.data.batches import Collator
-from ladon.train.data.documents import documents_from
-from ladon.train.joint import JointModule
-from ladon.train.start import make_module
+from ladon.train.data.rows import documents_from
+from ladon.train.modules import JointModule
+from ladon.train.run import make_module
 from training_runs import examples, run, run_until
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")

@@ -20,8 +20,7 @@ from ladon.errors import InputError
 from ladon.heads import load_heads
 from ladon.train.config import TrainOptions
 from ladon.train.modules import HeadsModule, hidden_states, keeps_apart
-from ladon.train.run import train
-from ladon.train.start import make_module
+from ladon.train.run import make_module, train
 from ladon.train.trainer import schedule
 from training_runs import OPTIONS, examples, run, run_until
 from user_side import make_tokenizer

@@ -17,8 +17,7 @@ from typing import Any
 
 from ladon.bench.findings import Findings, Key, Measured, Subject
 from ladon.bench.quality.repetition import Repetition
-from ladon.bench.steps import by_size
-from ladon.bench.systems import Budget, Run, merged
+from ladon.bench.systems import Budget, Run, by_size, merged
 from ladon.engine.stats import DecodeStats
 
 _BASES = ("plain", "transformers")
@@ -56,7 +55,7 @@ class Result:
         prediction_error: mean relative error of the predicted step times; None if none are predicted.
         sizing_share: share of decode time spent deciding on sizes.
         sizes: the histogram of sizes: of each, `nodes`, `steps` of all timed runs, and their mean `tokens`,
-            `expected_tokens`, `step_ms` and `predicted_ms`, as `ladon.bench.steps.by_size` gives them.
+            `expected_tokens`, `step_ms` and `predicted_ms`, as `ladon.bench.systems.by_size` gives them.
         fitted_step_ms: of every size that could be chosen, `nodes` and the `ms` predicted for a step, in the end.
         first_token_ms: milliseconds from the call to the first tokens, one of each row; median over calls.
         speedup_vs_plain: tokens_per_second over plain decoding's.
@@ -245,12 +244,8 @@ def answer_files(path: Path, subject: Subject, measured: Sequence[Measured], sta
         measured: the systems, all at one batch size.
         stamp: seconds since 1970, for all rows.
     """
-    if len(measured) == 1:
-        return {path: "".join(_rows(subject, measured[0], stamp))}
-    return {
-        path.with_name(f"{path.stem}-{entry.label}{path.suffix}"): "".join(_rows(subject, entry, stamp))
-        for entry in measured
-    }
+    names = [path] if len(measured) == 1 else [path.with_stem(f"{path.stem}-{entry.label}") for entry in measured]
+    return {name: "".join(_rows(subject, entry, stamp)) for name, entry in zip(names, measured, strict=True)}
 
 
 def _rows(subject: Subject, entry: Measured, stamp: float) -> Iterator[str]:
@@ -260,11 +255,10 @@ def _rows(subject: Subject, entry: Measured, stamp: float) -> Iterator[str]:
     prefill included; rows decoded together share it), from the first timed repeat.
     """
     turns: dict[int | str, list[tuple[str, int, int, float]]] = {}
-    for group, run in zip(entry.groups, entry.timed[0], strict=True):
-        for request, output in zip(group, run.outputs, strict=True):
-            text = str(subject.tokenizer.decode(output, skip_special_tokens=True))
-            row = (text, run.stats.forwards, len(output), run.seconds)
-            turns.setdefault(request.question.question_id, []).append(row)
+    for request, output, run in entry.answers(entry.timed[0]):
+        text = str(subject.tokenizer.decode(output, skip_special_tokens=True))
+        row = (text, run.stats.forwards, len(output), run.seconds)
+        turns.setdefault(request.question.question_id, []).append(row)
     for question_id, rows in turns.items():
         texts, steps, tokens, seconds = (list(column) for column in zip(*rows, strict=True))
         choice = {"index": 0, "turns": texts, "idxs": steps, "new_tokens": tokens, "wall_time": seconds}

@@ -10,28 +10,25 @@ against transformers' `generate`; (5) if that is asked for, once more to see whe
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ladon.bench.findings import Findings, Measured, Progress, Request, Subject
-from ladon.bench.quality.check import check_float32, leaving_plain
 from ladon.bench.quality.diagnosis import DiagnosedDecoder, Diagnosis
+from ladon.bench.quality.identity import check_float32, leaving_plain
 from ladon.bench.systems import Budget, LadonSystem, Run, System, TransformersSystem
 from ladon.bench.workloads import Question, Workload, prompt_ids
 from ladon.calibrate.findings import given_the_truth
 from ladon.calibrate.lattice_trace import hit_rates
 from ladon.calibrate.recording import correction_of, record
+from ladon.config import BenchOptions
 from ladon.decoder.options import OFF
 from ladon.errors import InputError
+from ladon.heads import Heads
 from ladon.target.target import Target
 from ladon.trees.fixed_tree import FixedTree
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from ladon.config import BenchOptions
-    from ladon.heads import Heads
 
 _WARM_UP_TOKENS = 16
 

@@ -7,8 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from ladon.bench.findings import Findings, Key
-from ladon.bench.quality.identity import Difference
+from ladon.bench.findings import Difference, Findings, Key
 from ladon.bench.report import Result
 from ladon.bench.systems import Budget
 

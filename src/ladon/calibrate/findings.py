@@ -15,7 +15,7 @@ from ladon.errors import InputError
 from ladon.heads.calibration import Calibration
 from ladon.trees.fixed_tree import FixedTree, best_fixed_tree
 from ladon.trees.lattice import Correction
-from ladon.util.json_values import rounded
+from ladon.util.files import rounded
 
 SIZES = (8, 16, 32, 64)
 

@@ -13,10 +13,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from ladon.calibrate.recording import row_of
 from ladon.calibrate.timing import LayerTimes, Trials, default_proposer, measure_layer_times
@@ -35,10 +36,7 @@ from ladon.target.target import Target
 from ladon.target.verify_output import VerifyOutput
 from ladon.tree_size.observer import TreeSizes
 from ladon.trees.token_tree import TokenTree
-from ladon.util.json_values import rounded
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from ladon.util.files import rounded
 
 SIZES = (8, 16, 24, 32, 48, 64)
 KEEPS = (1, 2, 4, 8, 12, 16, 24, 32, 48)

@@ -10,11 +10,12 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ladon.calibrate.lattice_trace import GRID, LatticeTrace
 from ladon.config import HIDDEN, MARKOV, PRODUCT, DecoderOptions
@@ -30,9 +31,6 @@ from ladon.target.target import Target
 from ladon.tree_size.observer import TreeSizes
 from ladon.trees.lattice import Correction
 from ladon.trees.token_tree import TokenTree, root_tree
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 TOO_FEW = 0.05  # trained heads are right on a third of the tokens or more, heads of another model on next to none
 _TOKENS = 20

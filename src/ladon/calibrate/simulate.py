@@ -32,7 +32,7 @@ from ladon.errors import TreeError
 from ladon.trees.fixed_tree import FixedTree
 from ladon.trees.lattice import Correction, Lattice, conditioned
 from ladon.trees.token_tree import TokenTree
-from ladon.util.json_values import rounded
+from ladon.util.files import rounded
 
 NOT_SIMULATED = (
     "a trace has what heads guess after the true tokens, and trees of heads that read the tokens before their guesses, "

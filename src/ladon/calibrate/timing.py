@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ladon.config import DecoderOptions
 from ladon.drafting.proposer import HeadsProposer, drafting
@@ -25,9 +25,6 @@ from ladon.tree_size.latency_model import StepTime
 from ladon.tree_size.policy import EDGES
 from ladon.trees.token_tree import TokenTree, ancestor_mask
 from ladon.trees.transfer import to_host
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 _LEAST_ROUNDS, _MOST_ROUNDS = 3, 25
 _SECONDS = 10.0  # no further round starts after so long

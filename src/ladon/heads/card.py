@@ -109,12 +109,9 @@ def _hub_id(name: str) -> bool:
 
 def _is_report(entry: Mapping[str, Any]) -> bool:
     losses, accuracy = entry.get("loss"), entry.get("accuracy")
-    return (
-        isinstance(losses, list)
-        and isinstance(accuracy, list)
-        and len(losses) == len(accuracy) > 0
-        and all(isinstance(row, list) and row for row in accuracy)
-    )
+    if not isinstance(losses, list) or not isinstance(accuracy, list) or not accuracy:
+        return False
+    return len(losses) == len(accuracy) and all(isinstance(row, list) and row for row in accuracy)
 
 
 def _front_matter(heads: Heads, licence: str) -> str:
@@ -128,7 +125,6 @@ def _front_matter(heads: Heads, licence: str) -> str:
 
 
 def _facts(heads: Heads, early_exit: EarlyExit | None) -> str:
-    count, size, dtype = num_parameters(heads)
     options = ", ".join(f"{name} {value}" for name, value in heads.options.items())
     mark = heads.base_fingerprint
     own = "" if heads.token_ids is None else f", of which the heads know {len(heads.token_ids):,}"
@@ -138,15 +134,17 @@ def _facts(heads: Heads, early_exit: EarlyExit | None) -> str:
         ("family", f"{heads.family}" + (f" ({options})" if options else "")),
         ("heads", f"{heads.num_heads}, on hidden states of width {heads.hidden_size:,}"),
         ("vocabulary", f"{heads.vocab_size:,}{own}"),
-        ("size", f"{count:,} parameters, {in_bytes(size)} in {dtype}"),
+        ("size", _size(heads)),
     ]
     if early_exit is not None:
-        count, size, dtype = num_parameters(early_exit)
-        rows.append(
-            ("early exit", f"after layer {early_exit.layer} of {early_exit.num_layers}: {count:,} parameters, "
-             f"{in_bytes(size)} in {dtype}")
-        )  # fmt: skip
+        where = f"after layer {early_exit.layer} of {early_exit.num_layers}"
+        rows.append(("early exit", f"{where}: {_size(early_exit)}"))
     return _table(["", ""], rows)
+
+
+def _size(heads: torch.nn.Module) -> str:
+    count, size, dtype = num_parameters(heads)
+    return f"{count:,} parameters, {in_bytes(size)} in {dtype}"
 
 
 def _training(record: Mapping[str, Any], data: str) -> list[str]:

@@ -7,11 +7,12 @@ import math
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+from transformers import PreTrainedModel
 
 from ladon.calibrate.timing import measure_step_times
 from ladon.config import AUTO_BUDGET, HIDDEN_ROWS, MARKOV_ROWS, PATH_ROWS, DecoderOptions
@@ -26,10 +27,7 @@ from ladon.trees import lattice
 from ladon.trees.grow import grow_chain, grow_dynamic
 from ladon.trees.lattice import best_rows
 from ladon.trees.token_tree import ancestor_mask, node_depths
-from ladon.util.json_values import rounded
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from ladon.util.files import rounded
 
 TOP = 5  # accuracies are given for the best 1 to 5 candidates
 # Vicuna-7B with MEDUSA-1, from the authors' files: the training log of five heads on ShareGPT, and tokens per step over

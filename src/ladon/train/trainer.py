@@ -288,12 +288,12 @@ class Reports(TrainerCallback):
             self._say(line)
 
     def _look(self, module: HeadsModule) -> HeldOutReport:
-        device = next(module.heads.parameters()).device
         if self._with_cost and self._cost is None:
             self._cost = self._measured_cost(module)
-        packed = module.loss_options.packed
+        left_out = () if module.loss_options.packed else ("position_ids",)
+        told = ({name: table for name, table in batch.items() if name not in left_out} for batch in self._batches)
         with module.autocast():
-            return evaluate(module.model, module.heads, (_moved(batch, device, packed) for batch in self._batches))
+            return evaluate(module.model, module.heads, (module.beside_heads(batch) for batch in told))
 
     def _measured_cost(self, module: HeadsModule) -> float | None:
         self._with_cost = False
@@ -315,10 +315,6 @@ def _as_report(value: Any) -> Any:
     if isinstance(value, list):
         return tuple(_as_report(part) for part in value)
     return math.nan if value is None else value
-
-
-def _moved(batch: dict[str, Tensor], device: torch.device, packed: bool) -> dict[str, Tensor]:
-    return {name: tensor.to(device) for name, tensor in batch.items() if packed or name != "position_ids"}
 
 
 def _scalars(entry: dict[str, Any]) -> dict[str, float]:

@@ -1,10 +1,12 @@
-"""Text files that are written whole or not at all."""
+"""Text files that are written whole or not at all, and numbers as JSON files have them."""
 
 from __future__ import annotations
 
+import math
 import os
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -21,3 +23,14 @@ def write_whole(path: Path, text: str) -> None:
         with suppress(OSError):
             partial.unlink()
         raise
+
+
+def rounded(value: Any) -> Any:
+    """A value, or tables and lists of values: numbers to 4 places, None where JSON has no number for one."""
+    if isinstance(value, dict):
+        return {name: rounded(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [rounded(part) for part in value]
+    if isinstance(value, float):
+        return round(value, 4) if math.isfinite(value) else None
+    return value

@@ -32,9 +32,7 @@ def fixed_view(tree: FixedTree, hit_rates: Sequence[Sequence[float]] = ()) -> Tr
         tree: what to draw.
         hit_rates: [K][ranks]; with them each line says in how many steps it is right.
     """
-    children: dict[RankPath, list[int]] = {}
-    for path in tree.paths:
-        children.setdefault(path[:-1], []).append(path[-1])
+    children = _children(tree)
     values = path_values(tree, hit_rates) if hit_rates else {}
 
     def grow(branch: Tree, path: RankPath) -> None:
@@ -62,8 +60,7 @@ def _runs(path: RankPath, children: dict[RankPath, list[int]]) -> list[list[int]
 
 
 def _line(path: RankPath, run: list[int], values: dict[RankPath, float]) -> Text:
-    ranks = str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}"
-    text = Text(ranks, Style(color=ansi_colour(len(path) + 1)), no_wrap=True)
+    text = Text(_range(run), Style(color=ansi_colour(len(path) + 1)), no_wrap=True)
     if values:
         paths = [(*path, rank) for rank in run]
         text.append(f"  {sum(values[each] for each in paths):.1%}", "dim")
@@ -76,25 +73,21 @@ def outline(tree: FixedTree) -> str:
     `0(0(0) 1) 1(0) 2-4` is: the best candidate of head 1, after it the best two of head 2, after the first of those
     the best of head 3; the second of head 1 with the best of head 2; and the third to fifth of head 1.
     """
+    children = _children(tree)
+
+    def below(path: RankPath) -> str:
+        inner = [(run, below((*path, run[0]))) for run in _runs(path, children)]
+        return " ".join(f"{run[0]}({found})" if found else _range(run) for run, found in inner)
+
+    return below(())
+
+
+def _children(tree: FixedTree) -> dict[RankPath, list[int]]:
+    """The ranks below each path that has any."""
     children: dict[RankPath, list[int]] = {}
     for path in tree.paths:
         children.setdefault(path[:-1], []).append(path[-1])
-
-    def below(path: RankPath) -> str:
-        parts: list[str] = []
-        run: list[int] = []  # leaves in a row that are not written yet
-        for rank in sorted(children.get(path, [])):
-            is_leaf = (*path, rank) not in children
-            if run and not (is_leaf and rank == run[-1] + 1):
-                parts.append(_range(run))
-                run = []
-            if is_leaf:
-                run.append(rank)
-            else:
-                parts.append(f"{rank}({below((*path, rank))})")
-        return " ".join([*parts, _range(run)] if run else parts)
-
-    return below(())
+    return children
 
 
 def _range(run: list[int]) -> str:

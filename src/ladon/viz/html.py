@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from html import escape
 
-from ladon.viz.record import BONUS, NO_STEP, Node, Record, Step, origin_colour, origin_name, rows_of, with_bonus
+from ladon.viz.record import (
+    BONUS,
+    NO_STEP,
+    Node,
+    Record,
+    Step,
+    clipped,
+    origin_colour,
+    origin_name,
+    rows_of,
+    with_bonus,
+)
 
 _COLUMN, _ROW, _BOX_WIDTH, _BOX_HEIGHT = 178, 25, 148, 20  # pixels of the tree drawing
 _PREFIX = 76  # pixels of the mask drawing's bar that stands for the cached tokens
@@ -148,14 +159,13 @@ def _box(node: Node, row: float, *, is_bonus: bool) -> str:
         shape += f'fill="{colour}" fill-opacity="0.16" stroke="{colour}" stroke-width="1.6"{dash}/>'
     else:
         shape += 'class="box"/>'
-    value = "bonus" if is_bonus else "root" if node.depth == 0 else f"{node.probability:.3f}"
-    name = node.label if len(node.label) <= 13 else node.label[:12] + "…"
     weight = ' font-weight="700"' if node.accepted else ""
     tip = f"node {node.index}: {node.label}" if not is_bonus else f"bonus: {node.label}"
     return (
         f"<g><title>{escape(tip)}</title>{shape}"
-        f'<text x="{left + 7}" y="{baseline:.1f}"{weight}>{escape(name)}</text>'
-        f'<text x="{left + _BOX_WIDTH - 6}" y="{baseline:.1f}" text-anchor="end" class="soft small">{value}</text></g>'
+        f'<text x="{left + 7}" y="{baseline:.1f}"{weight}>{escape(clipped(node.label, 13))}</text>'
+        f'<text x="{left + _BOX_WIDTH - 6}" y="{baseline:.1f}" text-anchor="end" class="soft small">{node.value}</text>'
+        "</g>"
     )
 
 

@@ -51,6 +51,13 @@ class Node:
     probability: float
     accepted: bool
 
+    @property
+    def value(self) -> str:
+        """What stands beside the label: the probability, or what else the node is."""
+        if self.depth == 0:
+            return "root"
+        return "bonus" if math.isnan(self.probability) else f"{self.probability:.3f}"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Step:
@@ -189,6 +196,11 @@ def rows_of(nodes: Sequence[Node]) -> list[float]:
         inner = [places[child.index] for child in below.get(index, [])]
         places[index] = (inner[0] + inner[-1]) / 2 if inner else float(next(leaves))
     return places
+
+
+def clipped(text: str, most: int) -> str:
+    """A text of so many characters at most."""
+    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def label(tokenizer: PreTrainedTokenizerBase, token: int) -> str:

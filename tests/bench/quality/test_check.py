@@ -12,10 +12,9 @@ import torch
 
 from bench_runs import TEXTS, TREE, silent, subject, workload
 from ladon.bench import report, table
-from ladon.bench.findings import Subject
-from ladon.bench.quality import check
-from ladon.bench.quality.check import in_float32, is_out_of_memory
-from ladon.bench.quality.identity import Difference
+from ladon.bench.findings import Difference, Subject
+from ladon.bench.quality import identity as check
+from ladon.bench.quality.identity import in_float32, is_out_of_memory
 from ladon.bench.runner import run_bench
 from ladon.bench.systems import LadonSystem, Run
 from ladon.cli.bench import measure

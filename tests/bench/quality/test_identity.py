@@ -8,7 +8,8 @@ import math
 import pytest
 import torch
 
-from ladon.bench.quality.identity import Difference, compare, examine, first_difference, near_tie_bound, replayed_logits
+from ladon.bench.findings import Difference
+from ladon.bench.quality.identity import compare, examine, first_difference, near_tie_bound, replayed_logits
 from ladon.bench.systems import LadonSystem
 from user_side import Tiny
 

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 
 from ladon.errors import InputError
 from ladon.train.data.batches import Collator, RowOrder, packed
-from ladon.train.data.documents import Document, documents_from
-from ladon.train.data.rows import Example
+from ladon.train.data.rows import Document, Example, documents_from
 
 HEADS = 4
 

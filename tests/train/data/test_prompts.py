@@ -11,8 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from chats import CHAT, TEMPLATE
 from ladon import InputError
-from ladon.train.data.chats import turn_end
-from ladon.train.data.prompts import read_prompts
+from ladon.train.data.prompts import read_prompts, turn_end
 from ladon.train.data.records import read_records
 from user_side import make_tokenizer, write_jsonl
 

@@ -25,7 +25,7 @@ from ladon.engine.sequence import Row
 from ladon.engine.step import Step
 from ladon.trees.lattice import Lattice
 from ladon.trees.token_tree import TokenTree
-from ladon.util.json_values import rounded
+from ladon.util.files import rounded
 from ladon.util.observer import Observer
 from ladon.util.tensors import with_tensors
 

@@ -12,23 +12,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from ladon.bench.quality.identity import Difference, first_difference, margin_of, near_tie_bound
+from ladon.bench.findings import Difference
+from ladon.bench.quality.identity import first_difference, margin_of, near_tie_bound
 from ladon.decoder.decoder import Decoder
 from ladon.engine.sequence import Row
 from ladon.engine.step import Step
+from ladon.heads import Heads
 from ladon.sampling.lossy import Nucleus, Typical
 from ladon.sampling.sampler import scores_of
 from ladon.target.target import Target
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from ladon.heads import Heads
 
 Progress = Callable[[str, int, int], None]
 

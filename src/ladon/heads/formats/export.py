@@ -79,8 +79,7 @@ def export_heads(
 
 def _write_medusa(job: _Job, folder: Path) -> None:
     """What MEDUSA's first code loads: a state dict by torch.save, a projection for each head."""
-    _save(folder / "medusa_lm_head.pt", _numbered(job, "", own=True))
-    write_json(folder / CONFIG_FILE, _medusa_config(job))
+    _write_numbered(job, folder / "medusa_lm_head.pt", own=True)
 
 
 def _write_medusa_v2(job: _Job, folder: Path) -> None:
@@ -89,27 +88,25 @@ def _write_medusa_v2(job: _Job, folder: Path) -> None:
         raise HeadsError(
             "medusa-v2 has no projections, and these heads have their own, which would be lost. Use --format medusa"
         )
-    _save(folder / f"medusa_lm_head{SAFE}", _numbered(job, "", own=False))
-    write_json(folder / CONFIG_FILE, _medusa_config(job) | {"version": "2"})
+    _write_numbered(job, folder / f"medusa_lm_head{SAFE}", own=False, version="2")
 
 
 def _write_tgi(job: _Job, folder: Path) -> None:
     """TGI reads safetensors; projections may be left out only where each head has one block."""
     is_own = job.heads.projection is not None or job.heads.num_blocks > 1
-    _save(folder / f"medusa_lm_head{SAFE}", _numbered(job, "", own=is_own))
-    write_json(folder / CONFIG_FILE, _medusa_config(job))  # no `architectures`: with it TGI drops the heads silently
+    # In the config no `architectures`: with it TGI drops the heads silently.
+    _write_numbered(job, folder / f"medusa_lm_head{SAFE}", own=is_own)
 
 
 def _write_tensorrt(job: _Job, folder: Path) -> None:
     """What TensorRT-LLM's convert_checkpoint takes as `--medusa_model_dir`; it renames the tensors itself."""
-    _save(folder / "medusa_lm_head.pt", _numbered(job, "", own=True))
+    _write_numbered(job, folder / "medusa_lm_head.pt", own=True, num_medusa_heads=job.heads.num_heads)
     tree = job.tree or _calibrated_tree(job.heads)
     if tree is None:
         warnings.warn(f"no {CHOICES_FILE}: the heads have no calibration; give --tree FILE, or calibrate", stacklevel=2)
     else:
         tree.check_fits(job.heads.num_heads, job.heads.vocab_size)
         tree.save(folder / CHOICES_FILE)
-    write_json(folder / CONFIG_FILE, _medusa_config(job) | {"num_medusa_heads": job.heads.num_heads})
 
 
 def _write_vllm(job: _Job, folder: Path) -> None:
@@ -199,14 +196,17 @@ def _as_medusa(heads: Heads, name: str) -> MedusaHeads:
     return heads
 
 
-def _medusa_config(job: _Job) -> dict[str, Any]:
-    return {
+def _write_numbered(job: _Job, path: Path, *, own: bool, **more: Any) -> None:
+    """The heads in one file, and beside it a config as MEDUSA's, which says `more`."""
+    _save(path, _numbered(job, "", own=own))
+    config = {
         "base_model_name_or_path": job.base_name,
         "medusa_num_heads": job.heads.num_heads,
         "medusa_num_layers": job.heads.num_blocks,
         "hidden_size": job.heads.hidden_size,
         "vocab_size": job.heads.vocab_size,
     }
+    write_json(path.with_name(CONFIG_FILE), config | more)
 
 
 def _numbered(job: _Job, prefix: str, *, own: bool) -> dict[str, Tensor]:

@@ -7,17 +7,15 @@ t + 1, are of the document and learned: in decoding the next token is the root, 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ladon.train.data.documents import Document
+from ladon.train.data.rows import Document
 
-if TYPE_CHECKING:
-    pass
+pass
 
 NO_PLACE = -1
 

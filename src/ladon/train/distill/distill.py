@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol
 
 from ladon.bench.quality.repetition import Repetition
 from ladon.errors import InputError
@@ -20,8 +20,7 @@ from ladon.sampling.gumbel import mix
 from ladon.sampling.sampling_params import check_settings
 from ladon.train.data.prompts import Prompt
 
-if TYPE_CHECKING:
-    pass
+pass
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

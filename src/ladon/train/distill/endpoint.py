@@ -6,15 +6,13 @@ import queue
 import random
 import threading
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from ladon.errors import InputError
-from ladon.train.data.chats import turn_end
-from ladon.train.data.prompts import Prompt
+from ladon.train.data.prompts import Prompt, turn_end
 from ladon.train.distill.distill import Answer, Failure, Settings
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 _HOPELESS = {401: "refuses the key; name its variable with --api-key-env", 403: "refuses the key", 404: "is not there"}
 _TIMEOUT = (10.0, 600.0)  # seconds to connect, and between two bytes of an answer

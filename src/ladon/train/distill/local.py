@@ -5,24 +5,21 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ladon.decoder.decoder import Decoder
 from ladon.decoder.request import end_ids
 from ladon.engine.sequence import Row
 from ladon.errors import InputError
+from ladon.heads import Heads
 from ladon.heads.fingerprint import fingerprint
 from ladon.sampling.sampling_params import GREEDY, TemperatureSampling
 from ladon.target.support import context_limit
 from ladon.train.data.prompts import Prompt
 from ladon.train.distill.distill import Answer, Failure, Settings
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from ladon.heads import Heads
 
 
 def weights_hash(model: PreTrainedModel) -> str:

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 
 from ladon.heads.correction import MarkovCorrection
-from ladon.train.data.documents import Document
-from ladon.train.start import start_from_bigrams
+from ladon.train.data.rows import Document
+from ladon.train.run import start_from_bigrams
 
 
 def document(*tokens: int) -> Document:
