@@ -21,7 +21,7 @@ import torch
 from ladon.calibrate.timing import measure_step_times
 from ladon.config import DecoderOptions
 from ladon.demo.bundled import demo_prompts, load_demo
-from ladon.drafting.head_chaining import Joint, make_joint
+from ladon.drafting.head_chaining import Chaining, make_chaining
 from ladon.heads import Heads, new_heads
 from ladon.trees.grow import grow_dynamic
 from ladon.util.machine import environment, load
@@ -38,7 +38,7 @@ def heads_and_joints(model: torch.nn.Module) -> Iterator[tuple[str, Heads, str]]
     yield from (("hydra", hydra, joint) for joint in ("product", *(f"paths:{rows}" for rows in (1, 4, 8, 16))))
 
 
-def seconds(joint: Joint, hidden: torch.Tensor, root: torch.Tensor, nodes: int) -> tuple[float, float]:
+def seconds(joint: Chaining, hidden: torch.Tensor, root: torch.Tensor, nodes: int) -> tuple[float, float]:
     """What the lattice took, and the tree grown from it."""
     started = time.perf_counter()
     lattice = joint(hidden, root)
@@ -64,7 +64,8 @@ def main() -> None:
     results = []
     for batch in (1, 8):
         for nodes in arguments.nodes:
-            joints = [make_joint(heads, joint, candidates, candidates, "dynamic", nodes) for _, heads, joint in timed]
+            options = (candidates, candidates, "dynamic", nodes)
+            joints = [make_chaining(heads, joint, *options) for _, heads, joint in timed]
             times: list[list[tuple[float, float]]] = [[] for _ in joints]
             for _ in range(arguments.rounds + 3):
                 hidden = torch.randn(batch, bundled.hidden_size, dtype=model.dtype)

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ladon.calibrate.lattice_trace import LatticeTrace
 from ladon.calibrate.temperatures import fit_temperatures
-from ladon.tree_size.acceptance_model import Expectation
+from ladon.tree_size.acceptance_model import AcceptanceModel
 from ladon.trees.grow import grow_dynamic
 from ladon.trees.lattice import Lattice
 
@@ -109,7 +109,7 @@ def _accepted(nodes: Sequence[tuple[float, list[int]]], truth: Sequence[int]) ->
 
 def compare(trace: LatticeTrace, size: int, temperatures: Sequence[float]) -> dict[str, float]:
     """What both foresee, and what happens."""
-    paths, table = Expectation(1), RankTable(trace.num_heads, trace.num_candidates)
+    paths, table = AcceptanceModel(1), RankTable(trace.num_heads, trace.num_candidates)
     foreseen: list[tuple[float, float, int]] = []
     for nodes, truth in walk(trace, steps_of(trace, size, temperatures)):
         masses = [sum(p for p, ranks in nodes if len(ranks) == depth) for depth in range(1, trace.num_heads + 1)]

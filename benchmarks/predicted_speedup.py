@@ -15,7 +15,7 @@ from math import prod
 from typing import Any
 
 from ladon.tree_size.frozen import FrozenSizing
-from ladon.tree_size.latency_model import StepCost, StepTime
+from ladon.tree_size.latency_model import LatencyModel, StepTime
 from ladon.tree_size.policy import EDGES
 from ladon.trees.fixed_tree import RankPath, best_fixed_tree
 
@@ -97,6 +97,6 @@ def _chosen(found: Mapping[str, Any], sums: Sequence[Sequence[float]], most: int
             (1, True, found["drafting_ms"]),
         ]
     ]
-    sizing = FrozenSizing(StepCost(times), most, depth)
+    sizing = FrozenSizing(LatencyModel(times), most, depth)
     of_all_rows = [[batch * mass for mass in masses] for masses in sums]
     return 1 if sizing.reach(batch, context) == 1 else sizing.choose(of_all_rows, batch, context).nodes

@@ -8,8 +8,8 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 import ladon
 from drafts import FIXED, RandomSizing
-from ladon.constraints.bitmask import TokenMasks
-from ladon.constraints.state import Guide, Place, row_constraints
+from ladon.constraints.bitmask import TokenBitmask
+from ladon.constraints.state import GrammarState, Place, row_constraints
 from ladon.engine.sequence import Row
 from ladon.errors import ConstraintError, InputError
 from toys import VOCAB, Residues, Script
@@ -19,8 +19,8 @@ PROMPTS = [torch.arange(3, 15), torch.arange(5, 9), torch.arange(20, 50)]
 
 
 def make(prompt, constraint=None, end_ids=frozenset({EOS}), limit=20, **options):
-    guide = None if constraint is None else Guide(constraint, end_ids)
-    return Row(prompt=prompt, max_new_tokens=limit, is_stop=end_ids.__contains__, guide=guide, **options)
+    grammar = None if constraint is None else GrammarState(constraint, end_ids)
+    return Row(prompt=prompt, max_new_tokens=limit, is_stop=end_ids.__contains__, grammar=grammar, **options)
 
 
 def check_legal(tokens, constraint, end_ids=frozenset({EOS})):
@@ -54,29 +54,30 @@ def test_the_only_token():
 
 def test_masks_at_the_nodes_of_rows():
     """Rows with and without a constraint, before and after pruning; a vocabulary wider or narrower than the masks."""
-    first, second = Guide(Residues(5, 2, seed=4)), Guide(Residues(7, 1, seed=9))
-    for guide in (first, second):
-        token = min(guide.here._state.tokens())
-        guide.nodes = [guide.here, guide.here.after(token), guide.here.after(token).after(min_after(guide, token))]
+    first, second = GrammarState(Residues(5, 2, seed=4)), GrammarState(Residues(7, 1, seed=9))
+    for grammar in (first, second):
+        token = min(grammar.here._state.tokens())
+        grammar.nodes = [grammar.here, grammar.here.after(token), grammar.here.after(token).after(min_after(grammar,
+        token))]
     first.nodes = first.nodes[:2]  # its third slot is padding
-    guides = [first, None, second]
+    grammars = [first, None, second]
     for vocab_size in (VOCAB, 131, 40):
-        masks, logits = TokenMasks(guides, 3, torch.device("cpu")), torch.randn(3, 3, vocab_size)
+        masks, logits = TokenBitmask(grammars, 3, torch.device("cpu")), torch.randn(3, 3, vocab_size)
         for kept in (None, torch.tensor([[0, 1], [0, 2], [0, 2]])):
             given = logits if kept is None else logits[:, :2]
             found = masks.on(given, kept)
-            for row, guide in enumerate(guides):
+            for row, grammar in enumerate(grammars):
                 for place in range(given.shape[1]):
                     node = place if kept is None else int(kept[row, place])
                     expected = given[row, place].clone()
-                    if guide is not None and node < len(guide.nodes):
-                        illegal = [t for t in range(vocab_size) if t not in guide.nodes[node]._state.tokens()]
+                    if grammar is not None and node < len(grammar.nodes):
+                        illegal = [t for t in range(vocab_size) if t not in grammar.nodes[node]._state.tokens()]
                         expected[illegal] = -torch.inf
                     assert torch.equal(found[row, place], expected)
 
 
-def min_after(guide, token):
-    return min(guide.here.after(token)._state.tokens())
+def min_after(grammar, token):
+    return min(grammar.here.after(token)._state.tokens())
 
 
 class Reference(LogitsProcessor):

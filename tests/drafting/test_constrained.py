@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ladon.constraints.state import Guide
-from ladon.drafting.constrained import Draft, drafts_of, legal_tree, legal_trees
+from ladon.constraints.state import GrammarState
+from ladon.drafting.constrained import Draft, constrained_tree, constrained_trees, drafts_of
 from ladon.engine.recorder import Recorder
 from ladon.engine.sequence import Row
 from ladon.engine.stats import DecodeStats
@@ -53,13 +53,13 @@ def is_legal(constraint: Residues, tokens: tuple[int, ...]) -> bool:
     return True
 
 
-def check_shape(tree: Draft, guide: Guide, constraint: Residues) -> None:
+def check_shape(tree: Draft, grammar: GrammarState, constraint: Residues) -> None:
     """Prefix-closed and best first, siblings distinct, every path legal, every place that of its path."""
     assert tree.parents[0] == -1 and all(0 <= parent < node for node, parent in enumerate(tree.parents) if node)
     assert all(tree.log_probs[i] >= tree.log_probs[i + 1] for i in range(len(tree.tokens) - 1))
     paths = [path(tree, node) for node in range(len(tree.tokens))]
-    assert len(set(paths)) == len(paths) == len(guide.nodes)
-    for tokens, place in zip(paths, guide.nodes, strict=True):
+    assert len(set(paths)) == len(paths) == len(grammar.nodes)
+    for tokens, place in zip(paths, grammar.nodes, strict=True):
         state = constraint
         for token in tokens:
             state = state.after(token)  # asserts that it is legal
@@ -73,17 +73,17 @@ def test_exactly_the_legal_nodes_stay(seed: int, size: int, padding: int, modulu
     draft = random_draft(seed, size, padding)
     classes = random.Random(seed).choice([0, max(1, modulus // 2), modulus])
     constraint = Residues(modulus, classes, seed=seed % 97, vocab_size=VOCAB)
-    guide = Guide(constraint)
-    tree = legal_tree(draft, guide, most)
-    check_shape(tree, guide, constraint)
+    grammar = GrammarState(constraint)
+    tree = constrained_tree(draft, grammar, most)
+    check_shape(tree, grammar, constraint)
     legal = {path(draft, slot) for slot in range(size) if is_legal(constraint, path(draft, slot))}
     found = {path(tree, node) for node in range(len(tree.tokens))}
     assert found <= legal and len(found) == min(most, len(legal))
     if most >= len(legal):
         illegal = [slot for slot in range(1, size) if path(draft, slot) not in legal]
-        assert guide.illegal == illegal and guide.drafted == size
+        assert grammar.illegal == illegal and grammar.drafted == size
         for num_nodes in (1, size // 2 + 1, size, size + 9):
-            assert guide.looked_through(num_nodes) == (
+            assert grammar.looked_through(num_nodes) == (
                 min(num_nodes, size) - 1, sum(slot < num_nodes for slot in illegal)
             )  # fmt: skip
 
@@ -93,44 +93,44 @@ def test_exactly_the_legal_nodes_stay(seed: int, size: int, padding: int, modulu
 def test_forced_tokens_are_drafted(seed: int, size: int, modulus: int, most: int) -> None:
     """Few tokens are legal, often one: every node that is not the last has the token that must follow it."""
     draft, constraint = random_draft(seed, size, 1), Residues(modulus, 1, seed=seed % 97, vocab_size=VOCAB)
-    guide = Guide(constraint)
-    tree = legal_tree(draft, guide, most)
-    check_shape(tree, guide, constraint)
+    grammar = GrammarState(constraint)
+    tree = constrained_tree(draft, grammar, most)
+    check_shape(tree, grammar, constraint)
     drafted = {path(draft, slot) for slot in range(size)}
     paths = {path(tree, node): log_prob for node, log_prob in enumerate(tree.log_probs)}
-    for node, place in enumerate(guide.nodes):
+    for node, place in enumerate(grammar.nodes):
         tokens = path(tree, node)
         if place.only is not None and (*tokens, place.only) in paths:
             assert paths[(*tokens, place.only)] == paths[tokens]
         elif place.only is not None:
             assert len(tree.tokens) == most
         if node and tokens not in drafted:
-            assert guide.nodes[tree.parents[node]].only == tokens[-1]
+            assert grammar.nodes[tree.parents[node]].only == tokens[-1]
 
 
 @settings(deadline=None, max_examples=30)
 @given(st.integers(0, 2**32), st.integers(1, 40), st.integers(0, 3))
 def test_what_allows_everything_changes_nothing(seed: int, size: int, padding: int) -> None:
     draft = random_draft(seed, size, padding)
-    guide = Guide(Residues(1, 1, vocab_size=VOCAB))
-    assert legal_tree(draft, guide, 50) == draft.prefix(size)
-    assert guide.illegal == []
+    grammar = GrammarState(Residues(1, 1, vocab_size=VOCAB))
+    assert constrained_tree(draft, grammar, 50) == draft.prefix(size)
+    assert grammar.illegal == []
 
 
 def test_what_follows_a_forced_token_is_as_probable_as_after_any_other() -> None:
     """The forced token was drafted with 0.25, its child with half of that; now they have 1 and 0.5."""
     draft = Draft([0, 5, 6, 7], [-1, 0, 0, 2], [0.0, math.log(0.5), math.log(0.25), math.log(0.125)])
-    guide = Guide(Script.of({6}, {7, 8}))
-    tree = legal_tree(draft, guide, 9)
+    grammar = GrammarState(Script.of({6}, {7, 8}))
+    tree = constrained_tree(draft, grammar, 9)
     assert tree.tokens == [0, 6, 7] and tree.parents == [-1, 0, 1]
     assert [round(math.exp(value), 6) for value in tree.log_probs] == [1.0, 1.0, 0.5]
-    assert guide.illegal == [1]
+    assert grammar.illegal == [1]
 
 
 def test_nodes_without_a_probability_are_padding() -> None:
     draft = Draft([0, 5, 6], [-1, 0, 0], [0.0, math.nan, -math.inf])
-    guide = Guide(Residues(1, 1))
-    assert legal_tree(draft, guide, 9).tokens == [0] and guide.looked_through(9) == (0, 0)
+    grammar = GrammarState(Residues(1, 1))
+    assert constrained_tree(draft, grammar, 9).tokens == [0] and grammar.looked_through(9) == (0, 0)
 
 
 def test_rows_without_a_constraint_keep_their_trees() -> None:
@@ -149,15 +149,15 @@ def test_rows_without_a_constraint_keep_their_trees() -> None:
         assert torch.equal(getattr(received, name), getattr(tree, name))
     assert [draft.tokens for draft in drafts_of(received)] == tree.tokens.tolist()
     rows = [Row(prompt=torch.arange(3), max_new_tokens=5, is_stop=lambda _: False) for _ in range(2)]
-    rows[0].guide = Guide(Residues(4, 1, vocab_size=VOCAB))
-    found = legal_trees(received, [row.guide for row in rows], 6)
+    rows[0].grammar = GrammarState(Residues(4, 1, vocab_size=VOCAB))
+    found = constrained_trees(received, [row.grammar for row in rows], 6)
     check_tree(found)
     assert found.num_nodes == 6 and found.max_depth <= 5
     assert torch.equal(found.tokens[1], tree.tokens[1, :6]) and torch.equal(found.log_probs[1], tree.log_probs[1, :6])
     stats = DecodeStats()
     cpu = torch.device("cpu")
     Recorder(stats, TreeSizes(6, cpu), torch.nn.Identity(), cpu).verifies(rows, 6)
-    assert (stats.drafts_checked, stats.drafts_illegal) == rows[0].guide.looked_through(6) and rows[
+    assert (stats.drafts_checked, stats.drafts_illegal) == rows[0].grammar.looked_through(6) and rows[
         1
     ].stats.row_steps == 0
     assert stats.drafts_checked == rows[0].stats.drafts_checked == 5 and rows[1].stats.drafts_checked == 0

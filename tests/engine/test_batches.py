@@ -18,7 +18,7 @@ import ladon
 from drafts import CANDIDATES, NUM_NODES, PROPOSERS, TREES, RandomSizing, decode, make_engine, make_proposer
 from families import FAMILIES, VOCAB_SIZE, build
 from ladon.drafting import merge_on_host
-from ladon.drafting.ngram_proposer import Lookup
+from ladon.drafting.ngram_proposer import NgramProposer
 from ladon.drafting.proposer import RootProposer
 from ladon.engine.engine import Engine
 from ladon.engine.sequence import Row
@@ -144,7 +144,7 @@ def follow(name: str, schedule: dict) -> None:
     if schedule["sizes"] is not None:
         options["budget"] = RandomSizing(schedule["sizes"])
     if schedule["ngrams"]:
-        options["lookup"] = Lookup()
+        options["lookup"] = NgramProposer()
     if schedule["keep"] is not None:
         options["pruning"] = Pruning(layer=1, keep=schedule["keep"], threshold=0.01)
     engine = made.engine(schedule["kind"], schedule["tree"], **options)
@@ -190,7 +190,7 @@ MORE = ("gemma2", "gpt_neo", "longrope", "longrope in a window", "dynamic", "blo
 
 @pytest.mark.parametrize("name", [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE)])
 def test_any_schedule_of_other_families(name):
-    """Positions that are a bias, windows, plain spans, and rows whose cache is computed again, all in one batch."""
+    """Positions that are a bias, windows, plain regimes, and rows whose cache is computed again, all in one batch."""
 
     @settings(deadline=None, max_examples=10)
     @given(schedule=schedules)

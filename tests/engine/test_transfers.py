@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import ladon
 from drafts import FIXED, RandomSizing
 from families import FAMILIES, build, random_mtp
-from ladon.constraints.state import Guide
+from ladon.constraints.state import GrammarState
 from ladon.engine.sequence import Row
 from ladon.sampling.sampling_params import GREEDY, TemperatureSampling
 from ladon.target.prefill import PromptReader
@@ -169,7 +169,7 @@ def check_one_read_per_step(
         Row(prompt=p, max_new_tokens=n, is_stop=lambda _: False) for p, n in zip(prompts, (13, 20, 18), strict=True)
     ]
     for row, constraint in zip(rows, constraints or [None] * len(rows), strict=True):
-        row.guide = None if constraint is None else Guide(constraint)
+        row.grammar = None if constraint is None else GrammarState(constraint)
     assert decoder._target.supports_trees
     run = decoder.engine().run(rows)
     reads.forbidden.clear()  # what comes before the run is no part of it

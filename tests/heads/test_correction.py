@@ -19,7 +19,7 @@ from ladon.calibrate.findings import given_the_truth
 from ladon.calibrate.recording import correction_of, record
 from ladon.calibrate.simulate import simulate_budgets
 from ladon.config import MARKOV, MARKOV_ROWS, PRODUCT
-from ladon.drafting.head_chaining import joint_of, make_joint
+from ladon.drafting.head_chaining import joint_of, make_chaining
 from ladon.errors import HeadsError, InputError
 from ladon.heads.calibration import Calibration
 from ladon.heads.correction import MarkovCorrection
@@ -101,7 +101,7 @@ def test_successors_are_guessed_beside_the_heads_own_candidates(model: PreTraine
     for token in (0, 7):
         assert set(correction.successors[token].tolist()) == set(products[token].topk(5).indices.tolist())
     hidden, root = torch.randn(1, heads.hidden_size, dtype=model.dtype), torch.tensor([3])
-    found = make_joint(heads, MARKOV, 2, 2, "dynamic", 8)(hidden, root)
+    found = make_chaining(heads, MARKOV, 2, 2, "dynamic", 8)(hidden, root)
     base = heads.draft(hidden, root).float().log_softmax(-1)[0]
     first = base[0].topk(2).indices.tolist()
     expected = {*first, *(v for v in correction.successors[3].tolist() if base[0, v] < base[0].topk(2).values[-1])}

@@ -17,7 +17,7 @@ import ladon
 from corrections import brute_force, corrected_heads, made
 from families import build
 from ladon.config import MARKOV
-from ladon.drafting.head_chaining import make_joint
+from ladon.drafting.head_chaining import make_chaining
 from ladon.errors import HeadsError
 from ladon.heads import Heads
 from ladon.train import evaluate as evaluation
@@ -53,7 +53,7 @@ def test_a_zero_gate_changes_nothing(model: PreTrainedModel, successors: int) ->
     assert not zero.correction.gate.any() and none.correction.gate is None
     hidden, root, following = hidden_rows(zero, model), torch.tensor([4, 5]), torch.tensor([[1, 2, 3], [6, 5, 4]])
     assert torch.equal(zero.corrected(hidden, following), none.corrected(hidden, following))
-    tables = [make_joint(heads, MARKOV, 6, 6, "dynamic", 8)(hidden, root) for heads in (zero, none)]
+    tables = [make_chaining(heads, MARKOV, 6, 6, "dynamic", 8)(hidden, root) for heads in (zero, none)]
     for name in ("tokens", "log_probs", "next_row"):
         assert torch.equal(*(getattr(table, name) for table in tables))
 
@@ -93,7 +93,7 @@ def test_trees_are_the_best_paths_one_token_after_the_other(seed: int, num_candi
 def test_successors_are_gated_too(model: PreTrainedModel, dtype: torch.dtype) -> None:
     heads = heads_of(model.to(dtype), gate=0.5, successors=5)
     hidden, root, following = hidden_rows(heads, model, 1), torch.tensor([3]), torch.tensor([[3, 0, 0]])
-    found = make_joint(heads, MARKOV, 2, 2, "dynamic", 8)(hidden, root)
+    found = make_chaining(heads, MARKOV, 2, 2, "dynamic", 8)(hidden, root)
     real = found.log_probs[0, 0, 0] > -torch.inf
     tokens = found.tokens[0, 0, 0][real]
     assert found.log_probs.dtype == torch.float32 and (found.next_row[0, 0, 0][real] < 0).any()
@@ -108,7 +108,7 @@ def test_held_out_reports_draft_what_decoding_drafts(model: PreTrainedModel) -> 
     heads = heads_of(model, gate=0.5)
     hidden, root = hidden_rows(heads, model), torch.tensor([3, 7])
     reported = evaluation._drafted(heads, hidden, root, heads(hidden))
-    decoded = make_joint(heads, MARKOV, 32, 32, "dynamic", 8)(hidden, root)
+    decoded = make_chaining(heads, MARKOV, 32, 32, "dynamic", 8)(hidden, root)
     assert torch.equal(reported.tokens, decoded.tokens) and torch.equal(reported.log_probs, decoded.log_probs)
 
 

@@ -24,7 +24,7 @@ from ladon.calibrate.simulate import simulate
 from ladon.calibrate.summary import summary
 from ladon.calibrate.timing import StepTimes
 from ladon.config import HIDDEN, HIDDEN_ROWS
-from ladon.drafting.head_chaining import Joint, hidden_rows, joint_of, make_joint
+from ladon.drafting.head_chaining import Chaining, hidden_rows, joint_of, make_chaining
 from ladon.errors import HeadsError, TreeError
 from ladon.heads import Heads
 from ladon.heads.calibration import Calibration, read_calibration
@@ -355,16 +355,16 @@ def test_temperatures_belong_to_their_joint(model: PreTrainedModel) -> None:
     calibration = Calibration(heads="", temperatures=[0.5, 0.7, 2.0], hit_rates=[[]] * 3, joint=HIDDEN)
 
     @torch.no_grad()
-    def tables(joint: Joint) -> Tensor:
+    def tables(joint: Chaining) -> Tensor:
         return joint(hidden, roots).log_probs
 
     plain = tables(hidden_rows(heads, heads.correction, 7))
     warm = tables(hidden_rows(heads, heads.correction, 7, torch.tensor(calibration.temperatures)))
     assert not torch.equal(plain, warm) and plain.shape[2] == HIDDEN_ROWS
     heads.calibration = calibration
-    assert torch.equal(tables(make_joint(heads, HIDDEN, 7, 32, "dynamic", 8)), warm)
+    assert torch.equal(tables(make_chaining(heads, HIDDEN, 7, 32, "dynamic", 8)), warm)
     heads.calibration = replace(calibration, joint="product")
-    assert torch.equal(tables(make_joint(heads, HIDDEN, 7, 32, "dynamic", 8)), plain)
+    assert torch.equal(tables(make_chaining(heads, HIDDEN, 7, 32, "dynamic", 8)), plain)
 
 
 @pytest.mark.parametrize("width", [0, -1, True, 2.0])

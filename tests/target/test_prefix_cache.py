@@ -19,7 +19,7 @@ from ladon.engine.sequence import Row
 from ladon.engine.stats import DecodeStats
 from ladon.errors import InputError
 from ladon.target.prefix_cache import KeptCache, longest_past
-from ladon.target.rope_regimes import Spans
+from ladon.target.rope_regimes import RopeRegimes
 from ladon.target.target import Target
 from rope_cases import CASES, SWITCH, case
 
@@ -267,16 +267,16 @@ def test_lengths_at_which_a_model_changes_its_ways(make, length, said, more):
 
 
 def test_regimes(monkeypatch):
-    spans = Spans(build("llama"))
-    assert spans.regime(3) == spans.regime(10_000) == spans.kept_regime(3, 10_000) == 0
-    spans._switches = [16, 32]
-    assert [spans.regime(length) for length in (15, 16, 17, 32, 33)] == [0, 0, 1, 1, 2]
-    assert [spans.kept_regime(10, length) for length in (16, 17)] == [0, None] and spans.kept_regime(17, 32) == 1
-    assert spans.kept_regime(17, 10) == 1, "half a prompt is read as the whole one asks"
-    spans.recomputed_at = spans._switches
-    assert spans.kept_regime(10, 17) == 1, "the cache was computed again at the switch"
-    spans._sparse_from = 20
-    assert [spans.regime(length) for length in (20, 21)] == [1, None] and spans.kept_regime(21, 21) is None
+    regimes = RopeRegimes(build("llama"))
+    assert regimes.number_at(3) == regimes.number_at(10_000) == regimes.kept_number(3, 10_000) == 0
+    regimes._switches = [16, 32]
+    assert [regimes.number_at(length) for length in (15, 16, 17, 32, 33)] == [0, 0, 1, 1, 2]
+    assert [regimes.kept_number(10, length) for length in (16, 17)] == [0, None] and regimes.kept_number(17, 32) == 1
+    assert regimes.kept_number(17, 10) == 1, "half a prompt is read as the whole one asks"
+    regimes.recomputed_at = regimes._switches
+    assert regimes.kept_number(10, 17) == 1, "the cache was computed again at the switch"
+    regimes._sparse_from = 20
+    assert [regimes.number_at(length) for length in (20, 21)] == [1, None] and regimes.kept_number(21, 21) is None
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedModel
 
 from families import VOCAB_SIZE, build
-from ladon.target.rope_regimes import Span, Spans
+from ladon.target.rope_regimes import RopeRegime, RopeRegimes
 from ladon.target.target import Target
 from random_trees import draw, pad_paths
 from rope_cases import CASES, SWITCH, case
@@ -96,7 +96,7 @@ def test_without_the_bound_it_would_differ(make: Callable[[], PreTrainedModel]) 
     """The control: a tree that crosses the switch is not what plain decoding says."""
     rng = random.Random(0)
     target = Target(make())
-    target._spans = Spans(build("llama"))  # of a model without bounds
+    target._regimes = RopeRegimes(build("llama"))  # of a model without bounds
     prompt = [rng.randrange(3, VOCAB_SIZE) for _ in range(SWITCH - 3)]
     cache = target.new_cache(1)
     target.prefill([torch.tensor(prompt)], cache)
@@ -125,6 +125,6 @@ def test_depth_caps(make: Callable[[], PreTrainedModel], caps: dict[int, int | N
 
 
 def test_rows_that_must_not_share_a_call() -> None:
-    spans = Spans(build("llama"))
-    assert [part.rows for part in spans.parts([3, 50, 7])] == [[0, 1, 2]]
-    assert spans.at(10_000) == Span()
+    regimes = RopeRegimes(build("llama"))
+    assert [part.rows for part in regimes.parts([3, 50, 7])] == [[0, 1, 2]]
+    assert regimes.at(10_000) == RopeRegime()

@@ -6,11 +6,11 @@ import random
 
 import pytest
 
-from ladon.tree_size.acceptance_model import Expectation
+from ladon.tree_size.acceptance_model import AcceptanceModel
 
 
 def test_the_heads_are_taken_at_their_word_at_first() -> None:
-    expectation = Expectation(3)
+    expectation = AcceptanceModel(3)
     sums = [[0.0, 1.0, 1.4], [0.0, 0.2, 0.8]]
     assert expectation.tokens(sums, 2) == pytest.approx([2.0, 3.2, 4.2])
     assert expectation.typical_tokens(2) == [2.0, 2.0, 2.0]  # nothing was drafted yet
@@ -18,7 +18,7 @@ def test_the_heads_are_taken_at_their_word_at_first() -> None:
 
 def test_one_rejected_draft_says_little() -> None:
     """A gate that takes one failure for 0 % would switch good heads off."""
-    expectation = Expectation(2)
+    expectation = AcceptanceModel(2)
     expectation.learn_outcome([0.6], [0], 1)
     assert 0.7 < expectation.corrections()[0] < 1.0
 
@@ -26,14 +26,14 @@ def test_one_rejected_draft_says_little() -> None:
 @pytest.mark.parametrize(("claimed", "true"), [(0.8, 0.2), (0.3, 0.45), (0.6, 0.6)])
 def test_corrections_approach_the_truth(claimed: float, true: float) -> None:
     dice = random.Random(1)
-    expectation = Expectation(2)
+    expectation = AcceptanceModel(2)
     for _ in range(300):
         expectation.learn_outcome([claimed], [int(dice.random() < true)], 1)
     assert expectation.corrections()[0] == pytest.approx(true / claimed, rel=0.25)
 
 
 def test_what_is_long_past_is_forgotten() -> None:
-    expectation = Expectation(2)
+    expectation = AcceptanceModel(2)
     for _ in range(500):
         expectation.learn_outcome([0.5], [0], 1)
     assert expectation.corrections()[0] < 0.05
@@ -45,7 +45,7 @@ def test_what_is_long_past_is_forgotten() -> None:
 def test_a_sudden_change_is_noticed() -> None:
     """Another text, on which the same heads are wrong: some twenty steps tell."""
     dice = random.Random(3)
-    expectation = Expectation(2)
+    expectation = AcceptanceModel(2)
     for _ in range(500):
         expectation.learn_outcome([0.7], [int(dice.random() < 0.7)], 1)
     assert expectation.corrections()[0] > 0.85
@@ -55,7 +55,7 @@ def test_a_sudden_change_is_noticed() -> None:
 
 
 def test_a_depth_that_was_not_verified_keeps_its_correction() -> None:
-    expectation = Expectation(2)
+    expectation = AcceptanceModel(2)
     for _ in range(50):
         expectation.learn_outcome([0.5, 0.4], [0, 0], 1)
     before = expectation.corrections()[1]
@@ -66,7 +66,7 @@ def test_a_depth_that_was_not_verified_keeps_its_correction() -> None:
 
 def test_pruned_trees_say_what_pruning_keeps_and_nothing_of_the_heads() -> None:
     dice = random.Random(2)
-    expectation = Expectation(2)
+    expectation = AcceptanceModel(2)
     for _ in range(200):
         expectation.learn_outcome([0.8], [int(dice.random() < 0.4)], 1)
     before = expectation.corrections()
@@ -79,7 +79,7 @@ def test_pruned_trees_say_what_pruning_keeps_and_nothing_of_the_heads() -> None:
 
 
 def test_edges_that_were_not_grown_keep_what_is_known() -> None:
-    expectation = Expectation(3)
+    expectation = AcceptanceModel(3)
     expectation.learn_trees([[0.0, 0.5, 0.9]], 1, 3)
     expectation.learn_trees([[0.0, 0.3, 0.3]], 1, 2)  # grown to the second edge only
     assert expectation.typical_tokens(10) == pytest.approx([10.0, 14.0, 19.0])

@@ -11,7 +11,7 @@ import pytest
 
 from ladon.tree_size.adaptive import AutoSizing
 from ladon.tree_size.frozen import FrozenSizing
-from ladon.tree_size.latency_model import StepCost, StepTime
+from ladon.tree_size.latency_model import LatencyModel, StepTime
 from ladon.tree_size.policy import EDGES, PLAIN, FixedSizing, PrunedSteps, StepRecord, edges_up_to
 from sizing_machines import (
     BAD,
@@ -303,8 +303,8 @@ def test_nothing_grown_is_plain() -> None:
         assert sizing.choose(None, 3, 9.0).nodes == 1
 
 
-def profile(machine: CostFunction) -> StepCost:
-    return StepCost(profile_times(machine))
+def profile(machine: CostFunction) -> LatencyModel:
+    return LatencyModel(profile_times(machine))
 
 
 def profile_times(machine: CostFunction) -> list[StepTime]:

@@ -9,7 +9,7 @@ from statistics import mean
 
 import pytest
 
-from ladon.tree_size.latency_model import StepCost, StepTime
+from ladon.tree_size.latency_model import LatencyModel, StepTime
 from sizing_machines import MACHINES, CostFunction
 
 
@@ -36,7 +36,7 @@ def test_predictions_after_50_steps(machine: CostFunction) -> None:
     errors = []
     for seed in range(4):
         dice = random.Random(seed)
-        cost = StepCost()
+        cost = LatencyModel()
         for number, (batch, nodes, context, drafts) in enumerate(visits(dice, 300)):
             time = step(machine, dice, batch, nodes, context, drafts)
             if number >= 50:
@@ -47,13 +47,13 @@ def test_predictions_after_50_steps(machine: CostFunction) -> None:
 
 
 def test_nothing_is_known_at_first() -> None:
-    cost = StepCost()
+    cost = LatencyModel()
     assert math.isnan(cost.predict(1, 1, 10.0, drafts=False))
     assert cost.evidence(1) == {}
 
 
 def test_evidence_of_a_batch_counts_for_batches_like_it() -> None:
-    cost = StepCost()
+    cost = LatencyModel()
     for _ in range(3):
         cost.observe(StepTime(batch=4, nodes=8, context=10.0, drafts=True, seconds=0.01))
     for batch in (2, 4, 8):
@@ -61,8 +61,8 @@ def test_evidence_of_a_batch_counts_for_batches_like_it() -> None:
     assert cost.evidence(9) == cost.evidence(1) == {}
 
 
-def known(seconds: float = 0.01, steps: int = 60) -> StepCost:
-    cost = StepCost()
+def known(seconds: float = 0.01, steps: int = 60) -> LatencyModel:
+    cost = LatencyModel()
     for _ in range(steps):
         for nodes in (1, 8):
             cost.observe(StepTime(batch=1, nodes=nodes, context=100.0, drafts=nodes > 1, seconds=seconds * nodes**0.5))
@@ -116,7 +116,7 @@ def test_a_profile_is_kept_whole() -> None:
         for batch in batches
         for nodes in sizes
     ]
-    cost = StepCost(times)
+    cost = LatencyModel(times)
     assert len(cost) == len(times) == 180
     assert cost.predict(1, 1, 64.0, drafts=False) == pytest.approx(1e-3, rel=0.3)
     cost.observe(StepTime(batch=3, nodes=1, context=64.0, drafts=False, seconds=2e-3))
@@ -130,13 +130,13 @@ def test_contexts_of_one_octave_count_alike() -> None:
         return StepTime(batch=1, nodes=1, context=context, drafts=False, seconds=seconds)
 
     times = [at(1100.0, 0.01), at(1500.0, 0.02), at(1900.0, 0.04)]
-    found = [StepCost(given).predict(1, 1, 1500.0, drafts=False) for given in (times, times[::-1])]
+    found = [LatencyModel(given).predict(1, 1, 1500.0, drafts=False) for given in (times, times[::-1])]
     assert found == pytest.approx([0.02, 0.02], rel=0.05)
-    assert len(StepCost(times)) == 1 and StepCost(times).evidence(1) == {(1, False, False): 24.0}
+    assert len(LatencyModel(times)) == 1 and LatencyModel(times).evidence(1) == {(1, False, False): 24.0}
 
 
 def test_memory_is_bounded() -> None:
-    cost = StepCost()
+    cost = LatencyModel()
     for batch in range(1, 400):
         cost.observe(StepTime(batch=batch, nodes=1, context=9.0 * batch, drafts=False, seconds=1e-3 * batch))
     assert len(cost) <= 129

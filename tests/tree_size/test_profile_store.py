@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from ladon import Decoder, InputError, new_heads
 from ladon.tree_size.adaptive import AutoSizing
-from ladon.tree_size.latency_model import StepCost, StepTime
+from ladon.tree_size.latency_model import LatencyModel, StepTime
 from ladon.tree_size.profile_store import place_of, profile_path, read_profile, write_profile
 from ladon.util.machine import cache_folder
 
@@ -106,7 +106,7 @@ def test_what_is_read_can_be_reckoned_with(cache: Path, place: dict[str, Any], s
     most = 10_000_000
     extreme = StepTime(batch=most, nodes=most, context=most, drafts=True, seconds=seconds)
     write_profile(place, [*TIMES, extreme])
-    cost = StepCost(read_profile(place))
+    cost = LatencyModel(read_profile(place))
     assert len(cost) == 3 and 0 < cost.predict(most, most, most, drafts=True) < math.inf
     assert 0 < cost.predict(1, 1, 64.0, drafts=False) < math.inf
 

@@ -6,21 +6,21 @@ import math
 
 import pytest
 
-from ladon.tree_size.latency_model import Curve, Curves, StepCost, StepTime, options_of
+from ladon.tree_size.latency_model import Curve, Curves, LatencyModel, StepTime, options_of
 from ladon.tree_size.policy import PrunedSteps, Size
 
 EDGES = (1, 2, 4, 8, 16, 24, 32)
 PRUNED = PrunedSteps(keep=8, share=0.5)
 
 
-def seen(cost: StepCost, nodes: float, seconds: float, *, pruned: bool = False, times: int = 3) -> None:
+def seen(cost: LatencyModel, nodes: float, seconds: float, *, pruned: bool = False, times: int = 3) -> None:
     for _ in range(times):
         cost.observe(StepTime(batch=1, nodes=nodes, context=64.0, drafts=nodes > 1, seconds=seconds, pruned=pruned))
 
 
 def curve_after(*steps: tuple[float, float, bool], pruned: PrunedSteps | None = None, may_lose: bool = True) -> Curve:
     """The curve after three steps of each (work, seconds, pruned)."""
-    cost = StepCost()
+    cost = LatencyModel()
     for nodes, seconds, is_pruned in steps:
         seen(cost, nodes, seconds, pruned=is_pruned)
     return Curves(cost, options_of(EDGES, pruned)).at(1, 64.0, may_lose=may_lose)
@@ -76,7 +76,7 @@ def test_pruned_sizes_are_tried_after_the_whole_one_below() -> None:
 
 def test_pruned_and_whole_steps_of_the_same_work_are_apart() -> None:
     """A pruned step has an early score besides."""
-    cost = StepCost()
+    cost = LatencyModel()
     seen(cost, 1, 0.010)
     for _ in range(20):
         seen(cost, 16.0, 0.020, times=1)
@@ -87,7 +87,7 @@ def test_pruned_and_whole_steps_of_the_same_work_are_apart() -> None:
 
 
 def test_a_curve_is_kept_until_something_changes() -> None:
-    cost = StepCost()
+    cost = LatencyModel()
     seen(cost, 1, 0.01)
     curves = Curves(cost, options_of(EDGES, None))
     assert curves.newest.plain == math.inf

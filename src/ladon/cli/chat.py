@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ladon.engine.sequence import Row
     from ladon.engine.stats import DecodeStats
     from ladon.engine.step import Step
-    from ladon.target.prefix_cache import Past
+    from ladon.target.prefix_cache import KeptPrefix
 
 _DEFAULTS = DecoderOptions()
 _CHAT = ChatOptions()
@@ -141,7 +141,7 @@ class Session:
         self._decoder, self._loaded, self._conversation = decoder, loaded, conversation
         self._law, self._shows_depth = law, shows_depth
         self._console = OutConsole(highlight=False)
-        self._pasts: list[Past] = []
+        self._pasts: list[KeptPrefix] = []
         self._answers, self._said = 0, 0
         self._total = DecodeStats()
 

@@ -10,27 +10,27 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ladon.constraints.state import Guide
+from ladon.constraints.state import GrammarState
 
 _BITS = 8
 
 
-class TokenMasks:
+class TokenBitmask:
     """The masks of one step's nodes: each that occurs goes up once, one bit for each token.
 
     Made before the forward, as uploads wait until the device has done all it was given.
     """
 
-    def __init__(self, guides: Sequence[Guide | None], num_nodes: int, device: torch.device) -> None:
-        """For the first `num_nodes` slots of rows of which at least one is constrained; others have no guide."""
+    def __init__(self, grammars: Sequence[GrammarState | None], num_nodes: int, device: torch.device) -> None:
+        """For the first `num_nodes` slots of rows of which at least one is constrained; others have no grammar."""
         numbers: dict[bytes, int] = {}
         places, which = [], []
-        for place, guide in enumerate(guides):
-            if guide is not None:
+        for place, grammar in enumerate(grammars):
+            if grammar is not None:
                 # padding, or a node after which nothing can come, is masked by nothing: its pick is never taken
                 own = [
                     -1 if node.allows_nothing else numbers.setdefault(node.allowed, len(numbers))
-                    for node in guide.nodes[:num_nodes]
+                    for node in grammar.nodes[:num_nodes]
                 ]
                 which.append(own + [-1] * (num_nodes - len(own)))
                 places.append(place)
@@ -39,7 +39,7 @@ class TokenMasks:
         packed = torch.frombuffer(table, dtype=torch.uint8) if table else torch.zeros(0, dtype=torch.uint8)
         self._packed = packed.view(len(numbers), width).to(device)  # [U, V / 8]
         self._which = torch.tensor(which, device=device)  # [b, N]
-        self._rows = None if len(places) == len(guides) else torch.tensor(places, device=device)
+        self._rows = None if len(places) == len(grammars) else torch.tensor(places, device=device)
 
     def on(self, logits: Tensor, nodes: Tensor | None) -> Tensor:
         """Logits [B, M, V] with -inf for what may not follow; `nodes` [B, M] are those of the slots that are left."""

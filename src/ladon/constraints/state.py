@@ -97,7 +97,7 @@ class Place:
         return Place(self._state if ends else self._state.after(token), self._end_ids, has_ended=ends)
 
 
-class Guide:
+class GrammarState:
     """A row's constraint, as far as the row is written, and at the nodes of its tree.
 
     Attributes:

@@ -37,7 +37,7 @@ from ladon.engine.step import Step
 from ladon.errors import InputError
 from ladon.heads import Heads
 from ladon.sampling.lossy import Nucleus, Typical, rule_of
-from ladon.target.prefix_cache import Past
+from ladon.target.prefix_cache import KeptPrefix
 from ladon.target.target import Target
 from ladon.tree_size.observer import TreeSizes
 from ladon.trees.fixed_tree import FixedTree, TreeSize
@@ -211,7 +211,7 @@ class Decoder:
         rows = self.rows([input_ids.flatten()], max_new_tokens=max_new_tokens, **options)
         return Trace(self.engine().run(rows), len(rows[0].prompt))
 
-    def rows(self, prompts: Sequence[Tensor], *, past: Sequence[Past] = (), **options: Any) -> list[Row]:
+    def rows(self, prompts: Sequence[Tensor], *, past: Sequence[KeptPrefix] = (), **options: Any) -> list[Row]:
         """Prompts as rows for `engine` or `decode`, with the limits and stop rules that `generate` would give them.
 
         Args:
@@ -254,7 +254,13 @@ class Decoder:
         )
 
     def _prepare(
-        self, input_ids: Tensor, *, seed: Any = None, constraint: Any = None, pasts: Sequence[Past] = (), **options: Any
+        self,
+        input_ids: Tensor,
+        *,
+        seed: Any = None,
+        constraint: Any = None,
+        pasts: Sequence[KeptPrefix] = (),
+        **options: Any,
     ) -> Request:
         """What transformers makes of a call's options; its complaints about them become an `InputError`."""
         prepare = partial(self._request, seed=seed, constraint=constraint, pasts=pasts)
@@ -270,7 +276,7 @@ class Decoder:
         generation_config: Any = None,
         seed: int | Sequence[int] | None = None,
         constraint: Constraint | Sequence[Constraint | None] | None = None,
-        pasts: Sequence[Past] = (),
+        pasts: Sequence[KeptPrefix] = (),
         **model_kwargs: Any,
     ) -> Request:
         """A call that transformers has prepared, as rows; what is not supported is refused."""

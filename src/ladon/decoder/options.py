@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ladon.config import AUTO_BUDGET, MOST_NGRAM_NODES, MOST_NODES, DecoderOptions
 from ladon.drafting.head_chaining import joint_of
 from ladon.drafting.mtp import MtpProposer
-from ladon.drafting.ngram_proposer import Lookup, looks_up
+from ladon.drafting.ngram_proposer import NgramProposer, looks_up
 from ladon.drafting.proposer import Proposer, RootProposer, as_chain, check_candidates, check_tree, drafting
 from ladon.errors import HeadsError, InputError, TreeError, UnsupportedModelError
 from ladon.heads import Heads
@@ -23,7 +23,7 @@ from ladon.target.pruning.pruner import Pruning
 from ladon.target.target import Target
 from ladon.tree_size.adaptive import AutoSizing
 from ladon.tree_size.frozen import FrozenSizing
-from ladon.tree_size.latency_model import StepCost
+from ladon.tree_size.latency_model import LatencyModel
 from ladon.tree_size.policy import FixedSizing, PrunedSteps, Sizing
 from ladon.tree_size.profile_store import machine_of, place_of, read_profile
 from ladon.trees.fixed_tree import FixedTree, TreeSize
@@ -95,7 +95,7 @@ def make_sizing(
         return AutoSizing(most, times, _pruned_steps(pruning, model), has_heads=heads is not None)
     if heads is None or not times:
         return FixedSizing(min(AUTO_BUDGET, most))
-    return FrozenSizing(StepCost(times), most, heads.num_heads)
+    return FrozenSizing(LatencyModel(times), most, heads.num_heads)
 
 
 def _pruned_steps(pruning: Pruning | None, model: PreTrainedModel) -> PrunedSteps | None:
@@ -253,8 +253,8 @@ class DraftPlan:
             return MtpProposer(heads, target.model, tree, self.num_candidates, self.budget, observer, self.joint)
         return drafting(heads, tree, self.num_candidates, self.budget, observer, self.joint)
 
-    def lookup(self, target: Target) -> Lookup | None:
+    def lookup(self, target: Target) -> NgramProposer | None:
         """The n-grams of one engine; None if they have no part."""
         if not self.ngrams:
             return None
-        return Lookup(is_chain=self.tree == "chain" or not target.supports_trees)
+        return NgramProposer(is_chain=self.tree == "chain" or not target.supports_trees)

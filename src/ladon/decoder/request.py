@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ladon.constraints.state import Constraint, Guide, row_constraints
+from ladon.constraints.state import Constraint, GrammarState, row_constraints
 from ladon.decoder.stopping import StopRules, stop_string_rule
 from ladon.engine.sequence import Row
 from ladon.errors import InputError, LadonError
 from ladon.sampling.gumbel import row_seeds
 from ladon.sampling.logits_processors import ProcessedSampling, Processors
 from ladon.sampling.sampling_params import GREEDY, SamplingParams
-from ladon.target.prefix_cache import KeptCache, Past, longest_past
+from ladon.target.prefix_cache import KeptCache, KeptPrefix, longest_past
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
@@ -173,7 +173,7 @@ def refuse_unsupported(input_ids: Tensor, config: GenerationConfig, model_kwargs
     _refuse_inputs(input_ids, model_kwargs)
 
 
-def kept_rows(cache: Any, *, prepared: bool = False) -> Sequence[Past]:
+def kept_rows(cache: Any, *, prepared: bool = False) -> Sequence[KeptPrefix]:
     """The sequences in a cache given by the user; `InputError` for one of another kind, which would stay as it is.
 
     `prepared`: `generate` has been there, and has made an empty cache if the user gave none.
@@ -219,7 +219,7 @@ def make_rows(
     context_limit: int | None,
     vocab_size: int | None,
     sampling: CallSampling,
-    pasts: Sequence[Past] = (),
+    pasts: Sequence[KeptPrefix] = (),
 ) -> list[Row]:
     """One row per prompt, its padding stripped.
 
@@ -261,7 +261,7 @@ def make_rows(
                 is_stop=rules.for_row(ids),
                 seed=sampling.seeds[index],
                 sampling_params=sampling.sampling_params,
-                guide=None if constraint is None else Guide(constraint, rules.end_ids),
+                grammar=None if constraint is None else GrammarState(constraint, rules.end_ids),
                 padded=ids,
                 number=index,
                 keeps=keeps,

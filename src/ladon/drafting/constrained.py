@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ladon.constraints.state import Guide, Place
+from ladon.constraints.state import GrammarState, Place
 from ladon.trees.token_tree import TokenTree
 from ladon.trees.transfer import host_values
 
@@ -61,16 +61,16 @@ class _Candidate(NamedTuple):
     gain: float
 
 
-def legal_tree(draft: Draft, guide: Guide, most: int) -> Draft:
+def constrained_tree(draft: Draft, grammar: GrammarState, most: int) -> Draft:
     """The best `most` nodes that the constraint allows, best first, and the tokens that it leaves no choice about.
 
     A forced token is as probable as what it follows. Other nodes stay as probable, given their parents, as they were
-    drafted: sharing out what forbidden siblings had was tried, and changed one forward in 194. `guide` gets the places
-    of the nodes and what was illegal.
+    drafted: sharing out what forbidden siblings had was tried, and changed one forward in 194. `grammar` gets the
+    places of the nodes and what was illegal.
 
     Args:
         draft: a row's tree, its root the row's last token.
-        guide: the row's, as far as the row is written.
+        grammar: the row's, as far as the row is written.
         most: nodes at most, root included.
     """
     children: dict[int, list[int]] = {}
@@ -82,7 +82,7 @@ def legal_tree(draft: Draft, guide: Guide, most: int) -> Draft:
     queue = [_Candidate(0.0, 0, draft.tokens[0], -1, 0, 0.0)]
     while queue and len(places) < most:
         best = heapq.heappop(queue)
-        place = guide.here if best.parent < 0 else places[best.parent].after(best.token)
+        place = grammar.here if best.parent < 0 else places[best.parent].after(best.token)
         found.tokens.append(best.token)
         found.parents.append(best.parent)
         found.log_probs.append(-best.cost)
@@ -95,7 +95,7 @@ def legal_tree(draft: Draft, guide: Guide, most: int) -> Draft:
     for slot in real[1:]:  # a parent comes before its children
         if draft.parents[slot] in illegal:
             illegal.add(slot)
-    guide.nodes, guide.illegal, guide.drafted = places, sorted(illegal), len(real)
+    grammar.nodes, grammar.illegal, grammar.drafted = places, sorted(illegal), len(real)
     return found
 
 
@@ -112,11 +112,11 @@ def _children(draft: Draft, node: _Candidate, number: int, place: Place, legal: 
         yield _Candidate(node.cost, node.order, place.only, number, -1, 0.0)
 
 
-def legal_trees(drafted: TokenTree, guides: Sequence[Guide | None], most: int) -> TokenTree:
+def constrained_trees(drafted: TokenTree, grammars: Sequence[GrammarState | None], most: int) -> TokenTree:
     """The trees of rows, on the host: legal ones of those that are constrained, the first `most` slots of others."""
     trees = [
-        draft.prefix(most) if guide is None else legal_tree(draft, guide, most)
-        for draft, guide in zip(drafts_of(drafted), guides, strict=True)
+        draft.prefix(most) if grammar is None else constrained_tree(draft, grammar, most)
+        for draft, grammar in zip(drafts_of(drafted), grammars, strict=True)
     ]
     width = max(len(tree.tokens) for tree in trees)
 

@@ -27,7 +27,7 @@ from ladon.trees.lattice import (
 )
 
 # Hidden rows [B, H] and roots [B] to what may follow the roots.
-Joint = Callable[[Tensor, Tensor], Lattice]
+Chaining = Callable[[Tensor, Tensor], Lattice]
 
 
 _LACKING = {  # what heads lack that cannot be joined so
@@ -72,9 +72,9 @@ def _name_and_rows(joint: str) -> tuple[str, int]:
     return name, int(number) if colon else PATH_ROWS
 
 
-def make_joint(
+def make_chaining(
     heads: Heads, joint: str, needed: int, num_candidates: int, tree: str | FixedTree, max_nodes: int
-) -> Joint:
+) -> Chaining:
     """The joint of that name.
 
     Args:
@@ -100,7 +100,7 @@ def make_joint(
 
 
 def rows_and_depth(joint: str, tree: str | FixedTree, num_heads: int, max_nodes: int) -> tuple[Rows, int]:
-    """After which partial paths heads are asked by the joint "paths", and how many heads; arguments as `make_joint`."""
+    """After which partial paths heads are asked by joint "paths", and how many heads; arguments as `make_chaining`."""
     depth = min(num_heads, max(1, max_nodes - 1))
     if tree == "dynamic":
         _, num_rows = _name_and_rows(joint)
@@ -109,7 +109,7 @@ def rows_and_depth(joint: str, tree: str | FixedTree, num_heads: int, max_nodes:
     return rows_with_children(shape), max(1, shape.max_depth)
 
 
-def product(heads: Heads, num_candidates: int, temperatures: Tensor | None = None) -> Joint:
+def product(heads: Heads, num_candidates: int, temperatures: Tensor | None = None) -> Chaining:
     """Each head by itself (MEDUSA's): the joint distribution is the product of their marginals."""
 
     def guess(hidden: Tensor, root: Tensor) -> Lattice:
@@ -121,7 +121,7 @@ def product(heads: Heads, num_candidates: int, temperatures: Tensor | None = Non
 
 def markov(
     heads: Heads, correction: MarkovCorrection, num_candidates: int, temperatures: Tensor | None = None
-) -> Joint:
+) -> Chaining:
     """Each head's guesses corrected by the token before them, and its successors where the correction has some."""
 
     def guess(hidden: Tensor, root: Tensor) -> Lattice:
@@ -149,7 +149,7 @@ def markov(
 
 def paths(
     heads: ConditionedHeads, rows: Rows, depth: int, num_candidates: int, temperatures: Tensor | None = None
-) -> Joint:
+) -> Chaining:
     """Each head's guesses after some of the paths so far, the first `depth` heads one after the other."""
 
     def guess(hidden: Tensor, root: Tensor) -> Lattice:
@@ -172,7 +172,7 @@ def hidden_rows(
     num_candidates: int,
     temperatures: Tensor | None = None,
     num_rows: int = HIDDEN_ROWS,
-) -> Joint:
+) -> Chaining:
     """Each head's state corrected by the token before its guess, for the likeliest R tokens of the depth before.
 
     The root is known, so the first depth is corrected from the start; which tokens stand before further guesses is said

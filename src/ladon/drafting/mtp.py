@@ -27,7 +27,7 @@ from ladon.sampling.acceptance import Accepted
 from ladon.target.attention_masks import Locality, Sight, localities, model_masks, tree_mask
 from ladon.target.hooks import at, lock_of
 from ladon.target.kv_cache import TreeCache
-from ladon.target.rope_regimes import Spans
+from ladon.target.rope_regimes import RopeRegimes
 from ladon.trees.fixed_tree import FixedTree
 from ladon.trees.lattice import along_paths
 from ladon.trees.token_tree import TokenTree, root_tree
@@ -50,7 +50,7 @@ class MtpText:
     def __init__(self, heads: MtpHeads, model: PreTrainedModel, like: Tensor) -> None:
         """No rows; `like` is a tensor of the dtype and on the device of hidden states."""
         config: Any = heads.mtp.config
-        self._heads, self._model, self._spans = heads, model, Spans(model)
+        self._heads, self._model, self._regimes = heads, model, RopeRegimes(model)
         self._localities = [_locality(config, layer) for layer in range(heads.num_layers)]
         self._mask_dtype = None if config._attn_implementation == "sdpa" else like.dtype
         self._cache = TreeCache(heads.num_layers, 0, like.device)
@@ -140,7 +140,7 @@ class MtpText:
             sight = replace(sight, visible=sight.visible & (sight.keys[:, None] >= first[:, :, None]))
         mask = model_masks(sight, {"": self._localities[layer]}, self._mask_dtype)
         assert isinstance(mask, Tensor)  # one layer type, one mask
-        with lock_of(self._model), self._spans.fresh():  # the rotary embedding is the target's
+        with lock_of(self._model), self._regimes.fresh():  # the rotary embedding is the target's
             return self._heads.run(layer, hidden, tokens, positions, mask, self._cache)
 
 

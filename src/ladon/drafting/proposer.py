@@ -12,7 +12,7 @@ from typing import Protocol
 from torch import Tensor
 
 from ladon.config import MOST_NODES, TREES, DecoderOptions
-from ladon.drafting.head_chaining import Joint, joint_of, make_joint
+from ladon.drafting.head_chaining import Chaining, joint_of, make_chaining
 from ladon.errors import TreeError
 from ladon.heads import Heads
 from ladon.sampling.acceptance import Accepted
@@ -89,7 +89,7 @@ class HeadsProposer(Stateless):
         build: turns the lattice into the tree.
     """
 
-    def __init__(self, joint: Joint, build: TreeBuilder, observer: Observer = SILENT) -> None:
+    def __init__(self, joint: Chaining, build: TreeBuilder, observer: Observer = SILENT) -> None:
         """Draft with heads.
 
         Args:
@@ -122,7 +122,7 @@ def drafting(
     """Heads that draft trees of a kind with at most `num_candidates` each, for a budget, which may be "auto"."""
     most = budget if isinstance(budget, int) else MOST_NODES
     needed = candidates_needed(tree, num_candidates, most)
-    guess = make_joint(heads, joint_of(heads, joint), needed, num_candidates, tree, most)
+    guess = make_chaining(heads, joint_of(heads, joint), needed, num_candidates, tree, most)
     return HeadsProposer(guess, tree_builder(tree), observer)
 
 

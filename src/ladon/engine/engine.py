@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ladon.drafting.merge_on_host import HostMerge
-from ladon.drafting.ngram_proposer import Lookup
+from ladon.drafting.ngram_proposer import NgramProposer
 from ladon.drafting.proposer import Proposer
 from ladon.engine.observer import EngineObserver, stage
 from ladon.engine.scheduler import Scheduler
@@ -47,7 +47,7 @@ class Engine:
         observer: EngineObserver | None = None,
         max_rows: int | None = None,
         rule: Rule | None = None,
-        lookup: Lookup | None = None,
+        lookup: NgramProposer | None = None,
     ) -> None:
         """Make an engine without sequences.
 
@@ -211,7 +211,7 @@ class Engine:
         scheduler.drafted = [place for outcome in outcomes for place in outcome.places]
         hidden, root = _cat([outcome.hidden for outcome in outcomes]), _cat([outcome.root for outcome in outcomes])
         lengths = [scheduler.cache.host_lengths[place] for place in scheduler.drafted]
-        width = self._host_merge.width(self._sizes.reach(lengths), [row.guide for row in scheduler.decoding])
+        width = self._host_merge.width(self._sizes.reach(lengths), [row.grammar for row in scheduler.decoding])
         # the host has yet to see who ends here for want of a token
         self._tree = self._proposer.propose(hidden, root.clamp(min=0), width)
 
@@ -229,7 +229,7 @@ class Engine:
         with self.observer.stage("callers"):
             emitted = self._hand_out(table, outcomes)
         prompts = [row.prompt for row in rows[len(counts) :]]
-        merged = self._host_merge.merged(table, prompts, [row.guide for row in rows])
+        merged = self._host_merge.merged(table, prompts, [row.grammar for row in rows])
         if merged is not None:
             self._tree = to_device(merged, self._target.device)
         return Step(

@@ -12,11 +12,11 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ladon.constraints.state import Guide
+from ladon.constraints.state import GrammarState
 from ladon.engine.stats import RowStats
 from ladon.errors import ConstraintError, InputError, LogitsError
 from ladon.sampling.sampling_params import GREEDY, NO_TOKEN, SamplingParams
-from ladon.target.prefix_cache import Past
+from ladon.target.prefix_cache import KeptPrefix
 
 
 @dataclass(kw_only=True, eq=False)
@@ -29,7 +29,7 @@ class Row:
         is_stop: called with each new token, in order; True ends the row with that token.
         seed: of its noise, where tokens are sampled.
         sampling_params: how its tokens are sampled; greedily if not given.
-        guide: its constraint, as far as it has come; None: it may say anything.
+        grammar: its constraint, as far as it has come; None: it may say anything.
         padded: its prompt as the processors of `generate` see it, [T] with the padding of its batch; None: `prompt`.
         number: its place in that batch.
         keeps: what is kept of its new tokens: "logits", "scores" (after its law), both or nothing.
@@ -50,12 +50,12 @@ class Row:
     is_stop: Callable[[int], bool]
     seed: int = 0
     sampling_params: SamplingParams = GREEDY
-    guide: Guide | None = None
+    grammar: GrammarState | None = None
     padded: Tensor | None = None
     number: int = 0
     keeps: frozenset[str] = frozenset()
     kept: dict[str, list[Tensor]] = field(default_factory=dict)
-    past: Past | None = None
+    past: KeptPrefix | None = None
     states: list[Tensor] = field(default_factory=list, repr=False)
     keeps_past: bool = False
     tokens: list[int] = field(default_factory=list)
@@ -79,7 +79,7 @@ class Row:
     @property
     def complete(self) -> bool | None:
         """Whether its text is whole, as its constraint has it; None without a constraint."""
-        return None if self.guide is None else self.guide.here.is_complete
+        return None if self.grammar is None else self.grammar.here.is_complete
 
     def take_states(self) -> Tensor:
         """The hidden states of its whole prompt, [T, H]; the row lets go of them."""
@@ -112,12 +112,12 @@ class Row:
 
     def _follow(self, token: int | None) -> bool:
         """Take a token as the constraint has it (None: see whether any may come). If none may, the row has ended."""
-        if self.guide is None:
+        if self.grammar is None:
             return True
         try:
-            is_over = self.guide.is_over()
+            is_over = self.grammar.is_over()
             if token is not None and not is_over:
-                self.guide.take(token)
+                self.grammar.take(token)
         except ConstraintError as error:
             self.error, self.cancelled, is_over = error, True, True
         if is_over:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ladon.constraints.bitmask import TokenMasks
+from ladon.constraints.bitmask import TokenBitmask
 from ladon.sampling.gumbel import gumbel_noise
 from ladon.sampling.lossy import Admitted, Rule, admitted, admitted_by_picks
 from ladon.sampling.sampling_params import DEAD_END, NO_TOKEN, Context, Nodes, SamplingParams, Sequenced
@@ -83,11 +83,11 @@ class Sampler:
         self._rule = rule
         self._groups: list[tuple[SamplingParams, Context]] = []
         self._keeps = any(row.keeps for row in rows)
-        guides = [row.guide for row in rows]
-        self._masks = self._guided = None
-        if any(guide is not None for guide in guides):
-            self._masks = TokenMasks(guides, num_nodes, device)
-            self._guided = torch.tensor([guide is not None for guide in guides], device=device)
+        grammars = [row.grammar for row in rows]
+        self._masks = self._constrained = None
+        if any(grammar is not None for grammar in grammars):
+            self._masks = TokenBitmask(grammars, num_nodes, device)
+            self._constrained = torch.tensor([grammar is not None for grammar in grammars], device=device)
         places: dict[SamplingParams, list[int]] = {}
         for place, row in enumerate(rows):
             places.setdefault(row.sampling_params, []).append(place)
@@ -114,13 +114,13 @@ class Sampler:
         if len(self._groups) == 1:
             ((params, context),) = self._groups
             scores = params.scores(logits, context, nodes)
-            tokens = _sampled(_drawn(params, scores, context, nodes), self._guided, is_drawn=params.draws)
+            tokens = _sampled(_drawn(params, scores, context, nodes), self._constrained, is_drawn=params.draws)
             return Sampled(tokens, raw, scores if self._keeps else None, self._admitted(params, scores, tokens, tree))
         tokens, found, judged = torch.empty_like(tree.tokens), None, None
         for (params, context), index in zip(self._groups, self._places, strict=True):
             own = _of_rows(nodes, index)
             scores = params.scores(logits[index], context, own)
-            guided = None if self._guided is None else self._guided[index]
+            guided = None if self._constrained is None else self._constrained[index]
             tokens[index] = said = _sampled(_drawn(params, scores, context, own), guided, is_drawn=params.draws)
             if self._keeps:
                 found = torch.empty_like(logits, dtype=scores.dtype) if found is None else found
@@ -207,8 +207,8 @@ def _prefix(row: Sequenced, device: torch.device) -> Tensor:
 def scores_of(row: Sequenced, logits: Tensor) -> Tensor:
     """The scores [V] whose greatest a row says next, as it is written now, noise included; `logits` are [V]."""
     logits = logits[None, None]
-    if row.guide is not None:
-        logits = TokenMasks([row.guide], 1, logits.device).on(logits, None)
+    if row.grammar is not None:
+        logits = TokenBitmask([row.grammar], 1, logits.device).on(logits, None)
     context, ends = _context(row.sampling_params, [row], logits.device), _ends(logits[:, 0])
     return _drawn(row.sampling_params, row.sampling_params.scores(logits, context, ends), context, ends)[0, 0]
 

@@ -13,7 +13,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from ladon.constraints.state import Guide
+from ladon.constraints.state import GrammarState
 from ladon.errors import InputError
 from ladon.trees.token_tree import TokenTree, node_depths
 
@@ -89,7 +89,7 @@ class Sequenced(Protocol):
     seed: int
     tokens: list[int]
     sampling_params: SamplingParams
-    guide: Guide | None
+    grammar: GrammarState | None
     keeps: frozenset[str]
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ladon.target.attention_masks import Sight, causal_mask
 from ladon.target.hooks import at
 from ladon.target.kv_cache import TreeCache
-from ladon.target.rope_regimes import PrefillGroup, Spans
+from ladon.target.rope_regimes import PrefillGroup, RopeRegimes
 
 # The model's forward: tokens, positions, sight, cache, the index in each row to project -> its logits, hidden states.
 Forward = Callable[[Tensor, Tensor, Sight, TreeCache, Tensor], tuple[Tensor, Tensor]]
@@ -27,10 +27,10 @@ class PromptReader:
     """Reads prompts into the last rows of a cache."""
 
     def __init__(
-        self, forward: Forward, spans: Spans, chunk: int, device: torch.device, keep: Keep | None = None
+        self, forward: Forward, regimes: RopeRegimes, chunk: int, device: torch.device, keep: Keep | None = None
     ) -> None:
         """`chunk`: tokens of each row per forward at most, unless they must not be cut; `keep` gets hidden states."""
-        self._forward, self._spans, self._chunk, self._device, self._keep = forward, spans, chunk, device, keep
+        self._forward, self._regimes, self._chunk, self._device, self._keep = forward, regimes, chunk, device, keep
 
     def read(self, prompts: Sequence[Tensor], cache: TreeCache) -> Ends:
         """Read one chunk more of each prompt; how far it has been read is the length of its row.
@@ -43,7 +43,7 @@ class PromptReader:
             For each prompt that has now been read to its end, by its place in `prompts`, what its last token gives.
         """
         first = cache.num_rows - len(prompts)
-        groups = self._spans.prefill_groups([len(prompt) for prompt in prompts], cache.host_lengths[first:])
+        groups = self._regimes.prefill_groups([len(prompt) for prompt in prompts], cache.host_lengths[first:])
         lengths = list(cache.host_lengths)
         for group in groups:
             stop = self._stop(prompts, group)

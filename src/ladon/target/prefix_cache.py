@@ -36,7 +36,7 @@ class Maker:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
-class Past:
+class KeptPrefix:
     """The leading tokens of a sequence, with their keys and values.
 
     Attributes:
@@ -65,7 +65,7 @@ class Past:
         pairs = zip(self.token_ids, token_ids, strict=False)
         return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
-    def first(self, count: int) -> Past:
+    def first(self, count: int) -> KeptPrefix:
         """The same up to `count` tokens; nothing is copied."""
         stores = [{name: states[:, :, :count] for name, states in layer.items()} for layer in self.stores]
         return replace(self, token_ids=self.token_ids[:count], stores=stores)
@@ -91,7 +91,7 @@ class KeptCache:
         rows: the sequences that have been decoded, in the order of their prompts.
     """
 
-    def __init__(self, rows: Sequence[Past]) -> None:
+    def __init__(self, rows: Sequence[KeptPrefix]) -> None:
         self.rows = tuple(rows)
 
     @property
@@ -104,7 +104,7 @@ class KeptCache:
         return 0
 
 
-def longest_past(pasts: Sequence[Past], token_ids: Sequence[int]) -> Past | None:
+def longest_past(pasts: Sequence[KeptPrefix], token_ids: Sequence[int]) -> KeptPrefix | None:
     """The past that shares most with a prompt, cut to what they share; None if that is nothing.
 
     The prompt's last token is never part of it: what the model says after it has to be asked.

@@ -3,10 +3,10 @@
 Some models treat positions differently from some length on, and decide it for the whole call: `longrope` and
 `dynamic` rotary embeddings choose their frequencies by the greatest position of a call, llama4 scales queries by
 blocks of 8192 slots, and sparse attention keeps only the best `index_topk` keys (doge: `keep_window_size`), with ties
-that fall as the width of the call has it. A span is a stretch of positions on which a call
-with many nodes and many rows equals plain decoding of each row alone. A tree never crosses the end of its span, and
-rows in different spans are verified by different calls. Where nothing but plain decoding is exact, a span is `plain`:
-one position long, one node at a time.
+that fall as the width of the call has it. A regime is a stretch of positions on which a call
+with many nodes and many rows equals plain decoding of each row alone. A tree never crosses the end of its regime, and
+rows in different regimes are verified by different calls. Where nothing but plain decoding is exact, a regime is
+`plain`: one position long, one node at a time.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _RECOMPUTING = ("phi3", "phimoe", "phi4_multimodal")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Span:
+class RopeRegime:
     """Positions `start` to `stop` - 1; `stop` None: no end. `plain`: one-node trees only, at exact widths."""
 
     start: int = 0
@@ -37,7 +37,7 @@ class Span:
 class Part:
     """Rows that share a verify call."""
 
-    span: Span
+    regime: RopeRegime
     rows: list[int]
 
 
@@ -58,8 +58,8 @@ class PrefillGroup:
     whole: bool
 
 
-class Spans:
-    """The spans of one model.
+class RopeRegimes:
+    """The regimes of one model.
 
     Attributes:
         recomputed_at: lengths at which a row's cache must be computed again before it goes on.
@@ -80,13 +80,13 @@ class Spans:
         bounds = (self._dynamic_from, self._sparse_from, self._block)
         self._unbounded = not self._switches and all(bound is None for bound in bounds)
 
-    def at(self, position: int) -> Span:
-        """The span that holds a position."""
+    def at(self, position: int) -> RopeRegime:
+        """The regime that holds a position."""
         plain_from = min(
             (bound for bound in (self._dynamic_from, self._sparse_from) if bound is not None), default=None
         )
         if plain_from is not None and position >= plain_from:
-            return Span(start=position, stop=position + 1, plain=True)
+            return RopeRegime(start=position, stop=position + 1, plain=True)
         start, stop = 0, plain_from
         for switch in self._switches:
             if switch <= position:
@@ -96,9 +96,9 @@ class Spans:
         if self._block is not None:
             block = (position + 1) // self._block  # the scale is that of floor((position + 1) / block)
             start, stop = max(block * self._block - 1, 0), (block + 1) * self._block - 1
-        return Span(start=start, stop=stop)
+        return RopeRegime(start=start, stop=stop)
 
-    def regime(self, length: int) -> int | None:
+    def number_at(self, length: int) -> int | None:
         """How positions are treated in a prompt of this length; None: as in no other.
 
         Of two prompts of one regime, the longer one's keys and values begin with the shorter one's.
@@ -106,13 +106,13 @@ class Spans:
         bounds = [bound for bound in (self._dynamic_from, self._sparse_from) if bound is not None]
         return None if any(length > bound for bound in bounds) else sum(switch < length for switch in self._switches)
 
-    def kept_regime(self, read: int, length: int) -> int | None:
+    def kept_number(self, read: int, length: int) -> int | None:
         """The regime of a row's first `length` keys and values, of which `read` tokens are its prompt.
 
         A prompt that is half read has those of the whole one. None if they are of several, or of no other length's.
         """
-        found = self.regime(max(read, length))
-        return found if self.recomputed_at or self.regime(read) == found else None
+        found = self.number_at(max(read, length))
+        return found if self.recomputed_at or self.number_at(read) == found else None
 
     def depth_cap(self, length: int) -> int | None:
         """The greatest depth of a node whose root is at position `length`; None without a bound."""
@@ -120,13 +120,13 @@ class Spans:
         return None if stop is None else stop - 1 - length
 
     def parts(self, lengths: Sequence[int]) -> list[Part]:
-        """Rows of these lengths, by the span of their roots."""
+        """Rows of these lengths, by the regime of their roots."""
         if self._unbounded:
-            return [Part(span=Span(), rows=list(range(len(lengths))))]
-        found: dict[Span, list[int]] = {}
+            return [Part(regime=RopeRegime(), rows=list(range(len(lengths))))]
+        found: dict[RopeRegime, list[int]] = {}
         for row, length in enumerate(lengths):
             found.setdefault(self.at(length), []).append(row)
-        return [Part(span=span, rows=rows) for span, rows in found.items()]
+        return [Part(regime=regime, rows=rows) for regime, rows in found.items()]
 
     def prefill_groups(self, lengths: Sequence[int], starts: Sequence[int]) -> list[PrefillGroup]:
         """Prompts of these lengths of which `starts` tokens have been read, by what their next calls have in common."""

@@ -22,11 +22,11 @@ from ladon.target.hooks import lock_of, projection_inputs
 from ladon.target.kv_cache import TreeCache
 from ladon.target.position_bias import layer_inputs_of
 from ladon.target.prefill import Ends, Keep, PromptReader
-from ladon.target.prefix_cache import Maker, Past
+from ladon.target.prefix_cache import KeptPrefix, Maker
 from ladon.target.pruning.dropping import Dropping
 from ladon.target.pruning.pruner import Pruner, Pruning
 from ladon.target.pruning.self_test import check_pruning
-from ladon.target.rope_regimes import Part, Spans
+from ladon.target.rope_regimes import Part, RopeRegimes
 from ladon.target.self_test import Verdict, tested
 from ladon.target.support import check_model, context_limit
 from ladon.target.verify_output import VerifyOutput
@@ -82,7 +82,7 @@ class Target:
         self._localities = localities(config)
         self._mask_dtype = None if config._attn_implementation == "sdpa" else self.dtype
         self._takes_positions = "position_ids" in arguments
-        self._spans, self._layer_inputs = Spans(model), layer_inputs_of(model)
+        self._regimes, self._layer_inputs = RopeRegimes(model), layer_inputs_of(model)
         self._verdict = None if self._self_test else Verdict(trees=True)
         self._pruners: dict[Pruning, Pruner] = {}
         self._made_for = state
@@ -118,29 +118,29 @@ class Target:
     def new_cache(self, batch_size: int) -> TreeCache:
         """An empty cache for this many rows: the start of a run, so the model is checked first, as `check` does."""
         self.check()
-        keep_tokens = bool(self._spans.recomputed_at)
+        keep_tokens = bool(self._regimes.recomputed_at)
         return TreeCache(self._config.num_hidden_layers, batch_size, self.device, keep_tokens=keep_tokens)
 
     def depth_cap(self, length: int) -> int | None:
         """The greatest depth a node may have in a row of `length` cached tokens; None for no bound, 0 for plain."""
-        return self._spans.depth_cap(length)
+        return self._regimes.depth_cap(length)
 
-    def keep(self, prompt: Sequence[int], new: Sequence[int], cache: TreeCache, place: int) -> Past | None:
+    def keep(self, prompt: Sequence[int], new: Sequence[int], cache: TreeCache, place: int) -> KeptPrefix | None:
         """What a sequence of these tokens that has ended leaves behind; None if no other prompt could go on from it.
 
         An accepted path may reach beyond the token that ended the sequence: what lies there is not kept.
         """
         ids = [*prompt, *new]
         length = min(cache.host_lengths[place], len(ids))
-        regime = self._spans.kept_regime(len(prompt), length)
+        regime = self._regimes.kept_number(len(prompt), length)
         if regime is None or length == 0:
             return None
         stores = cache.read_row(place, length)
-        return Past(token_ids=ids[:length], stores=stores, regime=regime, maker=Maker.of(self.model))
+        return KeptPrefix(token_ids=ids[:length], stores=stores, regime=regime, maker=Maker.of(self.model))
 
-    def resume(self, past: Past | None, prompt_length: int, cache: TreeCache, place: int) -> int:
+    def resume(self, past: KeptPrefix | None, prompt_length: int, cache: TreeCache, place: int) -> int:
         """Let a new row of the cache start from `past`, if its prompt can go on from it; how many tokens that is."""
-        if past is None or past.regime != self._spans.regime(prompt_length) or past.maker != Maker.of(self.model):
+        if past is None or past.regime != self._regimes.number_at(prompt_length) or past.maker != Maker.of(self.model):
             return 0
         cache.write_row(place, past.stores, len(past))
         return len(past)
@@ -149,21 +149,21 @@ class Target:
     def verify(self, tree: TokenTree, cache: TreeCache, pruning: Pruning | None = None) -> VerifyOutput:
         """Run the model once over a token tree; the cache's lengths do not change until `commit`.
 
-        Rows in different spans (`ladon.target.rope_regimes`) take one forward per span. No node may be deeper than
+        Rows in different regimes (`ladon.target.rope_regimes`) take one forward per regime. No node may be deeper than
         `depth_cap`.
 
         Args:
             tree: the trees of the cache's first B rows, [B, N]; the root of each at position `cache.lengths`.
             cache: the rows' committed tokens. Rows after these (`read`) do not matter.
-            pruning: which nodes later layers see; rows in several spans, or in a plain one, see all.
+            pruning: which nodes later layers see; rows in several regimes, or in a plain one, see all.
         """
         self._recompute(cache, tree.batch_size)
         lengths = cache.host_lengths[: tree.batch_size]
         ancestors = ancestor_mask(tree.parents, tree.max_depth)
         depths = node_depths(ancestors)
         cache.route.reserve(max(lengths) + tree.num_nodes)
-        parts, drop = self._spans.parts(lengths), None
-        if len(parts) == 1 and not parts[0].span.plain:
+        parts, drop = self._regimes.parts(lengths), None
+        if len(parts) == 1 and not parts[0].regime.plain:
             drop = None if pruning is None else self.pruner(pruning).during(tree, ancestors, cache.route)
             logits, hidden = self._verify_rows(tree.tokens, ancestors, depths, cache, parts[0], None, drop)
         else:
@@ -173,13 +173,13 @@ class Target:
     def _verify_parts(
         self, tokens: Tensor, ancestors: Tensor, depths: Tensor, cache: TreeCache, parts: list[Part]
     ) -> tuple[Tensor, Tensor]:
-        """Verify rows that must not share a forward; in plain spans the root stands for all of a row's slots."""
+        """Verify rows that must not share a forward; in plain regimes the root stands for all of a row's slots."""
         # Before the first forward: an upload waits until the device has done all that it was given.
         indices = [torch.tensor(part.rows, device=self.device) for part in parts]
         order = torch.cat(indices).argsort()
         found = []
         for part, rows in zip(parts, indices, strict=True):
-            nodes = 1 if part.span.plain else tokens.shape[1]
+            nodes = 1 if part.regime.plain else tokens.shape[1]
             outputs = self._verify_rows(
                 tokens[rows, :nodes], ancestors[rows, :nodes, :nodes], depths[rows, :nodes], cache, part, rows
             )
@@ -203,11 +203,11 @@ class Target:
         start, num_nodes = max(host_lengths), tokens.shape[1]
         ragged = min(host_lengths) < start
         slots = lengths[:, None] + torch.arange(num_nodes, device=self.device) if ragged else None
-        past = None if part.span.stop is None else part.span.start
+        past = None if part.regime.stop is None else part.regime.start
         places = range(len(part.rows)) if rows is None else rows
         cache.route.aim(start, num_nodes, places, past=past, slots=slots)
         positions = position_ids(depths, lengths)
-        stop = part.span.stop or self.context_limit
+        stop = part.regime.stop or self.context_limit
         if stop is not None and cache.route.reach > stop:
             positions.clamp_(max=stop - 1)  # padding nodes may lie deeper than the row's cap
         visible = tree_mask(ancestors, lengths, None if ragged else start, cache.route.reach)
@@ -253,11 +253,11 @@ class Target:
         return hidden, logits
 
     def _reader(self, keep: Keep | None = None) -> PromptReader:
-        return PromptReader(self._forward, self._spans, self.prefill_chunk, self.device, keep)
+        return PromptReader(self._forward, self._regimes, self.prefill_chunk, self.device, keep)
 
     def _recompute(self, cache: TreeCache, num_rows: int) -> None:
         """Fill rows that have just reached a switch again, with the frequencies of the other side, as generate does."""
-        for switch in self._spans.recomputed_at:
+        for switch in self._regimes.recomputed_at:
             rows = [row for row, length in enumerate(cache.host_lengths[:num_rows]) if length == switch]
             if rows:
                 self._reader().read_again(switch, rows, cache)
@@ -282,7 +282,7 @@ class Target:
                 given["attention_mask"] = model_masks(sight, self._localities, self._mask_dtype)
             else:
                 stack.enter_context(self._layer_inputs.given(sight))
-            stack.enter_context(self._spans.fresh())
+            stack.enter_context(self._regimes.fresh())
             if drop is not None:
                 stack.enter_context(drop.on())
             seen = stack.enter_context(projection_inputs(self._projection, only))

@@ -25,7 +25,7 @@ _TYPICAL_ROWS = 16.0  # rows over which the typical tree is averaged
 Sums = Sequence[Sequence[float]]
 
 
-class Expectation:
+class AcceptanceModel:
     """Corrected expectations, and what a typical tree of late has looked like.
 
     Attributes:

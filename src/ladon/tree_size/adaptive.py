@@ -28,8 +28,8 @@ import warnings
 from collections.abc import Mapping, Sequence
 from copy import copy
 
-from ladon.tree_size.acceptance_model import Expectation, Sums
-from ladon.tree_size.latency_model import Curve, Curves, StepCost, StepTime, options_of
+from ladon.tree_size.acceptance_model import AcceptanceModel, Sums
+from ladon.tree_size.latency_model import Curve, Curves, LatencyModel, StepTime, options_of
 from ladon.tree_size.policy import PrunedSteps, Size, StepRecord, are_usable, edges_up_to
 
 _TRIAL_ROWS = 4  # verified rows without which heads are not judged
@@ -62,13 +62,13 @@ class Learnt:
         self.edges: Sequence[int] = edges_up_to(most)
         self.pruned = pruned
         self.options = options_of(self.edges, pruned)
-        self.cost = StepCost(times)
-        self.expectation = Expectation(len(self.edges))
+        self.cost = LatencyModel(times)
+        self.expectation = AcceptanceModel(len(self.edges))
         self.widest = len(self.edges) - 1
-        self.try_heads = Wait(_PROBE_AFTER, _PROBE_AFTER_MOST)
-        self.try_plain = Wait(_PLAIN_AFTER, _PLAIN_AFTER_MOST)
+        self.try_heads = BackOff(_PROBE_AFTER, _PROBE_AFTER_MOST)
+        self.try_plain = BackOff(_PLAIN_AFTER, _PLAIN_AFTER_MOST)
         self.has_warned = False
-        self._heads, self._ngrams = Account(_SHARE), Account(_SHARE)
+        self._heads, self._ngrams = ExplorationBudget(_SHARE), ExplorationBudget(_SHARE)
 
     @property
     def is_new(self) -> bool:
@@ -100,7 +100,7 @@ class Learnt:
         return self._heads.may_lose(plain, _ALLOWANCE if self.is_new else _ALLOWANCE_LATER)
 
 
-class Account:
+class ExplorationBudget:
     """Seconds that trials have lost against plain decoding, less what time has made good."""
 
     def __init__(self, share: float) -> None:
@@ -125,7 +125,7 @@ class Account:
         return self._lost + plain <= allowance * plain
 
 
-class Wait:
+class BackOff:
     """Counts down from a number that doubles each time, up to a bound, until it is reset."""
 
     def __init__(self, first: int, most: int) -> None:
@@ -215,12 +215,12 @@ class AutoSizing:
         return run
 
     @property
-    def cost(self) -> StepCost:
+    def cost(self) -> LatencyModel:
         """What it knows about the machine."""
         return self._learnt.cost
 
     @property
-    def expectation(self) -> Expectation:
+    def expectation(self) -> AcceptanceModel:
         """What it knows about the heads."""
         return self._learnt.expectation
 

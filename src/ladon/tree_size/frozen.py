@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ladon.tree_size.acceptance_model import Expectation, Sums
-from ladon.tree_size.latency_model import StepCost
+from ladon.tree_size.acceptance_model import AcceptanceModel, Sums
+from ladon.tree_size.latency_model import LatencyModel
 from ladon.tree_size.policy import PLAIN, Size, StepRecord, are_usable, edges_up_to
 
 
@@ -16,7 +16,7 @@ class FrozenSizing:
     were right; drafting is off where there is none.
     """
 
-    def __init__(self, cost: StepCost, most: int, depth: int) -> None:
+    def __init__(self, cost: LatencyModel, most: int, depth: int) -> None:
         """`cost` must not be added to; trees have `most` nodes and this `depth` at most."""
         self.edges: Sequence[int] = edges_up_to(most)
         self.probes = 0
@@ -37,7 +37,7 @@ class FrozenSizing:
         """The best edge for these trees."""
         if sums is None or not are_usable(sums):
             return PLAIN
-        tokens = Expectation(len(self.edges)).tokens(sums, batch)
+        tokens = AcceptanceModel(len(self.edges)).tokens(sums, batch)
         rates = [t / self._seconds(batch, n, context) for n, t in zip(self.edges, tokens, strict=True)]
         return Size(self.edges[rates.index(max(rates))], True)
 

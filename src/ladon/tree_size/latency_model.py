@@ -81,7 +81,7 @@ class _Cell:
     seen: int
 
 
-class StepCost:
+class LatencyModel:
     """Times of decode steps, predicted.
 
     Times that cannot be (zero, negative, not finite) are ignored. One that is far from the prediction moves it a
@@ -343,7 +343,7 @@ class Curves:
     They are those of steps in which heads draft the next trees, or of steps in which they do not.
     """
 
-    def __init__(self, cost: StepCost, options: Sequence[Option], *, drafts: bool = True) -> None:
+    def __init__(self, cost: LatencyModel, options: Sequence[Option], *, drafts: bool = True) -> None:
         self._cost, self._options, self._drafts = cost, options, drafts
         self.newest = Curve()
 

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file; whoever looks sees the old one or the new one, also while other processes write it.
+    """Write a file; whoever looks sees the old one or the new one, also while other processes and threads write it.
 
     Raises:
         OSError: it cannot be written; the old one stays, and nothing is left beside it.
     """
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.partial")
     try:
         partial.write_text(text, encoding="utf-8")
         partial.replace(path)
