@@ -85,9 +85,9 @@ def record(
         if ended:
             done += ended
             progress("recording the heads' guesses", done, len(rows))
-    place_of = {row: place for place, row in enumerate(rows)}
-    places = torch.tensor([place_of[row] for row in joined])
-    return _assemble(recorder, places, [row.tokens for row in rows], heads, about or {})
+    numbers = {row: number for number, row in enumerate(joined)}
+    answers = [recorder.answers[numbers[row]] for row in rows]
+    return _assemble(answers, [row.tokens for row in rows], heads, about or {})
 
 
 class _Recorder(Stateless):
@@ -97,8 +97,8 @@ class _Recorder(Stateless):
         self._heads, self._num_candidates, self._chunk = heads, min(num_candidates, heads.vocab_size), chunk
         self._rows: list[_Answer] = []
         self._joined = 0
-        # Of each answer: row of each token, tokens, logits, log-normalisers, roots; gates if there are any.
-        self.answers: list[list[Tensor]] = []
+        # Of each answer, by its number: tokens, logits, log-normalisers, roots; gates if there are any.
+        self.answers: dict[int, list[Tensor]] = {}
 
     def join(self, prompts: Sequence[Tensor], hidden: Tensor, states: Sequence[Tensor] = ()) -> None:
         """Rows are numbered in the order in which they join."""
@@ -129,11 +129,10 @@ class _Recorder(Stateless):
             for hidden, tokens in zip(*parts, strict=True)
         ]
         tables = [torch.cat(tables).cpu() for tables in zip(*found, strict=True)]
-        self.answers.append([torch.full((len(roots),), answer.number), *tables, roots.int().cpu()])
         correction = self._heads.correction
         gates = correction.gates(states) if isinstance(correction, MarkovCorrection) else None
-        if gates is not None:
-            self.answers[-1].append(gates.float().cpu())
+        of_gates = [] if gates is None else [gates.float().cpu()]
+        self.answers[answer.number] = [*tables, roots.int().cpu(), *of_gates]
 
 
 @dataclass(eq=False, slots=True)
@@ -187,18 +186,12 @@ def row_of(index: int, prompt: Tensor, max_new_tokens: int, target: Target) -> R
 
 
 def _assemble(
-    recorder: _Recorder, places: Tensor, answers: Sequence[Sequence[int]], heads: Heads, about: Mapping[str, Any]
+    recorded: Sequence[Sequence[Tensor]], answers: Sequence[Sequence[int]], heads: Heads, about: Mapping[str, Any]
 ) -> LatticeTrace:
-    """Sort the answers by row and add what was said; a row's last token had nothing to follow it and is left out.
-
-    `places` says which answer belongs to each row, as the recorder has numbered them.
-    """
-    rows, *tables = (torch.cat(parts) for parts in zip(*recorder.answers, strict=True))
-    rows = places[rows]
-    order = rows.argsort(stable=True)
-    is_last = torch.ones_like(order, dtype=torch.bool)
-    is_last[:-1] = rows[order].diff() > 0
-    tokens, logits, normalizers, roots, *gates = (table[order[~is_last]] for table in tables)
+    """Put what was recorded of each answer together; its last token had nothing to follow it and is left out."""
+    tokens, logits, normalizers, roots, *gates = (
+        torch.cat([table[:-1] for table in tables]) for tables in zip(*recorded, strict=True)
+    )
     return LatticeTrace(
         tokens=tokens,
         logits=logits,

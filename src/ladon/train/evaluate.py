@@ -22,7 +22,7 @@ from ladon.heads.correction import HiddenCorrection, MarkovCorrection
 from ladon.heads.model_parts import input_embedding_module, output_projection
 from ladon.sampling.acceptance import longest_match
 from ladon.train.losses import rows_per_chunk
-from ladon.train.modules import hidden_states
+from ladon.train.modules import evaluating, hidden_states
 from ladon.trees import lattice
 from ladon.trees.grow import grow_chain, grow_dynamic
 from ladon.trees.lattice import best_rows
@@ -111,19 +111,12 @@ def evaluate(
     sums = _Sums(heads.num_heads, next(heads.parameters()).device)
     rows_per_head = HIDDEN_ROWS if isinstance(heads.correction, HiddenCorrection) else 1
     chunk = rows_per_chunk(heads.num_heads * rows_per_head, heads.vocab_size)
-    was_training = model.training, heads.training
-    model.eval()
-    heads.eval()
-    try:
-        with _common_dtype(model, heads):
-            for batch in batches:
-                hidden = hidden_states(model, dict(batch), "position_ids" in batch).flatten(0, 1)
-                for start in range(0, len(batch["rows"]), chunk):
-                    part = {name: batch[name][start : start + chunk] for name in _OF_POSITIONS}
-                    _add(sums, heads, hidden[part["rows"]], part, budget)
-    finally:
-        model.train(was_training[0])
-        heads.train(was_training[1])
+    with evaluating(model, heads), _common_dtype(model, heads):
+        for batch in batches:
+            hidden = hidden_states(model, dict(batch), "position_ids" in batch).flatten(0, 1)
+            for start in range(0, len(batch["rows"]), chunk):
+                part = {name: batch[name][start : start + chunk] for name in _OF_POSITIONS}
+                _add(sums, heads, hidden[part["rows"]], part, budget)
     return sums.report(budget)
 
 

@@ -253,6 +253,19 @@ def group(name: str, parameters: Any, rate: float) -> dict[str, Any]:
     return {"name": name, "lr": rate, "names": [key for key, _ in trained], "params": [value for _, value in trained]}
 
 
+@contextmanager
+def evaluating(*modules: nn.Module) -> Iterator[None]:
+    """While this lasts, modules are in evaluation mode."""
+    were_training = [module.training for module in modules]
+    for module in modules:
+        module.eval()
+    try:
+        yield
+    finally:
+        for module, was_training in zip(modules, were_training, strict=True):
+            module.train(was_training)
+
+
 def hidden_states(model: PreTrainedModel, batch: Batch, packed: bool) -> Tensor:
     """What the model's output projection receives at each token, [B, T, H]; it maps only the first of each row.
 
@@ -283,14 +296,11 @@ def keeps_apart(model: PreTrainedModel) -> bool:
     transformers masks packed documents by their position ids, but not for every architecture and attention; a
     recurrent layer cannot. So it is tried: the second document must not change with the first, and be as it is alone.
     """
-    was_training = model.training
-    model.eval()
-    try:
-        return _second_is_alone(model)
-    except (TypeError, ValueError):  # a forward that takes no position ids
-        return False
-    finally:
-        model.train(was_training)
+    with evaluating(model):
+        try:
+            return _second_is_alone(model)
+        except (TypeError, ValueError):  # a forward that takes no position ids
+            return False
 
 
 def _second_is_alone(model: PreTrainedModel) -> bool:
@@ -407,13 +417,8 @@ class JointModule(HeadsModule):
         if self._teacher:
             yield self._teacher[0]
             return
-        was_training = self.base.training
-        self.base.eval()
-        try:
-            with self._adapted[0].disable_adapter():
-                yield self.model
-        finally:
-            self.base.train(was_training)
+        with evaluating(self.base), self._adapted[0].disable_adapter():
+            yield self.model
 
     def finish(self, out: Path, tokenizer: PreTrainedTokenizerBase, record: dict[str, Any]) -> None:
         """Save the tuned model in `out`/model, adapters in `out`/adapter, and the heads, now the tuned model's."""
