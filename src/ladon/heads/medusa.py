@@ -82,12 +82,7 @@ class MedusaHeads(Heads):
     @property
     def own_options(self) -> dict[str, int | str]:
         """The family's own settings, as its constructor takes them."""
-        return {
-            "num_blocks": self.num_blocks,
-            "projection": "shared" if self.projection is None else "own",
-            "draft_vocab_size": self.draft_vocab_size,
-            "projection_bias": self.projection_bias,
-        }
+        return super().own_options | {"projection": "shared" if self.projection is None else "own"}
 
     @property
     def token_ids(self) -> Tensor | None:

@@ -186,12 +186,9 @@ def make_module(model: PreTrainedModel, options: TrainOptions, documents: Sequen
         )
     losses = LossOptions(
         soft=options.labels == "target",
-        label_temperature=options.label_temperature,
-        variation=options.variation,
-        decay=options.decay,
         autocast=_autocast(options, model),
-        chunk_rows=options.chunk_rows,
         packed=share_rows,
+        **{name: getattr(options, name) for name in ("label_temperature", "variation", "decay", "chunk_rows")},
     )
     set_seed(options.seed)
     model.requires_grad_(False).eval()

@@ -16,14 +16,8 @@ Message = dict[str, str]
 CHAT_FIELDS = ("messages", "conversations", "turns", "question", "instruction")
 _ROLES = {
     "system": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bing": "assistant",
-    "bard": "assistant",
-    "model": "assistant",
+    **dict.fromkeys(("user", "human"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "model"), "assistant"),
 }
 _TEXT_FIELDS = ("prompt", "text")
 _FIELDS = ("prompt_ids", "prompt", *CHAT_FIELDS, "text")
