@@ -1,6 +1,6 @@
 """From findings to files: the numbers of each mode in the JSON document, and answers for FastChat's MT-Bench tools.
 
-Terms are as docs/metrics.md defines them.
+Terms are as docs/reference/metrics.md defines them.
 """
 
 from __future__ import annotations

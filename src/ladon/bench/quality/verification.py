@@ -4,7 +4,7 @@ Plain decoding says everything once, each prompt alone; trees say it again, toge
 which both picked there, noise and processors included, tell rounding from a mistake (`ladon.bench.quality.identity`).
 
 For a lossy rule of acceptance: how far it takes texts from the target's law, and what it gains. The distance is defined
-in docs/metrics.md.
+in docs/reference/metrics.md.
 """
 
 from __future__ import annotations
