@@ -33,7 +33,7 @@ from ladon.trees.token_tree import TokenTree
 
 FLOAT32_BOUND = 1e-4
 UNITS = 4
-SystemsOf = Callable[["PreTrainedModel", "Heads | None"], Sequence[LadonSystem]]
+SystemsOf = Callable[[PreTrainedModel, Heads | None], Sequence[LadonSystem]]
 
 
 def near_tie_bound(dtype: torch.dtype, logits: Tensor) -> float:
