@@ -107,7 +107,7 @@ def test_report_is_json_with_the_promised_fields(findings: Findings) -> None:
 
 def test_every_key_is_defined_in_the_docs(tiny: Tiny) -> None:
     options = BenchOptions(modes=("dynamic",), budgets=(4,), max_new_tokens=4, repeats=1, diagnose=True)
-    document, _, _ = measure(subject(tiny), workload("a", "b", "b", "b"), options, silent)
+    document, _ = measure(subject(tiny), workload("a", "b", "b", "b"), options, silent)
     pages = [ROOT / "docs" / "reference" / name for name in ("metrics.md", "benchmark-files.md")]
     defined = set(re.findall(r"`(\w+)`", "\n".join(page.read_text(encoding="utf-8") for page in pages)))
     keys = set(document) | set(document["environment"]) | set(document["transformers"][0]) | set(document["workload"])

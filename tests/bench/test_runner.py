@@ -18,7 +18,7 @@ from ladon.bench.findings import Findings, Subject
 from ladon.bench.runner import calibrate, run_bench
 from ladon.bench.systems import LadonSystem, Run, System, TransformersSystem
 from ladon.bench.workloads import Question, make_workload
-from ladon.cli.bench_inputs import tree_source
+from ladon.cli.bench import tree_source
 from ladon.cli.loading import Loaded
 from ladon.cli.main import run as run_command
 from ladon.config import BenchOptions

@@ -176,7 +176,8 @@ def test_acceptance_of_edits_that_are_sampled(
     assert document["workload"]["name"] == "repetitive edits" and document["temperature"] == 1.0
     assert [row["mode"] for row in document["results"]] == ["plain", "chain", "fixed", "dynamic"]
     assert all(row["different"] == 0 for row in document["results"])
-    page = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
+    pages = [ROOT / "docs" / "reference" / name for name in ("metrics.md", "benchmark-files.md")]
+    page = "\n".join(each.read_text(encoding="utf-8") for each in pages)
     assert all(f"`{key}`" in page for key in [*document, *document["results"][0]])
 
 

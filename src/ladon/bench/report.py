@@ -9,7 +9,7 @@ import json
 import math
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -18,6 +18,8 @@ from typing import Any
 from ladon.bench.findings import Findings, Key, Measured, Subject
 from ladon.bench.quality.repetition import Repetition
 from ladon.bench.systems import Budget, Run, by_size, merged
+from ladon.bench.workloads import Workload, make_workload
+from ladon.config import BenchOptions
 from ladon.engine.stats import DecodeStats
 
 _BASES = ("plain", "transformers")
@@ -103,6 +105,25 @@ class Result:
     largest_margin: float | None
     categories: dict[str, dict[str, float | int | None]]
     diagnosis: dict[str, Any] | None
+
+
+def document(
+    findings: Findings, subject: Subject, workload: Workload, plan: BenchOptions, environment: dict[str, Any]
+) -> dict[str, Any]:
+    """Everything that was measured, and of what and where, as JSON values."""
+    heads, asked = subject.heads, dict.fromkeys(request.question for request in findings.requests)
+    return {
+        "environment": environment,
+        "model": subject.name,
+        "dtype": str(subject.model.dtype).removeprefix("torch."),
+        "heads": None if heads is None else {"family": heads.family, "num": heads.num_heads},
+        "workload": make_workload(workload.name, list(asked)).summary(),
+        "max_new_tokens": plan.max_new_tokens,
+        "repeats": len(findings.measured[0].timed),
+        "transformers": baselines(findings),
+        "identity_unchecked": findings.unchecked,
+        "results": [asdict(result) for result in results(findings)],
+    }
 
 
 def results(findings: Findings) -> list[Result]:

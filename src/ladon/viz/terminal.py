@@ -12,7 +12,9 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from ladon.viz.record import BONUS, NO_STEP, Node, Record, Step, ansi_colour, children, origin_name, with_bonus
+from ladon.decoder.detokenizer import Detokenizer
+from ladon.decoder.trace import Trace
+from ladon.viz.record import BONUS, NO_STEP, Node, Record, Step, ansi_colour, children, origin_name, origins, with_bonus
 
 _HALF_BLOCKS = {(False, False): " ", (True, False): "▀", (False, True): "▄", (True, True): "█"}
 
@@ -26,6 +28,13 @@ def legend(depth: int) -> Text:
 def token_text(piece: str, origin: int) -> Text:
     """One emitted token in its colour; a bonus token is bold besides, so that colour is not the only sign."""
     return Text(piece, Style(color=ansi_colour(origin), bold=origin == BONUS))
+
+
+def live(trace: Trace, pieces: Detokenizer) -> Iterator[Text]:
+    """The text of a run while it is decoded, every token in the colour of its origin."""
+    yield Text(pieces.push(trace.first))
+    for step in trace:
+        yield from (token_text(pieces.push(token), origin) for token, origin in origins(step))
 
 
 def step_view(step: Step) -> RenderableType:

@@ -99,7 +99,7 @@ def test_results_outlive_a_check_that_cannot_be_made(
 
     monkeypatch.setattr(check, "in_float32", fail)
     options = BenchOptions(modes=("dynamic",), budgets=(4,), max_new_tokens=4, repeats=1)
-    document, found, _ = measure(subject(tiny), workload(), options, silent)
+    document, found = measure(subject(tiny), workload(), options, silent)
     assert reason in document["identity_unchecked"]
     json.dumps(document, allow_nan=False)
     for row in document["results"]:
