@@ -7,11 +7,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from synthetic import SyntheticDecoder, SyntheticDrafts, SyntheticProposer
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from ladon import Decoder, new_heads
-from ladon.bench.synthetic import SyntheticDecoder, SyntheticDrafts, SyntheticProposer
 from ladon.errors import InputError
 from ladon.sampling.acceptance import Accepted
 from ladon.trees.fixed_tree import FixedTree
