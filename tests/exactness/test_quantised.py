@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 import ladon
 from greedy import BATCH, MASK, plain
 from ladon.errors import HeadsError, InputError, UnsupportedModelError
-from ladon.heads.ends import input_embedding, output_projection
 from ladon.heads.fingerprint import fingerprint
+from ladon.heads.model_parts import input_embedding, output_projection
 from ladon.target import self_test
 from ladon.target.target import Target
 

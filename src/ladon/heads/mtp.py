@@ -18,7 +18,7 @@ from ladon.config import MTP, MTP_DEPTH
 from ladon.errors import HeadsError
 from ladon.heads.base import Heads
 from ladon.heads.copies import Placement, shared_copy
-from ladon.heads.ends import output_projection
+from ladon.heads.model_parts import output_projection
 from ladon.util.devices import input_device, is_offloaded
 
 if TYPE_CHECKING:
