@@ -10,11 +10,11 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from ladon.bench.identity import compare
 from transformers import PreTrainedModel
 
 import ladon
 from greedy import BATCH, MASK, plain
+from ladon.bench.quality.identity import compare
 from ladon.errors import InputError
 from ladon.target import self_test
 from ladon.target.kv_cache import TreeCache

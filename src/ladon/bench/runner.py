@@ -245,7 +245,7 @@ def calibrate(
     progress: Callable[[str, int, int], None],
 ) -> list[list[float]]:
     """Hit rates over the model's own greedy answers to the first turn of each question."""
-    prompts = [torch.tensor(prompt_ids(tokenizer, question, [])) for question in questions]
+    prompts = [torch.tensor(prompt_ids(tokenizer, question, []), device="cpu") for question in questions]
     trace = record(model, heads, prompts, max_new_tokens=max_new_tokens, progress=progress)
     given = given_the_truth(trace, correction_of(heads))
     return hit_rates(given.ranks(), given.num_candidates)

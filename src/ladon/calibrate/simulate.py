@@ -274,7 +274,7 @@ def reached(prefixes: Tensor, num_depths: int) -> dict[str, Any]:
     """The mean of prefixes [B], and of each depth, [K], the share of them that reach it; None where there is none."""
     if len(prefixes) == 0:
         return {"mean": None, "shares": [None] * num_depths}
-    shares = (prefixes[:, None] > torch.arange(num_depths)).double().mean(0)
+    shares = (prefixes[:, None] > torch.arange(num_depths, device="cpu")).double().mean(0)
     return {"mean": rounded(float(prefixes.double().mean())), "shares": rounded(shares.tolist())}
 
 

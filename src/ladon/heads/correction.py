@@ -185,9 +185,10 @@ class HiddenCorrection(nn.Module):
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
         """Random inside, zero `depth_bias` and `down_weight`."""
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator("cpu").manual_seed(seed)
         for weight in (self.token_weight, self.state_weight):
-            weight.copy_(torch.randn(weight.shape, generator=generator) * (2 * weight.shape[1]) ** -0.5)
+            drawn = torch.randn(weight.shape, generator=generator, dtype=torch.float32, device="cpu")
+            weight.copy_(drawn * (2 * weight.shape[1]) ** -0.5)
         self.depth_bias.zero_()
         self.down_weight.zero_()
 

@@ -219,7 +219,7 @@ def step_distance(step: Step) -> float:
         counts = step.accepted.count.tolist()
         for row, taken, count in zip(step.rows, step.emitted, counts, strict=False):
             if row.sampling_params.draws and count > 1:
-                laws = torch.stack(row.kept["scores"][: len(taken[: count - 1])]).double().softmax(-1)
+                laws = torch.stack(row.kept["scores"][: len(taken[: count - 1])]).cpu().double().softmax(-1)
                 said = torch.tensor(taken[: count - 1], device=laws.device)
                 total += float((1.0 - laws.gather(1, said[:, None])).sum())
     for row in step.rows:
