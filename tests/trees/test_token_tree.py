@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 
 from ladon.errors import TreeError
-from ladon.trees.token_tree import TokenTree, ancestor_mask, check_tree, node_depths, position_ids, root_tree
+from ladon.trees.check import check_tree
+from ladon.trees.token_tree import TokenTree, ancestor_mask, node_depths, position_ids, root_tree
 from random_trees import parent_arrays
 
 

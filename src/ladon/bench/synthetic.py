@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ladon.decoder.decoder import Decoder
-from ladon.drafting.proposer import Proposer, Stateless, TreeBuilder, tree_builder
+from ladon.drafting.proposer import Proposer, TreeBuilder, tree_builder
 from ladon.errors import InputError
 from ladon.heads import Heads
 from ladon.sampling.acceptance import Accepted
@@ -125,7 +125,7 @@ def _drafted(prompt: Prompt, answer: Sequence[int], rates: Tensor, places: int, 
     return (truth[:, :, None] + torch.arange(num_candidates) - rank[:, :, None]) % vocab_size
 
 
-class SyntheticProposer(Stateless):
+class SyntheticProposer(Proposer):
     """Drafts what the imagined heads say; rows join and leave as with any proposer.
 
     Attributes:
