@@ -94,8 +94,8 @@ class OwnProposer(Proposer):
     def _refuse_if_busy(self, owner: OwnProposer | None) -> None:
         if owner is not None and owner is not self:
             raise InputError(
-                f"this {self._name} has sequences of another engine in flight, and serves one engine at a time; give the "
-                f"class, proposer={self._name}, so that each engine gets its own"
+                f"this {self._name} has sequences of another engine in flight, and serves one engine at a time; give "
+                f"the class, proposer={self._name}, so that each engine gets its own"
             )
 
 
@@ -109,8 +109,8 @@ def check_methods(own: OwnDrafter) -> None:
         missing.append("propose")
     if missing:
         raise InputError(
-            f"the proposer {kind.__name__} has no {', '.join(missing)}; a class derived from ladon.Proposer needs propose "
-            "alone"
+            f"the proposer {kind.__name__} has no {', '.join(missing)}; a class derived from ladon.Proposer needs "
+            "propose alone"
         )
 
 
