@@ -26,7 +26,7 @@ ACCEPT = {  # which drafted tokens are kept, and what each name means
 
 NGRAMS = {  # the n-gram options, and what each means
     "auto": "what followed the last tokens where they stood before is guessed too, in dynamic trees and without heads",
-    "on": "the same, and in the dynamic trees of a proposer of your own too",
+    "on": "the same, and in the dynamic trees of your own proposer",
     "off": "heads alone guess",
 }
 PRODUCT, MARKOV, HIDDEN, PATHS = "product", "markov", "hidden", "paths"
