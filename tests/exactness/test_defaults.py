@@ -7,6 +7,7 @@ that names no dtype loses range, under float64 two of them no longer fit togethe
 from __future__ import annotations
 
 import ast
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 import families
@@ -40,9 +43,36 @@ def default_device() -> Iterator[None]:
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
     torch.set_default_dtype(dtype)
     try:
-        yield
+        with OnlyFloat32(dtype):
+            yield
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+class OnlyFloat32(TorchDispatchMode):
+    """Numbers that have taken the default dtype without being told to are found where they are made.
+
+    Integers that are divided give them too.
+    """
+
+    def __init__(self, default: torch.dtype) -> None:
+        super().__init__()
+        self._default = default
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        dtypes = {value.dtype for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)}
+        is_asked = self._default in tree_leaves((args, kwargs)) or self._default in dtypes
+        if isinstance(found, torch.Tensor) and found.dtype == self._default and not is_asked:
+            frame: Any = sys._getframe(1)
+            while "/torch/" in frame.f_code.co_filename:
+                frame = frame.f_back
+            where = f"{frame.f_code.co_filename}:{frame.f_lineno}"
+            # modules are made in the default dtype, without numbers of their own, and converted
+            is_made = func is torch.ops.aten.empty.memory_format or frame.f_code.co_name == "__init__"
+            is_ours = "/ladon/" in where and not is_made
+            assert not is_ours, f"{where}: {func} has taken the default dtype"
+        return found
 
 
 FOREIGN: dict[str, Callable[[], Any]] = {
