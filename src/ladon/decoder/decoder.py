@@ -16,7 +16,7 @@ from torch import Tensor
 from ladon.config import DecoderOptions
 from ladon.constraints.state import Constraint
 from ladon.decoder.options import DraftPlan, Prune, chosen_pruning, still_chosen
-from ladon.decoder.output import stream
+from ladon.decoder.output import LastCalls, ends_streamer, pack_output, stream
 from ladon.decoder.request import (
     CallSampling,
     Request,
@@ -60,9 +60,6 @@ class Decoder:
     Attributes:
         sizing: chooses the sizes of trees; what it has learnt serves the next calls.
         pruning: how trees are pruned; None if they are not.
-        stats: counts and times of the last call.
-        seeds: of the rows of the last call of `generate`; a row can be drawn again alone with its own.
-        complete: of the same rows, whether the text is whole, as its constraint has it; None without one.
     """
 
     def __init__(
@@ -118,10 +115,24 @@ class Decoder:
         self._plan = plan.fitting(self._target, self.heads)
         self.pruning = chosen_pruning(prune, heads, self._target)
         self.sizing = self._plan.sizing(self._target, self.heads, self.pruning, deterministic=deterministic)
-        self.stats = DecodeStats()
-        self.seeds: list[int] = []
-        self.complete: list[bool | None] = []
+        self._calls = LastCalls()
 
+    @property
+    def stats(self) -> DecodeStats:
+        """Counts and times of the last call of this thread; in a thread that has made none, of the last of all."""
+        return self._calls.results.stats
+
+    @property
+    def seeds(self) -> list[int]:
+        """Of the rows of that call, if it was one of `generate`; a row can be drawn again alone with its own."""
+        return self._calls.results.seeds
+
+    @property
+    def complete(self) -> list[bool | None]:
+        """Of the same rows, whether the text is whole, as its constraint has it; None without one."""
+        return self._calls.results.complete
+
+    @ends_streamer
     def generate(
         self,
         input_ids: Tensor | None = None,
@@ -148,7 +159,8 @@ class Decoder:
             prefix_allowed_tokens_fn: asked at every node of the trees.
             synced_gpus: of no effect.
             assistant_model: refused; the heads do its work.
-            streamer: gets the prompt, then new tokens, 1-D, as they come; for one prompt.
+            streamer: gets the prompt, then new tokens, 1-D, as they come; for one prompt. It is ended even if the call
+                raises, so that nobody who reads from it waits for ever.
             seed: of what is drawn with `do_sample=True`: a number, from which each row gets one of its own, or one for
                 each row, such as `seeds` shows; None draws a number from torch's global generator.
             constraint: what texts may be (`ladon.json_schema`, `regex`, `grammar`), for all rows, or one or None for
@@ -231,18 +243,17 @@ class Decoder:
         return self.engine(max_rows=max_rows).run(rows)
 
     def engine(self, *, max_rows: int | None = None, is_plain: bool = False) -> Engine:
-        """An engine for rows that come and go, with statistics of its own, which are `stats` from now on.
+        """An engine for rows that come and go, with statistics of its own, which are this thread's `stats` from now on.
 
         Args:
             max_rows: rows in flight at most, 1 or more (else `InputError`), the others wait; None for no bound.
             is_plain: draft nothing.
         """
         self._target.check()  # first of all: the model may have changed since the last call
-        self.pruning = still_chosen(self.pruning, self._prune, self._target)
-        self.stats = DecodeStats()
+        self.pruning = pruning = still_chosen(self.pruning, self._prune, self._target)
         device = self._target.device
-        sizes = TreeSizes(1 if is_plain else self.sizing, device, self.pruning)
-        recorder = Recorder(self.stats, sizes, self.model, device, profile=self._profile)
+        sizes = TreeSizes(1 if is_plain else self.sizing, device, pruning)
+        recorder = Recorder(self._calls.begin().stats, sizes, self.model, device, profile=self._profile)
         return Engine(
             self._target,
             RootProposer() if is_plain else self._proposer(recorder),
@@ -297,15 +308,15 @@ class Decoder:
 
     def _run(self, request: Request, streamer: Any) -> Tensor | GenerateDecoderOnlyOutput:
         """Decode a request to its end."""
-        self.seeds = [row.seed for row in request.rows]
         is_plain = any(row.sampling_params.is_plain for row in request.rows)
+        engine = self.engine(is_plain=is_plain)
+        results = self._calls.results
+        results.seeds = [row.seed for row in request.rows]
         try:
-            stream(request, self.engine(is_plain=is_plain).run(request.rows), streamer)
+            stream(request, engine.run(request.rows), streamer)
         finally:
-            self.complete = [row.complete for row in request.rows]
-        from ladon.decoder.output import pack_output
-
-        return pack_output(request, self.stats)
+            results.complete = [row.complete for row in request.rows]
+        return pack_output(request, results)
 
     def _proposer(self, observer: Observer) -> Proposer:
         return self._plan.proposer(self._target, self.heads, observer)
