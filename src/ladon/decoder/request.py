@@ -264,6 +264,7 @@ def make_rows(
                 grammar=None if constraint is None else GrammarState(constraint, rules.end_ids),
                 padded=ids,
                 number=index,
+                end_ids=rules.end_ids,
                 keeps=keeps,
                 keeps_past=bool(config.return_dict_in_generate and config.use_cache is not False),
             )

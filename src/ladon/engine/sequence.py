@@ -32,6 +32,8 @@ class Row:
         grammar: its constraint, as far as it has come; None: it may say anything.
         padded: its prompt as the processors of `generate` see it, [T] with the padding of its batch; None: `prompt`.
         number: its place in that batch.
+        end_ids: tokens with which `is_stop` is sure to end it: no callback is asked what may follow them.
+        failure: what a callback has raised at a node of its tree, which counts if it gets there.
         keeps: what is kept of its new tokens: "logits", "scores" (after its law), both or nothing.
         kept: that, by name, for each new token [V] float32, on the device.
         past: keys and values of leading tokens of its prompt, which need not be read (`longest_past`); None: none.
@@ -40,8 +42,8 @@ class Row:
         tokens: what has been emitted so far.
         finished: whether it has ended, in whatever way.
         cancelled: whether `cancel` has ended it.
-        error: what its stop rule has raised, that nothing could be said, or the `ConstraintError` of a constraint that
-            lets it go no further, upon which it was cancelled.
+        error: what its stop rule or a callback has raised, that nothing could be said, or the `ConstraintError` of a
+            constraint that lets it go no further, upon which it was cancelled.
         stats: its own counts and times.
     """
 
@@ -53,6 +55,8 @@ class Row:
     grammar: GrammarState | None = None
     padded: Tensor | None = None
     number: int = 0
+    end_ids: frozenset[int] = frozenset()
+    failure: Exception | None = None
     keeps: frozenset[str] = frozenset()
     kept: dict[str, list[Tensor]] = field(default_factory=dict)
     past: KeptPrefix | None = None
@@ -94,7 +98,7 @@ class Row:
         taken: list[int] = []
         for token in tokens:
             if token == NO_TOKEN and not self.finished:
-                self._fail(self._nothing_to_say())
+                self._fail(self.failure or self._nothing_to_say())
             with self._lock:  # not while the stop rule runs: it may cancel, or wait for who does
                 if self.finished or not self._follow(token):
                     break
