@@ -129,7 +129,7 @@ def test_a_lossy_rule_asks_about_no_token_that_is_forbidden(
 
 
 class Shifted(LogitsProcessor):
-    """Keeps nothing from call to call, and looks at the whole prefix: forbids what was said, and favours by position."""
+    """Keeps nothing between calls, and looks at the whole prefix: forbids what was said, and favours by position."""
 
     stateless = True
 

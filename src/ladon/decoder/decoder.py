@@ -153,10 +153,10 @@ class Decoder:
             input_ids: prompts, [B, T] int64, padded on the left or right as `attention_mask` says; or `inputs`.
             generation_config: options, which the model's own fill up and `**kwargs` override.
             logits_processor: called with each node's own prefix, as are those that options ask for. One that is not of
-                transformers and does not declare `stateless = True` makes decoding plain.
+                transformers makes decoding plain, or if it declares `stateless = True` is called with what is said.
             stopping_criteria: called as if tokens came one at a time, each row alone; as in `generate`, they replace
                 the default of the same class.
-            prefix_allowed_tokens_fn: asked at every node of the trees.
+            prefix_allowed_tokens_fn: asked about each prefix that is said, and no other.
             synced_gpus: of no effect.
             assistant_model: refused; the heads do its work.
             streamer: gets the prompt, then new tokens, 1-D, as they come; for one prompt. It is ended even if the call

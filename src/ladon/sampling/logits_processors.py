@@ -96,8 +96,8 @@ class Processors:
             made = own(prefixes, given)
             if made.shape != given.shape:
                 raise InputError(
-                    f"{type(processor).__name__} gave scores of shape {list(made.shape)} for {list(given.shape)}: it is "
-                    "called with one row of the batch at a time. Give one prompt at a time"
+                    f"{type(processor).__name__} gave scores of shape {list(made.shape)} for {list(given.shape)}: it "
+                    "is called with one row of the batch at a time. Give one prompt at a time"
                 )
             found[place, index] = made.to(scores.dtype)
         return found

@@ -140,7 +140,8 @@ class Sampler:
     ) -> tuple[Tensor, Tensor]:
         """Scores [b, N, V] and the tokens sampled from them, [b, N]."""
         if params.asks:
-            return _along_what_is_said(params, logits, context, nodes, guided, goes_everywhere=self._rule is not None)
+            is_lossy = self._rule is not None and params.draws
+            return _along_what_is_said(params, logits, context, nodes, guided, goes_everywhere=is_lossy)
         scores = params.scores(logits, context, nodes)
         return scores, _sampled(_drawn(params, scores, context, nodes), guided, is_drawn=params.draws)
 
