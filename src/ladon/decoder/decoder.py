@@ -22,7 +22,7 @@ from ladon.decoder.request import (
     Request,
     call_options,
     kept_rows,
-    make_rows,
+    make_request,
     padded_prompts,
     prepared_by_generate,
     refuse_unsupported,
@@ -154,8 +154,9 @@ class Decoder:
             generation_config: options, which the model's own fill up and `**kwargs` override.
             logits_processor: called with each node's own prefix, as are those that options ask for. One that is not of
                 transformers makes decoding plain, or if it declares `stateless = True` is called with what is said.
-            stopping_criteria: called as if tokens came one at a time, each row alone; as in `generate`, they replace
-                the default of the same class.
+            stopping_criteria: get the calls that `generate` makes: about all rows, padded, a token of each at a time,
+                with scores if `output_scores` asks for them (0 in rows that have ended); as there, they replace the
+                default of the same class, and without an end-of-sequence token rows go on until each has had its end.
             prefix_allowed_tokens_fn: asked about each prefix that is said, and no other.
             synced_gpus: of no effect.
             assistant_model: refused; the heads do its work.
@@ -229,14 +230,16 @@ class Decoder:
         Args:
             prompts: token ids of each, [T] int64, without padding.
             past: sequences decoded before (`Row.past`); each prompt goes on from the one that it shares most with.
-            **options: `generate`'s: `max_new_tokens`, `eos_token_id`, `stopping_criteria`, `do_sample` (False if it is
-                not given), `seed`, `constraint`, `return_dict_in_generate` (rows keep their `past`, scores) and so on.
+            **options: `generate`'s: `max_new_tokens`, `eos_token_id`, `stopping_criteria` (called about one row at a
+                time, since each may come and go), `do_sample` (False if it is not given), `seed`, `constraint`,
+                `return_dict_in_generate` (rows keep their `past`, scores) and so on.
 
         Raises:
             InputError: what `generate` refuses.
         """
         input_ids, mask = padded_prompts(self.model, prompts, options)
-        return self._prepare(input_ids, pasts=past, attention_mask=mask, **{"do_sample": False, **options}).rows
+        options = {"do_sample": False, **options}
+        return self._prepare(input_ids, pasts=past, attention_mask=mask, together=False, **options).rows
 
     def decode(self, rows: Sequence[Row], *, max_rows: int | None = None) -> Generator[Step, None, None]:
         """Decode rows whose limits, stops and token ids the caller has checked, in an `engine` of their own."""
@@ -271,10 +274,11 @@ class Decoder:
         seed: Any = None,
         constraint: Any = None,
         pasts: Sequence[KeptPrefix] = (),
+        together: bool = True,
         **options: Any,
     ) -> Request:
         """What transformers makes of a call's options; its complaints about them become an `InputError`."""
-        prepare = partial(self._request, seed=seed, constraint=constraint, pasts=pasts)
+        prepare = partial(self._request, seed=seed, constraint=constraint, pasts=pasts, together=together)
         request: Request = prepared_by_generate(self.model, input_ids, prepare, options)
         return request
 
@@ -288,13 +292,14 @@ class Decoder:
         seed: int | Sequence[int] | None = None,
         constraint: Constraint | Sequence[Constraint | None] | None = None,
         pasts: Sequence[KeptPrefix] = (),
+        together: bool = True,
         **model_kwargs: Any,
     ) -> Request:
         """A call that transformers has prepared, as rows; what is not supported is refused."""
         if model is not self.model:
             raise InputError("this decoder was made for another model; make one with ladon.Decoder(model, heads)")
         refuse_unsupported(input_ids, generation_config, model_kwargs)
-        rows = make_rows(
+        return make_request(
             input_ids,
             model_kwargs.get("attention_mask"),
             stopping_criteria,
@@ -303,8 +308,8 @@ class Decoder:
             getattr(model.get_input_embeddings(), "num_embeddings", None),
             CallSampling.of(generation_config, logits_processor, seed, len(input_ids), constraint),
             pasts or kept_rows(model_kwargs.get("past_key_values"), prepared=True),
+            together=together,
         )
-        return Request(input_ids=input_ids, rows=rows, config=generation_config)
 
     def _run(self, request: Request, streamer: Any) -> Tensor | GenerateDecoderOnlyOutput:
         """Decode a request to its end."""
@@ -314,6 +319,9 @@ class Decoder:
         results.seeds = [row.seed for row in request.rows]
         try:
             stream(request, engine.run(request.rows), streamer)
+            for judge in request.judges:
+                judge.settle()
+            results.stats.tokens = sum(row.stats.tokens for row in request.rows)  # without what was cut off later
         finally:
             results.complete = [row.complete for row in request.rows]
         return pack_output(request, results)

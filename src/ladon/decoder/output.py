@@ -77,10 +77,10 @@ def pack_output(request: Request, results: CallResults) -> Tensor | DecodeOutput
     """
     input_ids, rows, config = request.input_ids, request.rows, request.config
     warn_of_dead_ends(rows)
-    pad = getattr(config, "_pad_token_tensor", None)
-    pad_id = 0 if pad is None else int(pad)
     longest = max(len(row.tokens) for row in rows)
-    new = torch.tensor([row.tokens + [pad_id] * (longest - len(row.tokens)) for row in rows], device=input_ids.device)
+    new = torch.tensor(
+        [row.tokens + [request.pad_id] * (longest - len(row.tokens)) for row in rows], device=input_ids.device
+    )
     sequences = torch.cat([input_ids, new.to(input_ids.dtype)], dim=1)
     if not config.return_dict_in_generate:
         return sequences

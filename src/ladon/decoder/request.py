@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ladon.constraints.state import Constraint, GrammarState, row_constraints
-from ladon.decoder.stopping import StopRules, stop_string_rule
+from ladon.decoder.stopping import Judge, StopRules, stop_string_rule
 from ladon.engine.sequence import Row
 from ladon.errors import InputError, LadonError
 from ladon.sampling.gumbel import row_seeds
@@ -43,11 +43,18 @@ class Request:
         input_ids: the prompts as they are returned, [B, T], padding included.
         rows: one for each prompt.
         config: the merged generation config.
+        judges: of its rows' stopping criteria.
     """
 
     input_ids: Tensor
     rows: list[Row]
     config: GenerationConfig
+    judges: list[Judge]
+
+    @property
+    def pad_id(self) -> int:
+        """What stands after a row's end."""
+        return pad_id_of(self.config)
 
 
 def merged_option(model: PreTrainedModel, options: dict[str, Any], name: str) -> Any:
@@ -211,7 +218,13 @@ def _count_tokens(position_ids: Tensor, input_ids: Tensor, attention_mask: Tenso
     return bool(((position_ids.to(mask.device) == expected) | (mask == 0)).all())
 
 
-def make_rows(
+def pad_id_of(config: GenerationConfig) -> int:
+    """The padding of a prepared generation config; 0 if it has none. Reads the device."""
+    pad = getattr(config, "_pad_token_tensor", None)
+    return 0 if pad is None else int(pad)
+
+
+def make_request(
     input_ids: Tensor,
     attention_mask: Tensor | None,
     criteria: StoppingCriteriaList | None,
@@ -220,8 +233,10 @@ def make_rows(
     vocab_size: int | None,
     sampling: CallSampling,
     pasts: Sequence[KeptPrefix] = (),
-) -> list[Row]:
-    """One row per prompt, its padding stripped.
+    *,
+    together: bool = True,
+) -> Request:
+    """A call with one row per prompt, its padding stripped.
 
     Args:
         input_ids: [B, T], padded wherever `attention_mask` [B, T] is 0.
@@ -232,6 +247,7 @@ def make_rows(
         vocab_size: how many tokens the model can read; None if that is not known.
         sampling: how tokens are sampled.
         pasts: sequences that prompts may go on from.
+        together: stopping criteria are asked about all rows; False: about each by itself.
 
     Raises:
         InputError: a prompt is empty, leaves no room for a token, or has a token that is not in the vocabulary.
@@ -241,7 +257,8 @@ def make_rows(
     max_new_tokens = max(max_length - input_ids.shape[1], 1)  # criteria are asked after a token: there is always one
     keeps = frozenset(name for name in ("logits", "scores") if getattr(config, f"output_{name}", False))
     keeps = keeps if config.return_dict_in_generate else frozenset()
-    rows = []
+    judges = rules.judges(input_ids, pad_id_of(config), together=together)
+    rows: list[Row] = []
     for index, (ids, constraint) in enumerate(zip(input_ids, sampling.constraints, strict=True)):
         prompt = ids if attention_mask is None else ids[attention_mask[index].bool()]
         if len(prompt) == 0:
@@ -254,11 +271,12 @@ def make_rows(
                     f"prompt {index} has {len(prompt)} tokens, the model's context limit is {context_limit}; shorten "
                     f"the prompt to {context_limit - 1} tokens or fewer"
                 )
+        judge = judges[index % len(judges)] if judges else None
         rows.append(
             Row(
                 prompt=prompt,
                 max_new_tokens=limit,
-                is_stop=rules.for_row(ids),
+                is_stop=rules.end_ids.__contains__ if judge is None else judge.rule(),
                 seed=sampling.seeds[index],
                 sampling_params=sampling.sampling_params,
                 grammar=None if constraint is None else GrammarState(constraint, rules.end_ids),
@@ -269,10 +287,12 @@ def make_rows(
                 keeps_past=bool(config.return_dict_in_generate and config.use_cache is not False),
             )
         )
+        if judge is not None:
+            judge.rows.append(rows[-1])
         if pasts:
             rows[-1].past = longest_past(pasts, rows[-1].prompt_ids)
     _check_ids(rows, vocab_size)
-    return rows
+    return Request(input_ids=input_ids, rows=rows, config=config, judges=judges)
 
 
 def _check_ids(rows: list[Row], vocab_size: int | None) -> None:

@@ -112,7 +112,31 @@ class Row:
         with self._lock:
             if not self.finished:
                 self._follow(None)
+            self._drop_beyond(len(self.tokens))
         return taken
+
+    def cut(self, count: int) -> None:
+        """End the row after its first `count` tokens, at least 1, though it may have got more, or ended later.
+
+        For stop rules that learn of a row's end late, because it hangs on other rows.
+        """
+        with self._lock:
+            surplus = len(self.tokens) - count
+            if surplus > 0:
+                del self.tokens[count:]
+                self._drop_beyond(count)
+                self.stats.tokens -= surplus
+                if self.past is not None:
+                    self.past = self.past.first(min(len(self.past), len(self.prompt) + count))
+                if self.grammar is not None:
+                    self.grammar.take_anew(self.tokens)
+                if isinstance(self.error, ConstraintError):  # of a token that it does not have
+                    self.error, self.cancelled = None, False
+            self._end()
+
+    def _drop_beyond(self, count: int) -> None:
+        for values in self.kept.values():
+            del values[count:]
 
     def _follow(self, token: int | None) -> bool:
         """Take a token as the constraint has it (None: see whether any may come). If none may, the row has ended."""
@@ -152,7 +176,10 @@ class Row:
             self.finished, self.stats.finished = True, time.perf_counter()
 
     def keep(self, found: Mapping[str, Tensor], count: int) -> None:
-        """Keep what was asked for of its newest tokens, from what there is of the step's, by name [A, V]."""
+        """Keep what was asked for of the tokens that it will `take`, from what there is of the step's, by name [A, V].
+
+        What belongs to tokens that it does not take is dropped then.
+        """
         for name in self.keeps:
             self.kept.setdefault(name, []).extend(found[name][:count].unbind())
 
