@@ -298,7 +298,7 @@ class Decoder:
         """A call that transformers has prepared, as rows; what is not supported is refused."""
         if model is not self.model:
             raise InputError("this decoder was made for another model; make one with ladon.Decoder(model, heads)")
-        refuse_unsupported(input_ids, generation_config, model_kwargs)
+        refuse_unsupported(input_ids, generation_config, model_kwargs, self._target.ignores_zeros)
         return make_request(
             input_ids,
             model_kwargs.get("attention_mask"),

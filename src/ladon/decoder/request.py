@@ -33,6 +33,7 @@ _UNSUPPORTED_OUTPUTS = ("output_attentions", "output_hidden_states")
 _NEUTRAL_INPUTS = {
     "attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position",
 }  # fmt: skip
+_TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,7 +83,7 @@ def expand_copies(model: PreTrainedModel, input_ids: Tensor, options: dict[str, 
     if copies == 1:
         return input_ids
     options[name] = 1
-    for per_row in ("attention_mask", "position_ids"):
+    for per_row in ("attention_mask", "position_ids", *_TOKEN_TYPES):
         if options.get(per_row) is not None:
             options[per_row] = options[per_row].repeat_interleave(copies, 0)
     return input_ids.repeat_interleave(copies, 0)
@@ -155,13 +156,16 @@ def check_prompt(input_ids: Any, attention_mask: Tensor | None, max_new_tokens: 
         raise InputError(f"max_new_tokens is {max_new_tokens!r}; ask for 1 or more")
 
 
-def refuse_unsupported(input_ids: Tensor, config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:
+def refuse_unsupported(
+    input_ids: Tensor, config: GenerationConfig, model_kwargs: dict[str, Any], ignores_zeros: Callable[[str], bool]
+) -> None:
     """Raise `InputError` for anything that would change the output and is not supported.
 
     Args:
         input_ids: the prompts, [B, T].
         config: the merged generation config.
         model_kwargs: model inputs, the user's and those that `generate` has prepared.
+        ignores_zeros: whether an input of the model, by its name, has no effect if it is all zeros.
     """
     if getattr(config, "use_mtp", None):
         raise InputError(
@@ -177,7 +181,7 @@ def refuse_unsupported(input_ids: Tensor, config: GenerationConfig, model_kwargs
     for name in _UNSUPPORTED_OUTPUTS:
         if getattr(config, name, False):
             raise InputError(f"{name}=True is not supported yet; leave it off")
-    _refuse_inputs(input_ids, model_kwargs)
+    _refuse_inputs(input_ids, model_kwargs, ignores_zeros)
 
 
 def kept_rows(cache: Any, *, prepared: bool = False) -> Sequence[KeptPrefix]:
@@ -195,10 +199,16 @@ def kept_rows(cache: Any, *, prepared: bool = False) -> Sequence[KeptPrefix]:
     )
 
 
-def _refuse_inputs(input_ids: Tensor, model_kwargs: dict[str, Any]) -> None:
-    """Raise `InputError` for model inputs that the target would not get. May read the device once."""
-    # (text-only calls of models that could also take images come with an empty dict)
-    given = [k for k, v in model_kwargs.items() if k not in _NEUTRAL_INPUTS and not (v is None or v == {})]
+def _refuse_inputs(input_ids: Tensor, model_kwargs: dict[str, Any], ignores_zeros: Callable[[str], bool]) -> None:
+    """Raise `InputError` for model inputs that the target would not get. May read the device."""
+
+    def says_nothing(name: str, value: Any) -> bool:
+        """As in text-only calls of models that could also take images: an empty dict, and the types of text tokens."""
+        if isinstance(value, Tensor):
+            return name in _TOKEN_TYPES and value.shape == input_ids.shape and not value.any() and ignores_zeros(name)
+        return value is None or value == {}
+
+    given = [k for k, v in model_kwargs.items() if k not in _NEUTRAL_INPUTS and not says_nothing(k, v)]
     if given:
         raise InputError(
             f"{', '.join(given)}: Ladon gives the model token ids and positions, no images or other inputs. Leave them "
