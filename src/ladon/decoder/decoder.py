@@ -167,9 +167,10 @@ class Decoder:
             constraint: what texts may be (`ladon.json_schema`, `regex`, `grammar`), for all rows, or one or None for
                 each; where it lets a row go no further, that ends with a warning. `complete` tells whose text is whole.
             **kwargs: `generate`'s options: `attention_mask`, `max_new_tokens`, `max_length`, `eos_token_id`,
-                `stop_strings` with `tokenizer`, `return_dict_in_generate`, `num_return_sequences`; `past_key_values` of
-                an earlier output (`ladon.target.prefix_cache.KeptCache`). Model inputs other than the mask (and
-                position ids that follow from it) are refused, caches of other kinds too.
+                `stop_strings` and `token_healing` with `tokenizer`, `return_dict_in_generate`, `num_return_sequences`;
+                `past_key_values` of an earlier output (`ladon.target.prefix_cache.KeptCache`). Model inputs other than
+                the mask (and position ids that follow from it, and token types of 0 that change nothing) are refused,
+                caches of other kinds too.
 
         Returns:
             Sequences [B, T + new], padded on the right after a row's end; or transformers' output object.
@@ -195,9 +196,10 @@ class Decoder:
         """What `model.generate(..., custom_generate=decoder)` calls, with inputs prepared.
 
         Before it calls a `custom_generate` callable, transformers drops `streamer` (an iterator streamer given there
-        waits for ever), `tokenizer` (stop strings raise) and `assistant_model` (it has no effect), and refuses
-        `num_return_sequences` above 1 in greedy decoding. `Decoder.generate` and `attach` handle them. An empty cache
-        of transformers' given as `past_key_values` stays empty where transformers does not mark it as the user's.
+        waits for ever), `tokenizer` (stop strings and token healing raise) and `assistant_model` (it has no effect),
+        and refuses `num_return_sequences` above 1 in greedy decoding. `Decoder.generate` and `attach` handle them. An
+        empty cache of transformers' given as `past_key_values` stays empty where transformers does not mark it as the
+        user's.
         """
         return self._run(self._request(model, input_ids, **prepared), None)
 

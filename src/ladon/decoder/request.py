@@ -111,7 +111,40 @@ def call_options(
         rules.append(stop_string_rule(stop_strings, tokenizer))
         options["stop_strings"] = None  # the criterion stands for them
     input_ids = expand_copies(model, input_ids, options)
+    if merged_option(model, options, "token_healing"):
+        input_ids = _healed(model, input_ids, options, tokenizer)
     return input_ids, {**options, "stopping_criteria": rules}
+
+
+def _healed(model: PreTrainedModel, input_ids: Tensor, options: dict[str, Any], tokenizer: Any) -> Tensor:
+    """Prompts [B, T] with their last tokens chosen anew, as `token_healing` of transformers does it; T may change.
+
+    It decodes one token of each prompt. `options` change: they no longer ask for it, and the mask is that of the healed
+    prompts, of which transformers makes none anew: what it would find padded in the prompts as they were stays padded.
+    """
+    if tokenizer is None:
+        raise InputError("token_healing needs the tokenizer; pass tokenizer=... as well")
+    options["token_healing"] = False
+    encoder_options = {"encoder_repetition_penalty": 1.0, "encoder_no_repeat_ngram_size": 0}
+    for name, neutral in encoder_options.items():
+        if merged_option(model, options, name) not in (None, neutral):
+            raise InputError(f"{name} together with token_healing is not supported; leave one of them out")
+    mask = prepared_by_generate(model, input_ids, lambda *_, **made: made.get("attention_mask"), dict(options))
+    try:
+        healed: Tensor = model.heal_tokens(input_ids, tokenizer)
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"token_healing fails ({' '.join(str(error).split())[:120]}); it needs a tokenizer with bos_token and "
+            f"pad_token, and this one has {tokenizer.bos_token!r} and {tokenizer.pad_token!r}"
+        ) from error
+    if mask is not None and mask.shape != healed.shape:
+        raise InputError(
+            f"token_healing makes prompts of {input_ids.shape[1]} tokens into {healed.shape[1]}, and their mask no "
+            "longer fits; strip the spaces from their ends, or give one prompt at a time"
+        )
+    options["attention_mask"] = torch.ones_like(healed) if mask is None else mask
+    check_prompt(healed, options["attention_mask"], None)
+    return healed
 
 
 def left_padded(prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
