@@ -129,6 +129,18 @@ def test_stop_strings_of_a_generation_config(model, decoder):
         decoder.generate(PROMPT, max_new_tokens=16)
 
 
+def test_stop_strings_of_rows(model, decoder):
+    tokenizer = one_character_per_token()
+    stop = tokenizer.decode(plain(model)[0, 12:])[5:7]
+    expected = plain(model, stop_strings=[stop], tokenizer=tokenizer)[0, 12:].tolist()
+    rows = decoder.rows([PROMPT[0]], max_new_tokens=16, stop_strings=[stop], tokenizer=tokenizer)
+    for _ in decoder.decode(rows):
+        pass
+    assert rows[0].tokens == expected
+    with pytest.raises(ladon.InputError, match="stop_strings needs the tokenizer"):
+        decoder.rows([PROMPT[0]], max_new_tokens=16, stop_strings=[stop])
+
+
 def check_usage(decoder: ladon.Decoder, output, new: int) -> None:
     """Tokens that were cut off are counted nowhere and are not in the cache."""
     assert output.sequences.shape[1] == 12 + new and decoder.stats.tokens == new - 1

@@ -22,8 +22,8 @@ from ladon.decoder.request import (
     Request,
     call_options,
     kept_rows,
+    left_padded,
     make_request,
-    padded_prompts,
     prepared_by_generate,
     refuse_unsupported,
 )
@@ -239,9 +239,12 @@ class Decoder:
         Raises:
             InputError: what `generate` refuses.
         """
-        input_ids, mask = padded_prompts(self.model, prompts, options)
-        options = {"do_sample": False, **options}
-        return self._prepare(input_ids, pasts=past, attention_mask=mask, together=False, **options).rows
+        own: dict[str, Any] = {name: options.pop(name, None) for name in ("seed", "constraint")}
+        criteria = options.pop("stopping_criteria", None) or []
+        input_ids, mask = left_padded(prompts)
+        options = {"do_sample": False, "attention_mask": mask, **options}
+        input_ids, options = call_options(self.model, input_ids, options, criteria)
+        return self._prepare(input_ids, pasts=past, together=False, **own, **options).rows
 
     def decode(self, rows: Sequence[Row], *, max_rows: int | None = None) -> Generator[Step, None, None]:
         """Decode rows whose limits, stops and token ids the caller has checked, in an `engine` of their own."""

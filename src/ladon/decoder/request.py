@@ -156,13 +156,6 @@ def left_padded(prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return ids, mask
 
 
-def padded_prompts(model: PreTrainedModel, prompts: Sequence[Tensor], options: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """The same, checked as `check_prompt` does, for a call with these options."""
-    input_ids, mask = left_padded(prompts)
-    check_prompt(input_ids, mask, merged_option(model, options, "max_new_tokens"))
-    return input_ids, mask
-
-
 def check_prompt(input_ids: Any, attention_mask: Tensor | None, max_new_tokens: Any) -> None:
     """Raise `InputError` for what transformers would report in its own way, or not at all.
 
