@@ -31,36 +31,22 @@ if TYPE_CHECKING:
     from ladon.target.pruning.pruner import Pruning
     from ladon.trees.fixed_tree import FixedTree, TreeSize, best_fixed_tree, read_tree
 
-_HOME = {
-    "Decoder": "ladon.decoder.decoder",
-    "TraceStep": "ladon.decoder.trace",
-    "attach": "ladon.decoder.attach",
-    "detach": "ladon.decoder.attach",
-    "Nucleus": "ladon.sampling.lossy",
-    "Pruning": "ladon.target.pruning.pruner",
-    "Row": "ladon.engine.sequence",
-    "Typical": "ladon.sampling.lossy",
-    "json_schema": "ladon.constraints.llguidance_backend",
-    "regex": "ladon.constraints.llguidance_backend",
-    "grammar": "ladon.constraints.llguidance_backend",
-    "DecodeStats": "ladon.engine.stats",
-    "FixedTree": "ladon.trees.fixed_tree",
-    "best_fixed_tree": "ladon.trees.fixed_tree",
-    "Heads": "ladon.heads",
-    "load_heads": "ladon.heads",
-    "new_heads": "ladon.heads",
-    "load_mtp": "ladon.heads.mtp",
-    "load_demo": "ladon.demo.bundled",
-    "TreeSize": "ladon.trees.fixed_tree",
-    "read_tree": "ladon.trees.fixed_tree",
-    "LadonError": "ladon.errors",
-    "InputError": "ladon.errors",
-    "LogitsError": "ladon.errors",
-    "TreeError": "ladon.errors",
-    "ConstraintError": "ladon.errors",
-    "HeadsError": "ladon.errors",
-    "UnsupportedModelError": "ladon.errors",
+_NAMES = {  # where the public names live
+    "constraints.llguidance_backend": "grammar json_schema regex",
+    "decoder.attach": "attach detach",
+    "decoder.decoder": "Decoder",
+    "decoder.trace": "TraceStep",
+    "demo.bundled": "load_demo",
+    "engine.sequence": "Row",
+    "engine.stats": "DecodeStats",
+    "errors": "ConstraintError HeadsError InputError LadonError LogitsError TreeError UnsupportedModelError",
+    "heads": "Heads load_heads new_heads",
+    "heads.mtp": "load_mtp",
+    "sampling.lossy": "Nucleus Typical",
+    "target.pruning.pruner": "Pruning",
+    "trees.fixed_tree": "FixedTree TreeSize best_fixed_tree read_tree",
 }
+_HOME = {name: f"ladon.{module}" for module, names in _NAMES.items() for name in names.split()}
 
 __version__ = "0.1.0"
 __all__ = [

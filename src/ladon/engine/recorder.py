@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 import torch
 from torch import nn
@@ -19,6 +19,7 @@ from ladon.tree_size.observer import TreeSizes
 # Stages that are reported, by the names that `DecodeStats.stage_seconds` has for them.
 _REPORTED = {name: name for name in "verify accept commit heads growth transfer ngrams constraints".split()}
 _REPORTED["sample"] = "pick"
+_NEEDED = {"prefill", "verify", "callers"}  # what the time of a step is made from
 
 
 class Recorder(EngineObserver):
@@ -49,20 +50,24 @@ class Recorder(EngineObserver):
         self._prefill_from = self._decode_from = 0.0  # when these began in it
         self._callers = 0.0  # seconds of it that belong to the callers' stop rules
 
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
+    def stage(self, name: str) -> AbstractContextManager[object]:
         """Time a stage, if its time is wanted."""
-        is_wanted = self._profile and name in _REPORTED
-        started = self._now() if is_wanted else time.perf_counter()
+        is_wanted = name in _NEEDED or (self._profile and name in _REPORTED)
+        return self._timed(name) if is_wanted else super().stage(name)
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        is_reported = self._profile and name in _REPORTED
+        started = self._now() if is_reported else time.perf_counter()
         if name == "prefill":
             self._prefill_from = started
         elif name == "verify":
             self._decode_from = started
         with ExitStack() as stack:
-            if is_wanted and name == "verify":
+            if is_reported and name == "verify":
                 stack.enter_context(self._forwards())
             yield
-        if is_wanted:
+        if is_reported:
             self._add(_REPORTED[name], started)
         elif name == "callers":
             self._callers = time.perf_counter() - started

@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import threading
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -25,6 +24,7 @@ from torch import Tensor
 from ladon.errors import UnsupportedModelError
 from ladon.target.hooks import lock_of
 from ladon.trees.token_tree import TokenTree
+from ladon.util.files import write_whole
 from ladon.util.machine import cache_folder
 
 if TYPE_CHECKING:
@@ -219,10 +219,6 @@ def _read() -> dict[str, Verdict]:
 def _write(key: str, verdict: Verdict) -> None:
     """Add a verdict to the file, whole or not at all; where nothing may be written the test runs again next time."""
     content = {name: asdict(known) for name, known in _read().items()} | {key: asdict(verdict)}
-    draft = _file().with_suffix(f".{os.getpid()}-{threading.get_ident()}.tmp")
-    try:
-        draft.parent.mkdir(parents=True, exist_ok=True)
-        draft.write_text(json.dumps(content, indent=1), encoding="utf-8")
-        draft.replace(_file())
-    except OSError:
-        return
+    with suppress(OSError):
+        _file().parent.mkdir(parents=True, exist_ok=True)
+        write_whole(_file(), json.dumps(content, indent=1))
