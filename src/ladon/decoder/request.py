@@ -124,19 +124,18 @@ def _healed(model: PreTrainedModel, input_ids: Tensor, options: dict[str, Any], 
     """
     if tokenizer is None:
         raise InputError("token_healing needs the tokenizer; pass tokenizer=... as well")
+    if tokenizer.bos_token is None or tokenizer.pad_token is None:
+        raise InputError(
+            "token_healing needs a tokenizer with bos_token and pad_token, and this one has "
+            f"{tokenizer.bos_token!r} and {tokenizer.pad_token!r}; set what is missing"
+        )
     options["token_healing"] = False
     encoder_options = {"encoder_repetition_penalty": 1.0, "encoder_no_repeat_ngram_size": 0}
     for name, neutral in encoder_options.items():
         if merged_option(model, options, name) not in (None, neutral):
             raise InputError(f"{name} together with token_healing is not supported; leave one of them out")
     mask = prepared_by_generate(model, input_ids, lambda *_, **made: made.get("attention_mask"), dict(options))
-    try:
-        healed: Tensor = model.heal_tokens(input_ids, tokenizer)
-    except (TypeError, ValueError) as error:
-        raise InputError(
-            f"token_healing fails ({' '.join(str(error).split())[:120]}); it needs a tokenizer with bos_token and "
-            f"pad_token, and this one has {tokenizer.bos_token!r} and {tokenizer.pad_token!r}"
-        ) from error
+    healed: Tensor = model.heal_tokens(input_ids, tokenizer)
     if mask is not None and mask.shape != healed.shape:
         raise InputError(
             f"token_healing makes prompts of {input_ids.shape[1]} tokens into {healed.shape[1]}, and their mask no "
