@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ladon.cli.adapters import adapter_base, tokenizer_source
 from ladon.cli.options import DTYPES, shortened
 from ladon.config import MTP
 from ladon.demo.bundled import demo_path, load_demo
@@ -110,6 +111,7 @@ def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> PreTrained
     _check_length("--model", model)
     source = str(demo_path()) if model == DEMO else _source(model)
     with _explained(model):
+        source = tokenizer_source(source)
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     return tokenizer
 
@@ -132,12 +134,13 @@ def _from_transformers(
 
     source = _source(name)
     with _explained(name):
-        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        base = adapter_base(source) or source  # transformers puts an adapter's weights into the model that it names
+        config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
         stored = getattr(config.get_text_config(decoder=True), "dtype", None) or torch.float32
         model = AutoModelForCausalLM.from_pretrained(
             source, config=config, dtype=_dtype(dtype, stored, device), trust_remote_code=trust_remote_code, **placement
         )
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_source(source), trust_remote_code=trust_remote_code)
     return (model if placement else model.to(device)).eval(), tokenizer
 
 

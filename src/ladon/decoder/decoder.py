@@ -17,6 +17,7 @@ from ladon.config import DecoderOptions
 from ladon.constraints.state import Constraint
 from ladon.decoder.options import DraftPlan, Prune, chosen_pruning, still_chosen
 from ladon.decoder.output import stream
+from ladon.decoder.preparation import refuse_changed_inputs, refuse_own_loop
 from ladon.decoder.request import (
     CallSampling,
     Request,
@@ -26,6 +27,7 @@ from ladon.decoder.request import (
     padded_prompts,
     prepared_by_generate,
     refuse_unsupported,
+    refuse_wrapped_options,
 )
 from ladon.decoder.trace import Trace
 from ladon.drafting.proposer import Proposer, RootProposer
@@ -36,6 +38,7 @@ from ladon.engine.stats import DecodeStats
 from ladon.engine.step import Step
 from ladon.errors import InputError
 from ladon.heads import Heads
+from ladon.heads.wrapped import adapter_state, unwrapped
 from ladon.sampling.lossy import Nucleus, Typical, rule_of
 from ladon.target.prefix_cache import KeptPrefix
 from ladon.target.target import Target
@@ -83,7 +86,8 @@ class Decoder:
         """Check the model and the options.
 
         Args:
-            model: any causal language model of transformers whose cache can roll back.
+            model: any causal language model of transformers whose cache can roll back, as it is, with adapters in its
+                layers (peft), or compiled.
             heads: decoding heads for it; None: n-grams alone draft. Decoders of several models may share heads if they
                 run one after the other.
             tree: "dynamic" (grown anew at each step from the heads' joint probabilities), "chain" (each head's best
@@ -110,10 +114,12 @@ class Decoder:
             TreeError: an unknown tree or n-gram option, a budget below 1, or a fixed tree that the heads cannot fill or
                 that branches where the model verifies chains only.
         """
+        self._given, self.model = unwrapped(model)
+        refuse_own_loop(self.model)
         plan = DraftPlan.of(heads, tree, budget, num_candidates, ngrams, joint)
         self._profile, self._prune, self._rule = profile, prune, rule_of(accept)
-        self.model = model
-        self.heads = None if heads is None else heads.bind(model)
+        self.heads = None if heads is None else heads.bind(self.model)
+        self._adapters = adapter_state(self.model)
         self._target = Target(model)
         self._plan = plan.fitting(self._target, self.heads)
         self.pruning = chosen_pruning(prune, heads, self._target)
@@ -168,7 +174,7 @@ class Decoder:
         options = {**kwargs, "generation_config": generation_config, "logits_processor": logits_processor}
         options |= {"prefix_allowed_tokens_fn": prefix_allowed_tokens_fn, "synced_gpus": synced_gpus}
         options["assistant_model"] = assistant_model
-        input_ids, options = call_options(self.model, input_ids, options, stopping_criteria or [])
+        input_ids, options = call_options(self._given, input_ids, options, stopping_criteria or [])
         own: dict[str, Any] = {
             "seed": seed,
             "constraint": constraint,
@@ -223,7 +229,7 @@ class Decoder:
         Raises:
             InputError: what `generate` refuses.
         """
-        input_ids, mask = padded_prompts(self.model, prompts, options)
+        input_ids, mask = padded_prompts(self._given, prompts, options)
         return self._prepare(input_ids, pasts=past, attention_mask=mask, **{"do_sample": False, **options}).rows
 
     def decode(self, rows: Sequence[Row], *, max_rows: int | None = None) -> Generator[Step, None, None]:
@@ -237,7 +243,11 @@ class Decoder:
             max_rows: rows in flight at most, 1 or more (else `InputError`), the others wait; None for no bound.
             is_plain: draft nothing.
         """
-        self._target.check()  # first of all: the model may have changed since the last call
+        self._target.check(anew=True)  # first of all: the model may have changed since the last call
+        if self._adapters != (found := adapter_state(self.model)):
+            self._adapters = found
+            if self.heads is not None:
+                self.heads.warn_of_adapters(self.model)
         self.pruning = still_chosen(self.pruning, self._prune, self._target)
         self.stats = DecodeStats()
         device = self._target.device
@@ -263,9 +273,9 @@ class Decoder:
         **options: Any,
     ) -> Request:
         """What transformers makes of a call's options; its complaints about them become an `InputError`."""
+        refuse_wrapped_options(self._given, options)
         prepare = partial(self._request, seed=seed, constraint=constraint, pasts=pasts)
-        request: Request = prepared_by_generate(self.model, input_ids, prepare, options)
-        return request
+        return prepared_by_generate(self._given, input_ids, prepare, options)
 
     def _request(
         self,
@@ -283,6 +293,7 @@ class Decoder:
         if model is not self.model:
             raise InputError("this decoder was made for another model; make one with ladon.Decoder(model, heads)")
         refuse_unsupported(input_ids, generation_config, model_kwargs)
+        refuse_changed_inputs(model, input_ids, model_kwargs, generation_config.max_length)
         rows = make_rows(
             input_ids,
             model_kwargs.get("attention_mask"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from ladon.constraints.state import Constraint, GrammarState, row_constraints
+from ladon.decoder.preparation import is_of_library
 from ladon.decoder.stopping import StopRules, stop_string_rule
 from ladon.engine.sequence import Row
-from ladon.errors import InputError, LadonError
+from ladon.errors import InputError, LadonError, UnsupportedModelError
+from ladon.heads.wrapped import unwrapped
 from ladon.sampling.gumbel import row_seeds
 from ladon.sampling.logits_processors import ProcessedSampling, Processors
 from ladon.sampling.sampling_params import GREEDY, SamplingParams
@@ -173,6 +175,19 @@ def refuse_unsupported(input_ids: Tensor, config: GenerationConfig, model_kwargs
     _refuse_inputs(input_ids, model_kwargs)
 
 
+def refuse_wrapped_options(given: Any, options: Mapping[str, Any]) -> None:
+    """Raise for what a peft model would keep to itself: adapters that do not run, and arguments for them.
+
+    Raises:
+        InputError: an argument chooses adapters row by row.
+        UnsupportedModelError: an adapter is active that does not act in layers.
+    """
+    unwrapped(given)
+    for name in ("adapter_names", *getattr(given, "special_peft_forward_args", ())):
+        if options.get(name) is not None:
+            raise InputError(f"{name} gives rows of one call their own adapters: not supported; call set_adapter")
+
+
 def kept_rows(cache: Any, *, prepared: bool = False) -> Sequence[KeptPrefix]:
     """The sequences in a cache given by the user; `InputError` for one of another kind, which would stay as it is.
 
@@ -296,18 +311,33 @@ def own_generate(model: PreTrainedModel) -> Callable[..., Any]:
 
 def prepared_by_generate(
     model: PreTrainedModel, input_ids: Tensor, prepare: Callable[..., Any], options: dict[str, Any]
-) -> Any:
+) -> Request:
     """What `prepare` makes of a call's inputs and options as transformers prepares them.
 
     Raises:
         InputError: what transformers complains of.
+        UnsupportedModelError: the class has a generate of its own that keeps the request to itself.
     """
     try:
-        return own_generate(model)(input_ids, custom_generate=prepare, **options)
+        made = own_generate(model)(input_ids, custom_generate=prepare, **options)
     except LadonError:
         raise
     except ValueError as error:
         raise InputError(" ".join(str(error).split())) from error
+    except (AttributeError, TypeError) as error:
+        if is_of_library(type(model).generate):
+            raise
+        raise _own_generate_refused(model) from error
+    if not isinstance(made, Request):
+        raise _own_generate_refused(model)
+    return made
+
+
+def _own_generate_refused(model: PreTrainedModel) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{type(model).__name__} has a generate of its own that does not give back what custom_generate returns, so "
+        "what it does to its result would be lost; use that generate, or a class with the generate of transformers"
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -15,8 +15,9 @@ from ladon.heads.calibration import Calibration
 from ladon.heads.checkpoint import HeadsConfig, write_heads
 from ladon.heads.correction import MARKOV_GATE, MarkovCorrection
 from ladon.heads.ends import input_embedding_module, output_projection
-from ladon.heads.fingerprint import Fingerprint, check_same_base, fingerprint
+from ladon.heads.fingerprint import Fingerprint, check_same_base, fingerprint, warn_of_adapters
 from ladon.heads.hidden_correction import HiddenCorrection
+from ladon.heads.wrapped import unwrapped
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -216,6 +217,7 @@ class Heads(nn.Module, ABC):
         Raises:
             HeadsError: the sizes do not fit, or the fingerprint is another model's and `force` is False.
         """
+        model = unwrapped(model).model
         projection = output_projection(model)
         self.check_sizes(model)
         if self._projection[:1] != (projection.module,) and not force:
@@ -230,6 +232,7 @@ class Heads(nn.Module, ABC):
 
     def remember_base(self, model: PreTrainedModel) -> None:
         """Record `model` as the one these heads belong to."""
+        model = unwrapped(model).model
         self.base_name = str(model.config._name_or_path)
         self.base_fingerprint = fingerprint(model)
 
@@ -282,6 +285,11 @@ class Heads(nn.Module, ABC):
         """Raise `HeadsError` if `model` is another than these heads' own; warn where that cannot be told."""
         self.check_sizes(model)
         check_same_base(self.base_name, self.base_fingerprint, model)
+
+    def warn_of_adapters(self, model: PreTrainedModel) -> None:
+        """Warn if other adapters are active in `model` than when these heads were trained on it."""
+        if self.base_fingerprint is not None:
+            warn_of_adapters(self.base_name, self.base_fingerprint, fingerprint(model), model)
 
 
 def check_count(name: str, value: int) -> None:

@@ -18,6 +18,7 @@ from ladon.errors import HeadsError, UnsupportedModelError
 from ladon.heads.base import check_count, seeded_normal
 from ladon.heads.checkpoint import EARLY_EXIT_FILES, find_folder, read_tensors, write_pair
 from ladon.heads.ends import output_projection
+from ladon.heads.wrapped import unwrapped
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -98,6 +99,7 @@ def new_early_exit(model: PreTrainedModel, layer: int, *, width: int | None = No
         HeadsError: no such layer, or a width below 1.
         UnsupportedModelError: the model's layers cannot be found.
     """
+    model = unwrapped(model).model
     layers, hidden_size = decoder_layers(model), output_projection(model).hidden_size
     scale, shift, is_centred = _final_norm(model, hidden_size)
     made = EarlyExit(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from torch import Tensor, nn
 
 from ladon.errors import HeadsError
+from ladon.heads.wrapped import unwrapped
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,7 +31,7 @@ class OutputProjection(NamedTuple):
 
 def output_projection(model: PreTrainedModel) -> OutputProjection:
     """The target's output projection; its sizes come from the module itself, since configs disagree about names."""
-    getter: Any = model.get_output_embeddings
+    getter: Any = unwrapped(model).model.get_output_embeddings
     module = getter()
     if module is None or not hasattr(module, "weight"):
         raise HeadsError(f"{type(model).__name__} has no output projection; heads need a causal language model")
@@ -46,7 +47,7 @@ def output_projection(model: PreTrainedModel) -> OutputProjection:
 
 def input_embedding_module(model: PreTrainedModel) -> nn.Module:
     """The target's input embedding: calling it maps token ids [...] to [..., H], scaling included if it scales."""
-    module: nn.Module = model.get_input_embeddings()
+    module: nn.Module = unwrapped(model).model.get_input_embeddings()
     return module
 
 

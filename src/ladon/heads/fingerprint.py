@@ -10,13 +10,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ladon.errors import HeadsError
-from ladon.heads.ends import input_embedding, output_projection
+from ladon.heads.ends import input_embedding_module, output_projection
+from ladon.heads.wrapped import active_adapters, adapter_parameters, base_layer, unwrapped
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,24 +36,34 @@ class Fingerprint:
         projection: samples of the output projection; empty likewise.
         body: samples over all other matrices; empty likewise.
         body_matrices: how many matrices `body` was sampled over.
+        adapters: samples over the matrices of the adapters that were active, which belong to no other group.
     """
 
     embedding: str
     projection: str
     body: str
     body_matrices: int
+    adapters: str = ""
 
     def as_dict(self) -> dict[str, object]:
-        """As written to config.json."""
-        return asdict(self)
+        """As written to config.json: without adapters if there are none, as before they were known."""
+        return {name: value for name, value in asdict(self).items() if name != "adapters" or value}
 
 
 def fingerprint(model: PreTrainedModel) -> Fingerprint:
-    """Fingerprint of `model`. Reads at most 192 numbers from the device."""
-    embedding, projection = input_embedding(model), output_projection(model).weight
-    body = [p for p in model.parameters() if p.ndim >= 2 and p is not embedding and p is not projection]
+    """Fingerprint of `model`. Reads at most 256 numbers from the device."""
+    model = unwrapped(model).model
+    ends: Any = [base_layer(module) for module in (input_embedding_module(model), output_projection(model).module)]
+    embedding, projection = (module.weight for module in ends)
+    added, active = adapter_parameters(model)
+    apart = added | {embedding, projection}
+    body = [p for p in model.parameters() if p.ndim >= 2 and p not in apart]
     return Fingerprint(
-        embedding=_sample([embedding]), projection=_sample([projection]), body=_sample(body), body_matrices=len(body)
+        embedding=_sample([embedding]),
+        projection=_sample([projection]),
+        body=_sample(body),
+        body_matrices=len(body),
+        adapters=_sample(active),
     )
 
 
@@ -83,7 +94,8 @@ def check_same_base(name: str, saved: Fingerprint | None, model: PreTrainedModel
     if saved is None:
         _warn("the heads carry no fingerprint of the model they were trained on")
         return
-    shares = agreement(saved, fingerprint(model))
+    found = fingerprint(model)
+    shares = agreement(saved, found)
     wrong = differing(shares)
     if wrong:
         raise HeadsError(
@@ -94,6 +106,24 @@ def check_same_base(name: str, saved: Fingerprint | None, model: PreTrainedModel
     unread = [group for group, share in shares.items() if share is None]
     if unread:
         _warn(f"the weights of {' and '.join(unread)} cannot be compared with those of {name}")
+    warn_of_adapters(name, saved, found, model)
+
+
+def warn_of_adapters(name: str, saved: Fingerprint, found: Fingerprint, model: PreTrainedModel) -> None:
+    """Warn if heads trained on the model of one fingerprint meet other active adapters in that of another."""
+    if saved.adapters == found.adapters:
+        return
+    if saved.adapters and found.adapters and _share_of_equal(saved.adapters, found.adapters) >= MIN_AGREEMENT:
+        return
+    here = ", ".join(map(repr, active_adapters(unwrapped(model).model)))
+    trained, now = "without an adapter", f"adapter {here} is active"
+    if saved.adapters:
+        trained, now = "with an adapter", f"another ({here}) is active" if found.adapters else "none is active"
+    warnings.warn(
+        f"these heads were trained on {name or 'an unnamed model'} {trained}, and now {now}: the text stays exact, "
+        "fewer guesses are right",
+        stacklevel=5,
+    )
 
 
 def _warn(reason: str) -> None:

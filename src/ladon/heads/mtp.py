@@ -18,6 +18,7 @@ from ladon.config import MTP, MTP_DEPTH
 from ladon.errors import HeadsError
 from ladon.heads.base import Heads
 from ladon.heads.ends import output_projection
+from ladon.heads.wrapped import unwrapped
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -121,6 +122,7 @@ def load_mtp(model: PreTrainedModel, num_heads: int | None = None) -> MtpHeads:
     Raises:
         HeadsError: the model ships no modules, they cannot be read, or the installed transformers has no support.
     """
+    model = unwrapped(model).model
     name = type(model).__name__
     found = _mtp_class()
     if found is None:

@@ -14,6 +14,7 @@ from itertools import takewhile
 from torch import Tensor, nn
 
 from ladon.errors import InputError
+from ladon.target.additions import Additions
 
 Stores = Sequence[Mapping[str, Tensor]]
 
@@ -22,17 +23,23 @@ Stores = Sequence[Mapping[str, Tensor]]
 class Maker:
     """A model as it was at some time: its weights' places in memory and how often they had been written to.
 
-    Weights changed in place through `.data`, and adapters that are only switched, look as before.
+    Weights changed in place through `.data` look as before. `additions` are its adapters and whatever else others have
+    put in; None with hooks on it, whose work may change unseen: then it is never again what it was.
     """
 
     model: weakref.ref[nn.Module]
     weights: int
+    additions: int | None
 
     @classmethod
     def of(cls, model: nn.Module) -> Maker:
         """`model` as it is now. Does not read the device."""
         weights = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters()]
-        return cls(model=weakref.ref(model), weights=hash(tuple(weights)))
+        return cls(model=weakref.ref(model), weights=hash(tuple(weights)), additions=Additions.of(model).mark)
+
+    def goes_on(self, now: Maker) -> bool:
+        """Whether what was made then can be gone on from now."""
+        return self == now and now.additions is not None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
@@ -71,12 +78,14 @@ class KeptPrefix:
         return replace(self, token_ids=self.token_ids[:count], stores=stores)
 
     def check(self, model: nn.Module) -> None:
-        """Raise `InputError` unless `model` is what made this, and its weights are as they were."""
+        """Raise `InputError` unless `model` is what made this, and is as it was; with hooks on it nobody goes on."""
         if self.maker.model() is not model:
             raise InputError("past_key_values come from another model object; give them to the model that made them")
-        if self.maker != Maker.of(model):
+        now = Maker.of(model)
+        if self.maker != now and now.additions is not None:
+            what = "weights" if self.maker.weights != now.weights else "adapters, hooks or layers"
             raise InputError(
-                "the model's weights have changed since past_key_values were made; leave past_key_values out, and the "
+                f"the model's {what} have changed since past_key_values were made; leave past_key_values out, and the "
                 "prompt is read anew"
             )
 
