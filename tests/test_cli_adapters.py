@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from ladon.cli.loading import load, load_tokenizer
+from ladon.cli.main import run
 from user_side import Tiny
 
 pytestmark = [
