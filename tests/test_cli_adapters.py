@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from ladon.cli.loading import load, load_tokenizer
 from ladon.cli.main import run
+from ladon.cli.options import Target
 from user_side import Tiny
 
 pytestmark = [
@@ -46,10 +47,10 @@ def test_generate_with_the_folder_of_an_adapter(tiny: Tiny, tmp_path, capsys):
 def test_its_tokenizer_is_the_one_beside_it(tiny: Tiny, tmp_path):
     folder = tmp_path / "adapter"
     saved_adapter(tiny, folder, peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
-    assert len(load_tokenizer(str(folder))) == len(tiny.tokenizer)
+    assert len(load_tokenizer(Target(model=str(folder)))) == len(tiny.tokenizer)
     tiny.tokenizer.save_pretrained(folder)
     shutil.copy(folder / "tokenizer.json", folder / "copy.json")
-    loaded = load(str(folder), None, dtype="auto")
+    loaded = load(Target(model=str(folder)))
     assert loaded.name == "adapter" and len(loaded.tokenizer) == len(tiny.tokenizer)
 
 

@@ -215,9 +215,8 @@ def test_the_fingerprint_of_a_base_is_the_same_with_adapters(model):
         assert found.adapters and not before.adapters and active_adapters(tuned)
 
 
-@pytest.mark.parametrize("around", [lambda module: torch.compile(module, backend="eager")])
-def test_a_compiled_module_runs(model, lora, around):
-    compiled = around(lora)
+def test_a_compiled_module_runs(model, lora):
+    compiled = torch.compile(lora, backend="eager")
     assert unwrapped(compiled) == (lora, model)
     assert_equal(ladon.Decoder(compiled, heads_of(compiled)), lora)
     decoder = ladon.attach(compiled)
@@ -235,11 +234,23 @@ def test_a_model_compiled_in_place_runs(model):
     assert torch.equal(decoder.generate(BATCH, attention_mask=MASK, max_new_tokens=16), expected[1])
 
 
+def test_a_compiled_part_runs(model):
+    expected = plain(model)
+    model.model = torch.compile(model.model, backend="eager")
+    assert torch.equal(ladon.Decoder(model, heads_of(model)).generate(PROMPT, max_new_tokens=16), expected)
+
+
 def test_a_compiled_forward_runs(model):
     expected = plain(model)
     model.forward = torch.compile(model.forward, backend="eager")
     decoder = ladon.Decoder(model, heads_of(model))
     assert torch.equal(decoder.generate(PROMPT, max_new_tokens=16), expected)
+
+
+def test_compiled_code_that_takes_no_tree_says_what_to_give(model):
+    model.compile(backend="eager", fullgraph=True)
+    with pytest.raises(ladon.UnsupportedModelError, match="It is compiled: give it uncompiled"):
+        ladon.Decoder(model, heads_of(model))
 
 
 def test_other_wrappers_say_what_to_give(model, lora):

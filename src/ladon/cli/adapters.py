@@ -31,8 +31,8 @@ def adapter_base(source: str) -> str | None:
         raise InputError(f"{source} is an adapter for {base}, which needs peft; pip install 'ladon-llm[train]'")
     if config.get("num_virtual_tokens"):
         raise InputError(
-            f"{source} is a {config.get('peft_type')} adapter, whose virtual tokens before the prompt Ladon does not give "
-            "to the model; use the peft model's own generate for it, or an adapter that changes layers, such as LoRA"
+            f"{source} is a {config.get('peft_type')} adapter, whose virtual tokens before the prompt Ladon does not "
+            "give to the model; use the peft model's own generate for it, or an adapter in layers, such as LoRA"
         )
     return str(base)
 

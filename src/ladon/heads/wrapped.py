@@ -89,7 +89,8 @@ def _refusal(config: Any) -> str | None:
     """Why an adapter of this configuration does not run, or None."""
     kind = str(getattr(config, "peft_type", "")).rpartition(".")[-1]
     if getattr(config, "is_prompt_learning", False):
-        return f"its {kind} adapter puts virtual tokens before the prompt, which Ladon does not give to the model; {_ELSEWHERE}"
+        what = "puts virtual tokens before the prompt, which Ladon does not give to the model"
+        return f"its {kind} adapter {what}; {_ELSEWHERE}"
     if getattr(config, "alora_invocation_tokens", None):
         return f"its activated LoRA begins at invocation tokens of each prompt; {_ELSEWHERE}"
     return _NOT_RUN.get(kind)

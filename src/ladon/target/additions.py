@@ -14,6 +14,7 @@ from ladon.heads.wrapped import adapter_state
 _LIBRARIES = ("torch", "transformers")  # whose layers the self-test has a verdict on once and for all
 _HARMLESS_HOOKS = (*_LIBRARIES, "accelerate", "ladon")  # theirs move tensors, or note them
 _KINDS = ("_forward_pre_hooks", "_forward_hooks")
+_COMPILED = "_torchdynamo_orig_callable"  # what a function has that torch.compile made
 _PREPARING = ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation")  # for each forward of `generate`
 
 
@@ -23,12 +24,14 @@ class Additions:
 
     Attributes:
         hooks: of others, "NAME on MODULE" each. What they do may change between calls without a trace.
-        has_code: whether any part runs code from elsewhere than torch and transformers.
+        has_code: whether any part runs code from elsewhere than torch and transformers, or is compiled.
+        is_compiled: whether any part is compiled.
         state: a number that changes when hooks, modules or forwards are exchanged, and adapters switched.
     """
 
     hooks: tuple[str, ...]
     has_code: bool
+    is_compiled: bool
     state: int
 
     @classmethod
@@ -47,11 +50,12 @@ class Additions:
                 hooks.append(f"{_name(hook)} on {name or type(model).__name__}")
                 facts.append(id(hook))
             facts += [id(_function(call)) for call in _own_calls(module)]
-        has_code = any(not _is_known(kind) for kind in classes) or any(map(_runs_other_forward, model.modules()))
+        has_code = not all(map(_is_known, classes)) or any(map(_runs_other_forward, model.modules()))
         methods = [method for name in _PREPARING if (method := getattr(model, name, None)) is not None]
         facts += [id(_function(method)) for method in methods]
         has_code = has_code or not all(_is_from(method, _LIBRARIES) for method in methods)
-        return cls(hooks=tuple(hooks), has_code=has_code, state=hash(tuple(facts)))
+        compiled = any(hasattr(call, _COMPILED) for module in model.modules() for call in _own_calls(module))
+        return cls(hooks=tuple(hooks), has_code=has_code, is_compiled=compiled, state=hash(tuple(facts)))
 
     @property
     def are_known(self) -> bool:
@@ -66,7 +70,7 @@ class Additions:
 
 def _hooks(module: nn.Module) -> Iterator[Any]:
     for kind in _KINDS:
-        for hook in tuple(vars(module).get(kind, {}).values()):  # another thread's forward may add one of ours meanwhile
+        for hook in tuple(vars(module).get(kind, {}).values()):  # a thread may add ours meanwhile
             if not _is_from(hook, _HARMLESS_HOOKS):
                 yield hook
 

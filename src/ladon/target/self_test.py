@@ -117,6 +117,8 @@ def _judge(target: Testable, additions: Additions) -> Verdict:
             return Verdict(trees=shapes is _BRANCHING)
         reasons.append(f"{name} {reason}")
     otherwise = "Use plain decoding of transformers for it"
+    if additions.is_compiled:
+        otherwise = "It is compiled: give it uncompiled, or compile it without fullgraph=True"
     if additions.hooks:
         named = ", ".join(dict.fromkeys(additions.hooks[:3])) + (", ..." if len(additions.hooks) > 3 else "")
         otherwise = f"It carries hooks ({named}): remove those that treat some positions otherwise than others, or use "

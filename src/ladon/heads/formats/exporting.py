@@ -18,6 +18,7 @@ from ladon.heads.ends import OutputProjection, output_projection
 from ladon.heads.formats.folders import new_folder, write_json
 from ladon.heads.formats.reading import CONFIG_FILE, SAFE, read_json
 from ladon.heads.medusa import MedusaHeads
+from ladon.heads.wrapped import adapter_layers, unwrapped
 from ladon.trees.fixed_tree import FixedTree
 
 if TYPE_CHECKING:
@@ -250,6 +251,11 @@ def _needed_model(job: _Job) -> PreTrainedModel:
     if job.model is None:
         holds = "the model and its heads" if job.name == "modelopt" else "a copy of the model's output projection"
         raise HeadsError(f"{job.name} holds {holds}, for these heads at least. Give the model: --model NAME")
+    if any(adapter_layers(unwrapped(job.model).model)):
+        raise HeadsError(
+            f"{job.name} has no place for the model's adapters ({type(job.model).__name__}). Merge them into it "
+            "(merge_and_unload of peft), and give that model"
+        )
     return job.model
 
 
