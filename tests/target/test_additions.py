@@ -84,6 +84,18 @@ def test_hooks_that_treat_all_positions_alike_run(model, where):
         assert torch.equal(batch, plain(model, BATCH, attention_mask=MASK))
 
 
+def test_a_hook_that_reads_what_generate_gives_runs(model):
+    def by_position(module, args, kwargs):
+        shift = torch.sin(kwargs["position_ids"].double())[..., None]
+        return args, {**kwargs, "inputs_embeds": module.embed_tokens(kwargs.pop("input_ids")) + shift}
+
+    without = plain(model)
+    model.model.register_forward_pre_hook(by_position, with_kwargs=True)
+    decoder = ladon.Decoder(model, ladon.new_heads(model, num_heads=3))
+    assert not torch.equal(plain(model), without)
+    assert torch.equal(decoder.generate(PROMPT, max_new_tokens=16), plain(model))
+
+
 def test_a_hook_that_is_switched_on_later_is_tested_again(model):
     switch = {"on": False}
     model.lm_head.register_forward_hook(lambda *given: last_only(*given) if switch["on"] else None)
@@ -92,6 +104,20 @@ def test_a_hook_that_is_switched_on_later_is_tested_again(model):
     switch["on"] = True
     with pytest.raises(ladon.UnsupportedModelError, match="carries hooks"):
         decoder.generate(PROMPT, max_new_tokens=16)
+
+
+def test_hooks_that_declare_that_they_only_look_are_left_alone(model):
+    decoder = ladon.Decoder(model)
+    kept = decoder.generate(PROMPT, max_new_tokens=4, return_dict_in_generate=True)
+    widths = []
+
+    def note(module, args, kwargs):
+        widths.append(kwargs["input_ids"].shape[1])
+
+    note.only_looks = True
+    model.register_forward_pre_hook(note, with_kwargs=True)
+    decoder.generate(kept.sequences, max_new_tokens=1, past_key_values=kept.past_key_values)
+    assert widths == [1] and decoder.stats.reused_tokens == len(kept.sequences[0]) - 1
 
 
 def test_nothing_is_kept_under_hooks(model):

@@ -13,6 +13,7 @@ from ladon.heads.wrapped import adapter_state
 
 _LIBRARIES = ("torch", "transformers")  # whose layers the self-test has a verdict on once and for all
 _HARMLESS_HOOKS = (*_LIBRARIES, "accelerate", "ladon")  # theirs move tensors, or note them
+_ONLY_LOOKS = "only_looks"  # an attribute that says so of any other hook
 _KINDS = ("_forward_pre_hooks", "_forward_hooks")
 _COMPILED = "_torchdynamo_orig_callable"  # what a function has that torch.compile made
 _PREPARING = ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation")  # for each forward of `generate`
@@ -23,7 +24,8 @@ class Additions:
     """The additions to a model at some time.
 
     Attributes:
-        hooks: of others, "NAME on MODULE" each. What they do may change between calls without a trace.
+        hooks: of others, "NAME on MODULE" each, but for those that declare `only_looks = True`. What they do may change
+            between calls without a trace.
         has_code: whether any part runs code from elsewhere than torch and transformers, or is compiled.
         is_compiled: whether any part is compiled.
         state: a number that changes when hooks, modules or forwards are exchanged, and adapters switched.
@@ -71,14 +73,14 @@ class Additions:
 def _hooks(module: nn.Module) -> Iterator[Any]:
     for kind in _KINDS:
         for hook in tuple(vars(module).get(kind, {}).values()):  # a thread may add ours meanwhile
-            if not _is_from(hook, _HARMLESS_HOOKS):
+            if not _is_harmless(hook):
                 yield hook
 
 
 def _global_hooks() -> Iterator[Any]:
     for kind in _KINDS:
         for hook in tuple(getattr(nn.modules.module, f"_global{kind}").values()):
-            if not _is_from(hook, _HARMLESS_HOOKS):
+            if not _is_harmless(hook):
                 yield hook
 
 
@@ -107,6 +109,10 @@ def _is_from(called: Any, libraries: tuple[str, ...]) -> bool:
     function = _function(called)
     where = getattr(function, "__module__", None) or type(function).__module__
     return where.partition(".")[0] in libraries
+
+
+def _is_harmless(hook: Any) -> bool:
+    return bool(getattr(_function(hook), _ONLY_LOOKS, False)) or _is_from(hook, _HARMLESS_HOOKS)
 
 
 def _name(called: Any) -> str:

@@ -173,7 +173,7 @@ def measure(
             paths = [_path(parents, node) for node in range(len(parents))]
             leaves = [path for node, path in enumerate(paths) if node not in parents]
             start, plain = _by_node(reference, target, rows[row], tokens[row], leaves)
-            wrong = _by_node(_plain, target, rows[row], tokens[row], [list(range(len(parents)))])[1]
+            wrong = _by_node(reference, target, rows[row], tokens[row], [list(range(len(parents)))])[1]
             squares += torch.stack([(logits[row] - plain).square().mean(), (wrong - plain).square().mean()])
             if step == 0:
                 squares[0] += (begun[row] - start).square().mean()
