@@ -140,7 +140,7 @@ def reads(monkeypatch):
 
 
 def make(name, monkeypatch):
-    """A model by its family's name, one of the cases of test_spans, or a family with eager attention."""
+    """A model by its family's name, one of the cases of rope_cases, or a family with eager attention."""
     family, _, attention = name.partition(" with ")
     if family in CASES:
         family, options = CASES[family]

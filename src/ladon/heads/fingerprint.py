@@ -8,7 +8,7 @@ embedding readable while its layers are not, and a fine-tuned one often keeps it
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ladon.errors import HeadsError
-from ladon.heads.ends import input_embedding_module, output_projection
+from ladon.heads.model_parts import input_embedding_module, output_projection
 from ladon.heads.wrapped import active_adapters, adapter_parameters, base_layer, unwrapped
 
 if TYPE_CHECKING:
@@ -39,19 +39,25 @@ class Fingerprint:
         adapters: samples over the matrices of the adapters that were active, which belong to no other group.
     """
 
-    embedding: str
-    projection: str
-    body: str
-    body_matrices: int
+    embedding: str = ""
+    projection: str = ""
+    body: str = ""
+    body_matrices: int = 0
     adapters: str = ""
 
     def as_dict(self) -> dict[str, object]:
-        """As written to config.json: without adapters if there are none, as before they were known."""
+        """JSON values: without adapters if there are none, as before they were known."""
         return {name: value for name, value in asdict(self).items() if name != "adapters" or value}
 
 
-def fingerprint(model: PreTrainedModel) -> Fingerprint:
-    """Fingerprint of `model`. Reads at most 256 numbers from the device."""
+def fingerprint(model: PreTrainedModel, sample: Callable[[Sequence[Tensor]], str] | None = None) -> Fingerprint:
+    """Fingerprint of `model`. Reads at most 256 numbers from the device.
+
+    Args:
+        model: the model.
+        sample: samples some of its matrices, if they lie elsewhere; `samples_of` by default.
+    """
+    sample = sample or samples_of
     model = unwrapped(model).model
     ends: Any = [base_layer(module) for module in (input_embedding_module(model), output_projection(model).module)]
     embedding, projection = (module.weight for module in ends)
@@ -59,11 +65,11 @@ def fingerprint(model: PreTrainedModel) -> Fingerprint:
     apart = added | {embedding, projection}
     body = [p for p in model.parameters() if p.ndim >= 2 and p not in apart]
     return Fingerprint(
-        embedding=_sample([embedding]),
-        projection=_sample([projection]),
-        body=_sample(body),
+        embedding=sample([embedding]),
+        projection=sample([projection]),
+        body=sample(body),
         body_matrices=len(body),
-        adapters=_sample(active),
+        adapters=sample(active) if active else "",
     )
 
 
@@ -135,11 +141,6 @@ def _share_of_equal(left: str, right: str) -> float:
     return sum(a == b for a, b in pairs) / SAMPLES
 
 
-def samples_of(matrix: Tensor) -> str:
-    """The samples of one matrix, such as a copy of the embedding that lies beside heads."""
-    return _sample([matrix])
-
-
 def places(sizes: Sequence[int]) -> list[tuple[int, int]]:
     """Where the samples lie: which of the matrices of these numbers of entries, and the place in it, flattened."""
     matrices = [i * len(sizes) // SAMPLES for i in range(SAMPLES)]
@@ -152,7 +153,7 @@ def digits(values: Sequence[Tensor]) -> str:
     return "".join(f"{value & 0xFFFF:04x}" for value in bits)
 
 
-def _sample(matrices: Sequence[Tensor]) -> str:
+def samples_of(matrices: Sequence[Tensor]) -> str:
     """`SAMPLES` weights spread over the matrices, or "" when any of them cannot be read as plain numbers."""
     readable = all(m.dtype in PLAIN_DTYPES and not m.is_meta and m.numel() > 0 for m in matrices)
     if not matrices or not readable:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ladon.errors import UnsupportedModelError
-from ladon.heads.ends import output_projection
+from ladon.heads.model_parts import output_projection
 from ladon.heads.wrapped import unwrapped
 from ladon.target.additions import Additions
 from ladon.target.attention_masks import Sight, localities, model_masks, tree_mask
