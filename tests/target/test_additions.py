@@ -87,7 +87,8 @@ def test_hooks_that_treat_all_positions_alike_run(model, where):
 def test_a_hook_that_reads_what_generate_gives_runs(model):
     def by_position(module, args, kwargs):
         shift = torch.sin(kwargs["position_ids"].double())[..., None]
-        return args, {**kwargs, "inputs_embeds": module.embed_tokens(kwargs.pop("input_ids")) + shift}
+        embeds = module.embed_tokens(kwargs["input_ids"]) + shift
+        return args, {**kwargs, "input_ids": None, "inputs_embeds": embeds}
 
     without = plain(model)
     model.model.register_forward_pre_hook(by_position, with_kwargs=True)

@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 
 import ladon
 from greedy import BATCH, MASK, PROMPT, plain
+from ladon.heads.formats.export import export_heads
 from ladon.heads.wrapped import active_adapters, unwrapped
 
 pytestmark = [
@@ -143,6 +144,34 @@ def test_switching_adapters_between_calls_is_noticed(lora):
     assert not any(torch.equal(texts[0], other) for other in texts[1:])
 
 
+def test_an_adapter_that_comes_after_the_decoder_is_noticed(model):
+    decoder = ladon.Decoder(model, heads_of(model))
+    assert_equal(decoder, model)
+    tuned = adapted(model, IN_LAYERS["LoRA on the projection"])
+    with pytest.warns(UserWarning, match="without an adapter, and now adapter 'default' is active"):
+        assert_equal(decoder, tuned)
+    assert decoder.heads._projection[0] is tuned.get_output_embeddings(), "heads go through the adapter too"
+
+
+def test_adapters_of_several_kinds_at_once(model):
+    mixed = get_peft_model(model, IN_LAYERS["LoRA"], "one", mixed=True)
+    mixed.add_adapter("two", IN_LAYERS["LoHa"])
+    mixed.set_adapter(["one", "two"])
+    for name, parameter in mixed.named_parameters():
+        if {"one", "two"} & set(name.split(".")):
+            torch.nn.init.normal_(parameter, std=0.3)
+    mixed = mixed.double().eval()
+    assert_equal(ladon.Decoder(mixed, heads_of(mixed)), mixed)
+    mixed.set_adapter("two")
+    assert_equal(ladon.Decoder(mixed), mixed)
+
+
+def test_a_whole_model_is_not_exported_with_adapters_in_it(lora, tmp_path):
+    heads = ladon.new_heads(lora, num_heads=2, family="medusa")
+    with pytest.raises(ladon.HeadsError, match="has no place for the model's adapters"):
+        export_heads(heads, "modelopt", tmp_path / "out", model=lora)
+
+
 def test_a_scaled_adapter_is_noticed(lora):
     decoder = ladon.Decoder(lora)
     assert_equal(decoder, lora)
@@ -248,6 +277,7 @@ def test_a_compiled_forward_runs(model):
 
 
 def test_compiled_code_that_takes_no_tree_says_what_to_give(model):
+    torch._dynamo.reset()  # after many recompilations torch runs such code without compiling it
     model.compile(backend="eager", fullgraph=True)
     with pytest.raises(ladon.UnsupportedModelError, match="It is compiled: give it uncompiled"):
         ladon.Decoder(model, heads_of(model))
