@@ -13,6 +13,12 @@ from families import VOCAB_SIZE
 VOCAB = 97
 
 
+def looking(hook):
+    """A hook that changes nothing, declared as such: the self-test leaves it alone."""
+    hook.only_looks = True
+    return hook
+
+
 def packed(tokens: set[int]) -> bytes:
     """Tokens as bits, as `ladon.constraints.state.State.allowed` gives them."""
     bits = bytearray(max(tokens, default=0) // 8 + 1)

@@ -21,7 +21,7 @@ from ladon.target.target import Target
 from ladon.tree_size.adaptive import AutoSizing
 from ladon.tree_size.policy import EDGES, FixedSizing
 from sizing_machines import linear
-from toys import Residues
+from toys import Residues, looking
 
 VOCAB, DEPTH = 97, 4
 KINDS = ("right", "wrong", "random")
@@ -240,7 +240,9 @@ def test_sequences_without_a_next_token_show_a_token_of_the_vocabulary(model):
     decoder = ladon.Decoder(model, proposer=Watching, budget=4)
     forwards = iter(range(100))
     with torch.no_grad():
-        hook = model.lm_head.register_forward_hook(lambda *args: args[2] * (torch.nan if next(forwards) > 3 else 1.0))
+        hook = model.lm_head.register_forward_hook(
+            looking(lambda *args: args[2] * (torch.nan if next(forwards) > 3 else 1.0))
+        )
     decoder._target.check()
     with pytest.raises(ladon.LogitsError):
         decoder.generate(PROMPTS[0][None], max_new_tokens=20, do_sample=False)
@@ -508,7 +510,7 @@ def test_ngrams_join_only_when_they_are_asked(model):
 @pytest.mark.parametrize("why", ["the model", "the option"])
 def test_where_only_chains_may_be_drafted_branches_are_refused(model, why, monkeypatch):
     if why == "the model":
-        monkeypatch.setattr(target_module, "tested", lambda _: Verdict(trees=False))
+        monkeypatch.setattr(target_module, "tested", lambda *_: Verdict(trees=False))
 
     class Branching(Duck):
         is_checked = False  # this is looked at in any case

@@ -14,6 +14,7 @@ from ladon.engine.sequence import Row
 from ladon.target import target as target_module
 from ladon.target.self_test import Verdict
 from ladon.target.target import Target
+from toys import looking
 
 
 @pytest.mark.parametrize("tree", TREES)
@@ -65,7 +66,7 @@ def test_the_context_is_used_to_the_last_token(model, tree):
     truth = [generate(model, prompt, 20)]
     seen = []
     hook = model.model.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(int(kwargs["position_ids"].max())), with_kwargs=True
+        looking(lambda module, args, kwargs: seen.append(int(kwargs["position_ids"].max()))), with_kwargs=True
     )
     decoder = ladon.Decoder(model, ladon.new_heads(model, num_heads=3), tree=TREES[tree], budget=12)
     output = decoder.generate(prompt[None], max_new_tokens=500)
@@ -79,7 +80,8 @@ def test_a_prompt_of_any_size_needs_logits_of_one_position(model):
     decoder = ladon.Decoder(model, None)
     assert decoder._target.supports_trees, "the self-test's own plain forwards come first"
     shapes = []
-    hook = model.lm_head.register_forward_hook(lambda module, args, output: shapes.append(tuple(output.shape)))
+    note = looking(lambda module, args, output: shapes.append(tuple(output.shape)))
+    hook = model.lm_head.register_forward_hook(note)
     decoder.generate(torch.randint(3, 90, (2, 150)), max_new_tokens=2)
     hook.remove()
     assert max(shape[1] for shape in shapes) == 1
@@ -98,7 +100,7 @@ def test_a_model_that_has_lost_its_trees_gets_chains(model, monkeypatch):
     """Another attention implementation may verify chains only; the next call must not branch then."""
     decoder = ladon.Decoder(model, ladon.new_heads(model, num_heads=3))
     model.set_attn_implementation("eager")
-    monkeypatch.setattr(target_module, "tested", lambda _: Verdict(trees=False))
+    monkeypatch.setattr(target_module, "tested", lambda *_: Verdict(trees=False))
     rows = [Row(prompt=PROMPTS[0], max_new_tokens=9, is_stop=lambda _: False)]
     trees = [step.tree for step in decoder.engine().run(rows) if step.tree is not None]
     assert trees
@@ -113,7 +115,7 @@ def test_the_self_test_is_no_part_of_the_prefill(model, monkeypatch):
 
     now = [0.0]
 
-    def slow_test(_):
+    def slow_test(*_):
         now[0] += 100.0
         return Verdict(trees=True)
 

@@ -22,6 +22,7 @@ from ladon.target.prefix_cache import KeptCache, longest_past
 from ladon.target.rope_regimes import RopeRegimes
 from ladon.target.target import Target
 from rope_cases import CASES, SWITCH, case
+from toys import looking
 
 KEEP = {"return_dict_in_generate": True}
 FAMILIES = {"gpt2", "mixtral", *FAST}
@@ -68,7 +69,7 @@ def test_it_equals_transformers_and_reads_only_what_is_new(model, decoder, monke
     ids, _ = next_turn(first.sequences, torch.ones_like(PROMPT))
     expected, widths = plain(model, ids, max_new_tokens=1), []
     model.register_forward_pre_hook(
-        lambda module, args, kwargs: widths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+        looking(lambda module, args, kwargs: widths.append(kwargs["input_ids"].shape[1])), with_kwargs=True
     )
     output = decoder.generate(ids, max_new_tokens=1, past_key_values=first.past_key_values)
     assert torch.equal(output, expected) and widths == [5]  # four, and the last token that was said

@@ -21,6 +21,7 @@ from ladon.target import self_test
 from ladon.target import target as target_module
 from ladon.target.target import Target
 from random_trees import draw, pad_paths, plain_logits
+from toys import looking
 
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4}  # many families compute softmax or routing in float32
 
@@ -126,7 +127,7 @@ def test_prefill_projects_one_position_per_row(tiny_llama: PreTrainedModel) -> N
     def note(_: nn.Module, __: Any, output: Tensor) -> None:
         seen.append(output.shape)
 
-    handle = tiny_llama.lm_head.register_forward_hook(note)
+    handle = tiny_llama.lm_head.register_forward_hook(looking(note))
     rows = [torch.arange(3, 60), torch.arange(3, 10)]
     hidden, logits = target.prefill(rows, target.new_cache(2))
     handle.remove()
@@ -300,6 +301,7 @@ class Calls:
         self.count = 0
         model.register_forward_pre_hook(self.note)
 
+    @looking
     def note(self, *_: Any) -> None:
         self.count += 1
 
@@ -371,7 +373,7 @@ def test_a_model_that_masks_by_slot_gets_chains(verdicts: Path) -> None:
         return args, {**kwargs, "attention_mask": torch.arange(mask.shape[3]) < last}
 
     for layer in model.model.layers:
-        layer.register_forward_pre_hook(by_slot, with_kwargs=True)
+        layer.register_forward_pre_hook(looking(by_slot), with_kwargs=True)
     assert Target(model).supports_trees is False
     assert json.loads(verdicts.read_text(encoding="utf-8"))
 
@@ -384,7 +386,7 @@ def raises_on_masks(model: PreTrainedModel, *, of_chains: bool) -> PreTrainedMod
         if mask is not None and (of_chains or not bool((mask[:, 0].sum(-1).diff(dim=1) == 1).all())):
             raise ValueError("the mask should be 2-D\nand this is a second line")
 
-    model.register_forward_pre_hook(check, with_kwargs=True)
+    model.register_forward_pre_hook(looking(check), with_kwargs=True)
     return model
 
 

@@ -58,10 +58,12 @@ def _stored(name: str, trust_remote_code: bool) -> tuple[PreTrainedModel, PreTra
     """Tokenizer and model, this in the dtype of its checkpoint, whatever is fast here: its weights go into files."""
     from transformers import AutoConfig
 
+    from ladon.cli.adapters import adapter_base
     from ladon.cli.loading import load, source_of
 
     loaded = load(options.Target(model=name, device="cpu", trust_remote_code=trust_remote_code))
-    config = AutoConfig.from_pretrained(source_of(name), trust_remote_code=trust_remote_code)
+    source = source_of(name)
+    config = AutoConfig.from_pretrained(adapter_base(source) or source, trust_remote_code=trust_remote_code)
     stored = getattr(config.get_text_config(decoder=True), "dtype", None)
     return loaded.model.to(stored or loaded.model.dtype), loaded.tokenizer
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ladon.cli.adapters import adapter_base, tokenizer_source
 from ladon.cli.options import DTYPES, Target, shortened
 from ladon.config import MTP
 from ladon.decoder.decoder import Decoder
@@ -114,7 +115,8 @@ def load_tokenizer(target: Target) -> PreTrainedTokenizerBase:
     _check_length("--model", target.model)
     source = source_of(target.model)
     with _explained(target.model):
-        return transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=target.trust_remote_code)
+        place = tokenizer_source(source)
+        return transformers.AutoTokenizer.from_pretrained(place, trust_remote_code=target.trust_remote_code)
 
 
 def dtype_name(model: PreTrainedModel) -> str:
@@ -129,11 +131,11 @@ def _from_transformers(
 
     source, trust = source_of(target.model), {"trust_remote_code": target.trust_remote_code}
     with _explained(target.model):
-        config = AutoConfig.from_pretrained(source, **trust)
+        config = AutoConfig.from_pretrained(adapter_base(source) or source, **trust)
         stored = getattr(config.get_text_config(decoder=True), "dtype", None) or torch.float32
         dtype = _dtype(target.dtype, stored, device)
         model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype, **trust, **placement)
-        tokenizer = AutoTokenizer.from_pretrained(source, **trust)
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_source(source), **trust)
     return (model if placement else model.to(device)).eval(), tokenizer
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ladon.decoder.decoder import Decoder
 from ladon.decoder.request import own_generate
 from ladon.heads import Heads
+from ladon.heads.wrapped import unwrapped
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -23,7 +24,8 @@ def attach(model: PreTrainedModel, heads: Heads | None = None, **options: Any) -
     """Make `model.generate` decode with trees, for pipelines and any code that calls it; `detach` undoes it.
 
     Args:
-        model: the model; only this object changes. Copies of it, and what is saved of it, decode as without Ladon.
+        model: the model, or a peft model; only this object changes. Copies of it, and what is saved of it, decode as
+            without Ladon. Of a compiled module, the model inside is what changes.
         heads: its decoding heads.
         **options: as `Decoder` takes them.
 
@@ -31,13 +33,13 @@ def attach(model: PreTrainedModel, heads: Heads | None = None, **options: Any) -
         The decoder, whose `stats` tell about the last call.
     """
     decoder = Decoder(model, heads, **options)
-    override_generate(model, decoder.generate)
+    override_generate(unwrapped(model).outer, decoder.generate)
     return decoder
 
 
 def detach(model: PreTrainedModel) -> None:
     """Give `model` back the `generate` it had before `attach`; nothing happens if `attach` was not called."""
-    restore_generate(model)
+    restore_generate(getattr(model, "_orig_mod", model))
 
 
 def override_generate(model: PreTrainedModel, replacement: Callable[..., Any]) -> None:

@@ -17,6 +17,7 @@ from ladon.config import DecoderOptions
 from ladon.constraints.state import Constraint
 from ladon.decoder.options import DraftPlan, Prune, chosen_pruning, still_chosen
 from ladon.decoder.output import LastCalls, ends_streamer, pack_output, stream
+from ladon.decoder.preparation import refuse_changed_inputs, refuse_own_loop
 from ladon.decoder.request import (
     CallSampling,
     Request,
@@ -26,6 +27,7 @@ from ladon.decoder.request import (
     make_request,
     prepared_by_generate,
     refuse_unsupported,
+    refuse_wrapped_options,
 )
 from ladon.decoder.trace import Trace
 from ladon.drafting.own_proposer import OwnDrafter
@@ -37,6 +39,7 @@ from ladon.engine.stats import DecodeStats
 from ladon.engine.step import Step
 from ladon.errors import InputError
 from ladon.heads import Heads
+from ladon.heads.wrapped import adapter_state, unwrapped
 from ladon.sampling.lossy import Nucleus, Typical, rule_of
 from ladon.target.prefix_cache import KeptPrefix
 from ladon.target.target import Target
@@ -82,7 +85,8 @@ class Decoder:
         """Check the model and the options.
 
         Args:
-            model: any causal language model of transformers whose cache can roll back.
+            model: any causal language model of transformers whose cache can roll back, as it is, with adapters in its
+                layers (peft), or compiled.
             heads: decoding heads for it; None: the proposer or n-grams draft. Decoders of several models may share
                 heads: each uses a copy, which shares what is in its model's dtype and on its device, and holds the rest
                 twice.
@@ -114,11 +118,13 @@ class Decoder:
             TreeError: an unknown tree or n-gram option, a budget below 1, or a fixed tree that the heads cannot fill,
                 that branches where the model verifies chains only, or that is beside a proposer.
         """
+        self._given, self.model = unwrapped(model)
+        refuse_own_loop(self.model)
         plan = DraftPlan.of(heads, tree, budget, num_candidates, ngrams, joint, proposer)
         self._profile, self._prune, self._rule = profile, prune, rule_of(accept)
-        self.model = model
-        self.heads = None if heads is None else heads.bound(model)
+        self.heads = None if heads is None else heads.bound(self.model)
         self._given_heads = heads
+        self._adapters = adapter_state(self.model)
         self._target = Target(model)
         self._plan = plan.fitting(self._target, self.heads)
         self.pruning = chosen_pruning(prune, heads, self._target)
@@ -190,7 +196,7 @@ class Decoder:
         options = {**kwargs, "generation_config": generation_config, "logits_processor": logits_processor}
         options |= {"prefix_allowed_tokens_fn": prefix_allowed_tokens_fn, "synced_gpus": synced_gpus}
         options["assistant_model"] = assistant_model
-        input_ids, options = call_options(self.model, input_ids, options, stopping_criteria or [])
+        input_ids, options = call_options(self._given, input_ids, options, stopping_criteria or [])
         own: dict[str, Any] = {
             "seed": seed,
             "constraint": constraint,
@@ -251,7 +257,7 @@ class Decoder:
         criteria = options.pop("stopping_criteria", None) or []
         input_ids, mask = left_padded(prompts)
         options = {"do_sample": False, "attention_mask": mask, **options}
-        input_ids, options = call_options(self.model, input_ids, options, criteria)
+        input_ids, options = call_options(self._given, input_ids, options, criteria)
         return self._prepare(input_ids, pasts=past, together=False, **own, **options).rows
 
     def decode(self, rows: Sequence[Row], *, max_rows: int | None = None) -> Generator[Step, None, None]:
@@ -268,7 +274,11 @@ class Decoder:
         Raises:
             InputError: `max_rows` is below 1, or the proposer drafts for sequences of another engine.
         """
-        self._target.check()  # first of all: the model may have changed since the last call
+        self._target.check(anew=True)  # first of all: the model may have changed since the last call
+        if self._adapters != (found := adapter_state(self.model)):
+            self._adapters = found
+            if self.heads is not None:
+                self.heads.warn_of_adapters(self.model)
         self.pruning = pruning = still_chosen(self.pruning, self._prune, self._target)
         device = self._target.device
         sizes = TreeSizes(1 if is_plain else self.sizing, device, pruning)
@@ -294,8 +304,9 @@ class Decoder:
         **options: Any,
     ) -> Request:
         """What transformers makes of a call's options; its complaints about them become an `InputError`."""
+        refuse_wrapped_options(self._given, options)
         prepare = partial(self._request, seed=seed, constraint=constraint, pasts=pasts, together=together)
-        request: Request = prepared_by_generate(self.model, input_ids, prepare, options)
+        request: Request = prepared_by_generate(self._given, input_ids, prepare, options)
         return request
 
     def _request(
@@ -315,6 +326,7 @@ class Decoder:
         if model is not self.model:
             raise InputError("this decoder was made for another model; make one with ladon.Decoder(model, heads)")
         refuse_unsupported(input_ids, generation_config, model_kwargs, self._target.ignores_zeros)
+        refuse_changed_inputs(model, input_ids, model_kwargs, generation_config.max_length)
         return make_request(
             input_ids,
             model_kwargs.get("attention_mask"),

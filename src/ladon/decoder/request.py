@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from ladon.constraints.state import Constraint, GrammarState, row_constraints
+from ladon.decoder.preparation import is_of_library
 from ladon.decoder.stopping import Judge, StopRules, stop_string_rule
 from ladon.engine.sequence import Row
-from ladon.errors import InputError, LadonError
+from ladon.errors import InputError, LadonError, UnsupportedModelError
+from ladon.heads.wrapped import unwrapped
 from ladon.sampling.gumbel import row_seeds
 from ladon.sampling.logits_processors import ProcessedSampling, Processors
 from ladon.sampling.sampling_params import GREEDY, SamplingParams
@@ -209,6 +211,19 @@ def refuse_unsupported(
     _refuse_inputs(input_ids, model_kwargs, ignores_zeros)
 
 
+def refuse_wrapped_options(given: Any, options: Mapping[str, Any]) -> None:
+    """Raise for what a peft model would keep to itself: adapters that do not run, and arguments for them.
+
+    Raises:
+        InputError: an argument chooses adapters row by row.
+        UnsupportedModelError: an adapter is active that does not act in layers.
+    """
+    unwrapped(given)
+    for name in ("adapter_names", *getattr(given, "special_peft_forward_args", ())):
+        if options.get(name) is not None:
+            raise InputError(f"{name} gives rows of one call their own adapters: not supported; call set_adapter")
+
+
 def kept_rows(cache: Any, *, prepared: bool = False) -> Sequence[KeptPrefix]:
     """The sequences in a cache given by the user; `InputError` for one of another kind, which would stay as it is.
 
@@ -357,13 +372,35 @@ def prepared_by_generate(
 
     Raises:
         InputError: what transformers complains of.
+        UnsupportedModelError: the class has a generate of its own that keeps the request to itself.
     """
+    made: list[Any] = []
+
+    @wraps(prepare)  # generate reads the names of its arguments
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        made.append(prepare(*args, **kwargs))
+        return made[-1]
+
     try:
-        return own_generate(model)(input_ids, custom_generate=prepare, **options)
+        returned = own_generate(model)(input_ids, custom_generate=noted, **options)
     except LadonError:
         raise
     except ValueError as error:
         raise InputError(" ".join(str(error).split())) from error
+    except (AttributeError, TypeError) as error:
+        if is_of_library(type(model).generate):
+            raise
+        raise _own_generate_refused(model) from error
+    if not made or returned is not made[-1]:
+        raise _own_generate_refused(model)
+    return returned
+
+
+def _own_generate_refused(model: PreTrainedModel) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{type(model).__name__} has a generate of its own that does not give back what custom_generate returns, so "
+        "what it does to its result would be lost; use that generate, or a class with the generate of transformers"
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

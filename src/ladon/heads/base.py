@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -16,9 +15,10 @@ from ladon.heads.calibration import Calibration
 from ladon.heads.checkpoint import FORMAT, WEIGHTS_FILE, write_pair
 from ladon.heads.copies import Placement, shared_copy
 from ladon.heads.correction import MARKOV_GATE, HiddenCorrection, MarkovCorrection
-from ladon.heads.fingerprint import Fingerprint, check_same_base, fingerprint
+from ladon.heads.fingerprint import Fingerprint, check_same_base, fingerprint, warn_of_adapters
 from ladon.heads.formats.files import CONFIG_FILE
 from ladon.heads.model_parts import OutputProjection, input_embedding_module, output_projection
+from ladon.heads.wrapped import unwrapped
 from ladon.util.devices import device_of, input_device
 
 if TYPE_CHECKING:
@@ -194,7 +194,7 @@ class Heads(nn.Module, ABC):
         """Everything `save` writes beside the weights, as JSON values."""
         return {
             **{name: getattr(self, name) for name in ("family", "num_heads", "hidden_size", "vocab_size", "options")},
-            "base": {"name": self.base_name, "fingerprint": self.base_fingerprint and asdict(self.base_fingerprint)},
+            "base": {"name": self.base_name, "fingerprint": self.base_fingerprint and self.base_fingerprint.as_dict()},
             "training": self.training_record,
         }
 
@@ -220,6 +220,7 @@ class Heads(nn.Module, ABC):
         Raises:
             HeadsError: the sizes do not fit, or the fingerprint is another model's and `force` is False.
         """
+        model = unwrapped(model).model
         projection = output_projection(model)
         self.check_sizes(model)
         if self._projection[:1] != (projection.module,) and not force:
@@ -255,6 +256,7 @@ class Heads(nn.Module, ABC):
 
     def remember_base(self, model: PreTrainedModel) -> None:
         """Record `model` as the one these heads belong to."""
+        model = unwrapped(model).model
         self.base_name = str(model.config._name_or_path)
         self.base_fingerprint = fingerprint(model)
 
@@ -320,6 +322,11 @@ class Heads(nn.Module, ABC):
         """Raise `HeadsError` if `model` is another than these heads' own; warn where that cannot be told."""
         self.check_sizes(model)
         check_same_base(self.base_name, self.base_fingerprint, model)
+
+    def warn_of_adapters(self, model: PreTrainedModel) -> None:
+        """Warn if other adapters are active in `model` than when these heads were trained on it."""
+        if self.base_fingerprint is not None:
+            warn_of_adapters(self.base_name, self.base_fingerprint, fingerprint(model), model)
 
 
 def _device_for(model: PreTrainedModel) -> torch.device:

@@ -128,9 +128,12 @@ def _facts(heads: Heads, early_exit: EarlyExit | None) -> str:
     options = ", ".join(f"{name} {value}" for name, value in heads.options.items())
     mark = heads.base_fingerprint
     own = "" if heads.token_ids is None else f", of which the heads know {len(heads.token_ids):,}"
+    recognised = f"samples of its weights, `{mark.body[:_HEX]}…`" if mark and mark.body else "nothing"
+    if mark is not None and mark.adapters:
+        recognised += f", and of the adapter that was active, `{mark.adapters[:_HEX]}…`"
     rows = [
         ("model", shown_base(heads.base_name) or "not named"),
-        ("recognised by", f"samples of its weights, `{mark.body[:_HEX]}…`" if mark and mark.body else "nothing"),
+        ("recognised by", recognised),
         ("family", f"{heads.family}" + (f" ({options})" if options else "")),
         ("heads", f"{heads.num_heads}, on hidden states of width {heads.hidden_size:,}"),
         ("vocabulary", f"{heads.vocab_size:,}{own}"),

@@ -198,8 +198,8 @@ def _fingerprint(value: object, path: Path) -> Fingerprint | None:
     samples = re.compile(f"([0-9a-f]{{{4 * SAMPLES}}})?")
     if (
         not isinstance(value, dict)
-        or value.keys() != {*names, "body_matrices"}
-        or any(not samples.fullmatch(str(value[name])) for name in names)
+        or value.keys() - {"adapters"} != {*names, "body_matrices"}
+        or any(not samples.fullmatch(str(value.get(name, ""))) for name in (*names, "adapters"))
     ):
         raise HeadsError(f"{path}: the base's fingerprint is damaged. Save or download the heads again")
     return Fingerprint(**value)

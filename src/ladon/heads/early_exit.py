@@ -18,6 +18,7 @@ from ladon.heads.base import check_count, seeded_normal
 from ladon.heads.checkpoint import EARLY_EXIT_FILES, VERSION, find_folder, read_tensors, write_pair
 from ladon.heads.formats.files import read_versioned
 from ladon.heads.model_parts import decoder_layers, final_norm, output_projection
+from ladon.heads.wrapped import unwrapped
 from ladon.util.devices import device_of, input_device
 
 if TYPE_CHECKING:
@@ -96,6 +97,7 @@ def new_early_exit(model: PreTrainedModel, layer: int, *, width: int | None = No
         HeadsError: no such layer, or a width below 1.
         UnsupportedModelError: the model's layers cannot be found.
     """
+    model = unwrapped(model).model
     layers, hidden_size = decoder_layers(model), output_projection(model).hidden_size
     scale, shift, is_centred = final_norm(model, hidden_size)
     with torch.device("cpu"):  # whatever the default

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ladon.errors import HeadsError
-from ladon.heads.model_parts import input_embedding, is_plain, output_projection
+from ladon.heads.model_parts import input_embedding_module, is_plain, output_projection, weight_of
+from ladon.heads.wrapped import active_adapters, adapter_parameters, base_layer, unwrapped
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,26 +36,40 @@ class Fingerprint:
         projection: samples of the output projection; empty likewise.
         body: samples over all other matrices; empty likewise.
         body_matrices: how many matrices `body` was sampled over.
+        adapters: samples over the matrices of the adapters that were active, which belong to no other group.
     """
 
     embedding: str = ""
     projection: str = ""
     body: str = ""
     body_matrices: int = 0
+    adapters: str = ""
+
+    def as_dict(self) -> dict[str, object]:
+        """JSON values: without adapters if there are none, as before they were known."""
+        return {name: value for name, value in asdict(self).items() if name != "adapters" or value}
 
 
 def fingerprint(model: PreTrainedModel, sample: Callable[[Sequence[Tensor]], str] | None = None) -> Fingerprint:
-    """Fingerprint of `model`. Reads at most 192 numbers from the device.
+    """Fingerprint of `model`. Reads at most 256 numbers from the device.
 
     Args:
         model: the model.
         sample: samples some of its matrices, if they lie elsewhere; `samples_of` by default.
     """
     sample = sample or samples_of
-    embedding, projection = input_embedding(model), output_projection(model).weight
-    body = [p for p in model.parameters() if p.ndim >= 2 and p is not embedding and p is not projection]
+    model = unwrapped(model).model
+    ends: Any = [base_layer(module) for module in (input_embedding_module(model), output_projection(model).module)]
+    embedding, projection = map(weight_of, ends)
+    added, active = adapter_parameters(model)
+    apart = added | {embedding, projection}
+    body = [p for p in model.parameters() if p.ndim >= 2 and p not in apart]
     return Fingerprint(
-        embedding=sample([embedding]), projection=sample([projection]), body=sample(body), body_matrices=len(body)
+        embedding=sample([embedding]),
+        projection=sample([projection]),
+        body=sample(body),
+        body_matrices=len(body),
+        adapters=sample(active) if active else "",
     )
 
 
@@ -85,7 +100,8 @@ def check_same_base(name: str, saved: Fingerprint | None, model: PreTrainedModel
     if saved is None:
         _warn("the heads carry no fingerprint of the model they were trained on")
         return
-    shares = agreement(saved, fingerprint(model))
+    found = fingerprint(model)
+    shares = agreement(saved, found)
     wrong = differing(shares)
     if wrong:
         raise HeadsError(
@@ -96,6 +112,24 @@ def check_same_base(name: str, saved: Fingerprint | None, model: PreTrainedModel
     unread = [group for group, share in shares.items() if share is None]
     if unread:
         _warn(f"the weights of {' and '.join(unread)} cannot be compared with those of {name}")
+    warn_of_adapters(name, saved, found, model)
+
+
+def warn_of_adapters(name: str, saved: Fingerprint, found: Fingerprint, model: PreTrainedModel) -> None:
+    """Warn if heads trained on the model of one fingerprint meet other active adapters in that of another."""
+    if saved.adapters == found.adapters:
+        return
+    if saved.adapters and found.adapters and _share_of_equal(saved.adapters, found.adapters) >= MIN_AGREEMENT:
+        return
+    here = ", ".join(map(repr, active_adapters(unwrapped(model).model)))
+    trained, now = "without an adapter", f"adapter {here} is active"
+    if saved.adapters:
+        trained, now = "with an adapter", f"another ({here}) is active" if found.adapters else "none is active"
+    warnings.warn(
+        f"these heads were trained on {name or 'an unnamed model'} {trained}, and now {now}: the text stays exact, "
+        "fewer guesses are right",
+        stacklevel=5,
+    )
 
 
 def _warn(reason: str) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ladon.errors import HeadsError, UnsupportedModelError
+from ladon.heads.wrapped import unwrapped
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,11 +38,11 @@ def output_projection(model: PreTrainedModel) -> OutputProjection:
 
     Its sizes come from the module itself, since configs disagree about names, and from the config where it is silent.
     """
-    getter: Any = model.get_output_embeddings
+    getter: Any = unwrapped(model).model.get_output_embeddings
     module = getter()
     if not isinstance(module, nn.Module):
         raise HeadsError(f"{type(model).__name__} has no output projection; heads need a causal language model")
-    weight, config = _weight_of(module), model.config.get_text_config(decoder=True)
+    weight, config = weight_of(module), model.config.get_text_config(decoder=True)
     is_matrix = is_plain(weight) and weight.ndim == 2
     vocab_size, hidden_size = weight.shape if is_matrix else (config.vocab_size, config.hidden_size)
     return OutputProjection(
@@ -57,7 +58,7 @@ def is_plain(weight: Tensor) -> bool:
     return type(weight) in _PLAIN_KINDS and weight.is_floating_point() and weight.dtype.itemsize > 1
 
 
-def _weight_of(module: nn.Module) -> Tensor:
+def weight_of(module: nn.Module) -> Tensor:
     """A module's weight; an empty tensor for one that has none, or a method that makes it."""
     weight: Any = getattr(module, "weight", None)
     return weight if type(weight) in _PLAIN_KINDS else torch.empty(0, dtype=torch.uint8, device="cpu")
@@ -69,13 +70,13 @@ def _first_of(module: nn.Module, names: tuple[str, ...], default: int) -> int:
 
 def input_embedding_module(model: PreTrainedModel) -> nn.Module:
     """The target's input embedding: calling it maps token ids [...] to [..., H], scaling included if it scales."""
-    module: nn.Module = model.get_input_embeddings()
+    module: nn.Module = unwrapped(model).model.get_input_embeddings()
     return module
 
 
 def input_embedding(model: PreTrainedModel) -> Tensor:
     """Weight of the target's input embedding, [V, H]; of another shape if its numbers are packed."""
-    return _weight_of(input_embedding_module(model))
+    return weight_of(input_embedding_module(model))
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:

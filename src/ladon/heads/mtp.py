@@ -19,6 +19,7 @@ from ladon.errors import HeadsError
 from ladon.heads.base import Heads
 from ladon.heads.copies import Placement, shared_copy
 from ladon.heads.model_parts import output_projection
+from ladon.heads.wrapped import unwrapped
 from ladon.util.devices import input_device, is_offloaded
 
 if TYPE_CHECKING:
@@ -138,6 +139,7 @@ def load_mtp(model: PreTrainedModel, num_heads: int | None = None) -> MtpHeads:
     Raises:
         HeadsError: the model ships no modules, they cannot be read, or the installed transformers has no support.
     """
+    model = unwrapped(model).model
     name = type(model).__name__
     found = _mtp_class()
     if found is None:

@@ -14,6 +14,7 @@ from itertools import takewhile
 from torch import Tensor, nn
 
 from ladon.errors import InputError
+from ladon.target.additions import Additions
 from ladon.util.devices import arithmetic, input_device, offloading
 
 Stores = Sequence[Mapping[str, Tensor]]
@@ -24,18 +25,29 @@ class Maker:
     """A model as it was at some time.
 
     That is: its weights' places in memory, how often they had been written to, and how it computed. Weights changed in
-    place through `.data`, offloaded ones, and adapters that are only switched, look as before.
+    place through `.data` and offloaded ones look as before. `additions` are its adapters and whatever else others have
+    put in; None with hooks on it, whose work may change unseen: then it is never again what it was.
     """
 
     model: weakref.ref[nn.Module]
     weights: int
     arithmetic: tuple[str, ...]
+    additions: int | None
 
     @classmethod
     def of(cls, model: nn.Module) -> Maker:
         """`model` as it is now. Does not read the device."""
         weights = [_state(module, own) for module in model.modules() for own in module._parameters.values()]
-        return cls(model=weakref.ref(model), weights=hash(tuple(weights)), arithmetic=arithmetic(input_device(model)))
+        return cls(
+            model=weakref.ref(model),
+            weights=hash(tuple(weights)),
+            arithmetic=arithmetic(input_device(model)),
+            additions=Additions.of(model).mark,
+        )
+
+    def goes_on(self, now: Maker) -> bool:
+        """Whether what was made then can be gone on from now."""
+        return self == now and now.additions is not None
 
 
 def _state(module: nn.Module, parameter: Tensor | None) -> tuple[int, int]:
@@ -82,13 +94,17 @@ class KeptPrefix:
         return replace(self, token_ids=self.token_ids[:count], stores=stores)
 
     def check(self, model: nn.Module) -> None:
-        """Raise `InputError` unless `model` is what made this, and its weights are as they were."""
+        """Raise `InputError` unless `model` is what made this, and is as it was; with hooks on it nobody goes on."""
         if self.maker.model() is not model:
             raise InputError("past_key_values come from another model object; give them to the model that made them")
         now = Maker.of(model)
-        if self.maker != now:
-            same_weights = self.maker.weights == now.weights
-            what = "arithmetic (autocast, float32 precision) has" if same_weights else "weights have"
+        if self.maker != now and now.additions is not None:
+            changed = [
+                (self.maker.weights != now.weights, "weights have"),
+                (self.maker.arithmetic != now.arithmetic, "arithmetic (autocast, float32 precision) has"),
+                (True, "adapters, hooks or layers have"),
+            ]
+            what = next(name for has_changed, name in changed if has_changed)
             raise InputError(
                 f"the model's {what} changed since past_key_values were made; leave past_key_values out, and the "
                 "prompt is read anew"

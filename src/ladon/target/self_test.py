@@ -1,12 +1,14 @@
 """The test a model must pass before it is trusted with token trees: do they give what plain forwards give?
 
-Two rows of different lengths hold a small branching tree each, are verified, committed, and verified again. Every
-node's logits are compared with a plain forward of the model over that node's own path, without cache, mask or hooks.
+Two rows of different lengths hold a small branching tree each, are verified, committed, and verified again. What the
+prompts' last tokens and every node give is compared with a plain forward of the model over that node's own path,
+without cache, mask or hooks; on a model to which others have added something, with what its own `generate` computes
+token by token.
 The control is what a wrong mask would give: the logits of the same nodes taken as one chain. A model passes when its
 difference is a small share of the control's; one whose forward fails on a tree does not. What fails outside the model's
 forwards says nothing about the model, and is raised as the test's own error. About a dozen short forwards; the verdict
 is kept per configuration, dtype, attention implementation, arithmetic (autocast, precision of float32 products) and
-library version, in the process and in a file.
+library version, in the process and in a file, unless the model has additions, which this key does not see.
 """
 
 from __future__ import annotations
@@ -14,16 +16,18 @@ from __future__ import annotations
 import hashlib
 import json
 import traceback
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import transformers
 from torch import Tensor, nn
 
 from ladon.errors import SelfTestError, UnsupportedModelError
+from ladon.target.additions import Additions
 from ladon.target.hooks import lock_of
 from ladon.trees.token_tree import TokenTree
 from ladon.util.devices import arithmetic, is_out_of_memory, working_dtype
@@ -44,6 +48,9 @@ _STEPS = 2
 _PASSES = {torch.float64: 0.01, torch.float32: 0.01}  # share of the control's difference that rounding may reach
 _PASSES_HALF = 0.2
 
+# A target, a prefix and the paths that follow it -> logits.
+Reference = Callable[["Testable", Tensor, Tensor], Tensor]
+
 _verdicts: dict[str, Verdict] = {}
 
 
@@ -63,6 +70,7 @@ class Testable(Protocol):
     """The part of a target that the test runs."""
 
     model: PreTrainedModel
+    outer: Any
     device: torch.device
     dtype: torch.dtype
     vocab_size: int
@@ -77,18 +85,24 @@ class Testable(Protocol):
         """See `Target`."""
 
 
-def tested(target: Testable) -> Verdict:
+def tested(target: Testable, additions: Additions) -> Verdict:
     """The verdict on a model, from memory, from the file, or from the test itself.
 
+    Args:
+        target: the model made ready.
+        additions: what others have added to it.
+
     Raises:
-        UnsupportedModelError: if neither a tree nor a chain gives what plain forwards give.
+        UnsupportedModelError: if neither a tree nor a chain gives what plain decoding gives.
         SelfTestError: the test itself has failed.
     """
+    if not additions.are_known:
+        return _judge(target, additions)
     key = _key(target)
     if key not in _verdicts:
         remembered = _read().get(key)
         if remembered is None:
-            remembered = _judge(target)
+            remembered = _judge(target, additions)
             _write(key, remembered)
         _verdicts[key] = remembered
     return _verdicts[key]
@@ -113,24 +127,31 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
-def _judge(target: Testable) -> Verdict:
-    reasons = []
+def _judge(target: Testable, additions: Additions) -> Verdict:
+    reasons, reference = [], _plain if additions.are_known else generated
     for name, shapes in (("a token tree", _BRANCHING), ("a chain", _CHAIN)):
-        reason = _failure(target, shapes)
+        reason = _failure(target, shapes, reference)
         if reason is None:
             return Verdict(trees=shapes is _BRANCHING)
         reasons.append(f"{name} {reason}")
+    otherwise = "Use plain decoding of transformers for it"
+    if additions.is_compiled:
+        otherwise = "It is compiled: give it uncompiled, or compile it without fullgraph=True"
+    if additions.hooks:
+        named = ", ".join(dict.fromkeys(additions.hooks[:3])) + (", ..." if len(additions.hooks) > 3 else "")
+        otherwise = f"It carries hooks ({named}): remove those that treat some positions otherwise than others, or use "
+        otherwise += "plain decoding of transformers"
     raise UnsupportedModelError(
-        f"{type(target.model).__name__} cannot verify token trees: against plain decoding, {'; '.join(reasons)}. Use "
-        "plain decoding of transformers for it"
+        f"{type(target.model).__name__} cannot verify token trees: against plain decoding, {'; '.join(reasons)}. "
+        f"{otherwise}"
     )
 
 
-def _failure(target: Testable, shapes: tuple[tuple[int, ...], ...]) -> str | None:
+def _failure(target: Testable, shapes: tuple[tuple[int, ...], ...], reference: Reference) -> str | None:
     """Why trees of these shapes cannot be trusted, or None."""
     allowed = allowed_share(target)
     try:
-        difference, control = measure(target, shapes)
+        difference, control = measure(target, shapes, reference)
     except Exception as error:
         if isinstance(error, UnsupportedModelError) or is_out_of_memory(error):  # no matter of trees
             raise
@@ -142,13 +163,17 @@ def _failure(target: Testable, shapes: tuple[tuple[int, ...], ...]) -> str | Non
 
 
 @torch.no_grad()
-def measure(target: Testable, shapes: tuple[tuple[int, ...], ...]) -> tuple[float, float]:
-    """Root mean square difference of trees of these shapes to plain forwards, and that of a wrong mask.
+def measure(
+    target: Testable, shapes: tuple[tuple[int, ...], ...], reference: Reference | None = None
+) -> tuple[float, float]:
+    """Root mean square difference of trees of these shapes to the reference, and that of a wrong mask.
 
     Args:
         target: what is tested.
         shapes: the parents of each row's tree; both rows as many nodes.
+        reference: what plain decoding gives; None for plain forwards.
     """
+    reference = reference or _plain
     generator = torch.Generator("cpu").manual_seed(0)  # all but the forwards is the host's, in float64
 
     def draw(*shape: int) -> Tensor:
@@ -156,18 +181,20 @@ def measure(target: Testable, shapes: tuple[tuple[int, ...], ...]) -> tuple[floa
 
     rows = [draw(length) for length in _LENGTHS]
     cache = target.new_cache(len(rows))
-    target.prefill(rows, cache)
+    begun = target.prefill(rows, cache)[1].cpu().double()  # [2, V]
     squares = torch.zeros(2, dtype=torch.float64, device="cpu")
-    for _ in range(_STEPS):
+    for step in range(_STEPS):
         tokens = draw(len(rows), len(shapes[0]))
         logits = target.verify(_tree(tokens, shapes, target.device), cache).logits.cpu().double()
         kept = []
         for row, parents in enumerate(shapes):
             paths = [_path(parents, node) for node in range(len(parents))]
             leaves = [path for node, path in enumerate(paths) if node not in parents]
-            plain = _plain(target, rows[row], tokens[row], leaves)
-            wrong = _plain(target, rows[row], tokens[row], [list(range(len(parents)))])
+            start, plain = _by_node(reference, target, rows[row], tokens[row], leaves)
+            wrong = _by_node(reference, target, rows[row], tokens[row], [list(range(len(parents)))])[1]
             squares += torch.stack([(logits[row] - plain).square().mean(), (wrong - plain).square().mean()])
+            if step == 0:
+                squares[0] += (begun[row] - start).square().mean()
             kept.append(max(paths, key=len))
             rows[row] = torch.cat((rows[row], tokens[row, kept[row]]))
         width = max(map(len, kept))
@@ -197,23 +224,62 @@ def _path(parents: tuple[int, ...], node: int) -> list[int]:
     return path
 
 
-def _plain(target: Testable, prefix: Tensor, tokens: Tensor, leaves: list[list[int]]) -> Tensor:
-    """Logits after each node, [N, V], by one plain forward over the paths to the leaves, all of one length."""
-    ids = torch.stack([torch.cat((prefix, tokens[path])) for path in leaves]).to(target.device)
+def _by_node(
+    reference: Reference, target: Testable, prefix: Tensor, tokens: Tensor, leaves: list[list[int]]
+) -> tuple[Tensor, Tensor]:
+    """Logits after the prefix, [V], and after each node, [N, V]; the paths to the leaves are all of one length."""
+    paths = torch.stack([tokens[path] for path in leaves])
+    with lock_of(target.model):
+        logits = reference(target, prefix, paths).cpu().double()
+    found = torch.empty(len(tokens), logits.shape[-1], dtype=logits.dtype, device=logits.device)
+    for path, path_logits in zip(leaves, logits, strict=True):
+        found[path] = path_logits[1:]
+    return logits[0, 0], found
+
+
+def _plain(target: Testable, prefix: Tensor, paths: Tensor) -> Tensor:
+    """Logits after a prefix [T] and after each token of paths [P, D] that follow it, [P, 1 + D, V], by one forward."""
+    ids = torch.cat((prefix.expand(len(paths), -1), paths), dim=1).to(target.device)
     try:
-        with lock_of(target.model):
-            logits = target.model(input_ids=ids, use_cache=False, return_dict=True).logits
+        logits: Tensor = target.model(input_ids=ids, use_cache=False, return_dict=True).logits
     except Exception as error:
         if is_out_of_memory(error):
             raise
         raise UnsupportedModelError(
             f"{type(target.model).__name__} cannot be decoded: a plain forward of it fails with {first_line(error)}"
         ) from error
-    logits = logits.cpu().double()
-    found = torch.empty(len(tokens), logits.shape[-1], dtype=logits.dtype, device=logits.device)
-    for path, path_logits in zip(leaves, logits, strict=True):
-        found[path] = path_logits[len(prefix) :]
-    return found
+    return logits[:, len(prefix) - 1 :]
+
+
+def generated(target: Testable, prefix: Tensor, paths: Tensor) -> Tensor:
+    """The same, as `generate` computes them: the prefix, then token by token, with whatever it gives to the model."""
+    count = paths.shape[1] + 1
+
+    def follow(ids: Tensor, scores: Tensor) -> Tensor:
+        """The next token of each path, whatever the model says; none is left after the last."""
+        place = min(ids.shape[1] - len(prefix), count - 2)
+        chosen = paths[:, place, None].to(scores.device)
+        return torch.full_like(scores, -torch.inf).scatter(1, chosen, 0.0)
+
+    def decode(model: Any, input_ids: Tensor, *, generation_config: Any, **inputs: Any) -> Any:
+        given = {name: value for name, value in inputs.items() if name not in ("logits_processor", "stopping_criteria")}
+        stops = [transformers.MaxLengthCriteria(len(prefix) + count)]
+        return model._sample(
+            input_ids,
+            logits_processor=transformers.LogitsProcessorList([follow]),
+            stopping_criteria=transformers.StoppingCriteriaList(stops),
+            generation_config=generation_config,
+            **given,
+        )
+
+    ids = prefix.expand(len(paths), -1).to(target.device)
+    options = {"max_new_tokens": count, "do_sample": False, "num_beams": 1, "num_return_sequences": 1}
+    options |= {"use_cache": True, "return_dict_in_generate": True, "output_logits": True, "output_scores": False}
+    options["disable_compile"] = True
+    made = type(target.outer).generate(
+        target.outer, input_ids=ids, attention_mask=torch.ones_like(ids), custom_generate=decode, **options
+    )
+    return torch.stack(made.logits, dim=1)
 
 
 def _key(target: Testable) -> str:

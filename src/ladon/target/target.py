@@ -17,6 +17,8 @@ from torch import Tensor
 
 from ladon.errors import UnsupportedModelError
 from ladon.heads.model_parts import output_projection
+from ladon.heads.wrapped import unwrapped
+from ladon.target.additions import Additions
 from ladon.target.attention_masks import Sight, localities, model_masks, tree_mask
 from ladon.target.hooks import lock_of, projection_inputs
 from ladon.target.kv_cache import TreeCache
@@ -46,6 +48,7 @@ class Target:
 
     Attributes:
         model: the transformers model, never changed.
+        outer: whose `generate` is the reference: a peft model around it, or the model itself.
         device: where its inputs go.
         dtype: of its parameters.
         vocab_size: V, the width its output projection returns.
@@ -57,25 +60,29 @@ class Target:
         """Check what can be told from the outside.
 
         Args:
-            model: a decoder-only transformers model in evaluation mode.
+            model: a decoder-only transformers model in evaluation mode, or what `unwrapped` finds one in.
             self_test: compare a small tree with plain forwards before the first use.
             prefill_chunk: bounds the mask and the activations of prefill, not its result.
 
         Raises:
             UnsupportedModelError: if the model cannot verify token trees; the message has the reason.
         """
-        self.model, self.prefill_chunk = model, prefill_chunk
-        self._self_test, self._lock = self_test, lock_of(model)
+        self._given, self.prefill_chunk = model, prefill_chunk
+        self.outer, self.model = unwrapped(model)
+        self._self_test, self._lock = self_test, lock_of(self.model)
+        self._verdicts: dict[tuple[object, ...], Verdict] = {}
         self._made_for: tuple[object, ...] = ()
         self._follow_model()
 
     def _follow_model(self) -> None:
         """Derive everything from the model, unless it is as it was when this was done last."""
-        model = self.model
+        model = unwrapped(self._given).model
         config = model.config.get_text_config(decoder=True)
+        self._additions = Additions.of(model)
         device = input_device(model)
         numbers = (model.dtype, device, arithmetic(device))
-        state = (config._attn_implementation, numbers, model.training, model.get_output_embeddings())
+        given = (config._attn_implementation, numbers, model.training, model.get_output_embeddings())
+        state = (*given, self._additions.state)
         if state == self._made_for:
             return
         arguments = set(inspect.signature(model.forward).parameters)
@@ -88,24 +95,29 @@ class Target:
         self._mask_dtype = None if config._attn_implementation == "sdpa" else self.dtype
         self._takes_positions = "position_ids" in arguments
         self._regimes, self._layer_inputs = RopeRegimes(model), layer_inputs_of(model)
-        self._verdict = None if self._self_test else Verdict(trees=True)
+        self._verdict = self._verdicts.get(state) if self._self_test else Verdict(trees=True)
         self._pruners: dict[Pruning, Pruner] = {}
         self._zeros: dict[str, bool] = {}
         self._made_for = state
 
-    def check(self) -> Verdict:
+    def check(self, *, anew: bool = False) -> Verdict:
         """Make ready for a run: follow a change of the model, and run the self-test if it has not run since.
 
-        What may change between runs: attention implementation, dtype, device, training mode, output projection, and
-        how the device computes (autocast, precision of float32 products).
+        What may change between runs: attention implementation, dtype, device, training mode, output projection, how the
+        device computes (autocast, precision of float32 products), what others have added (`ladon.target.additions`).
+
+        Args:
+            anew: a run begins. With hooks of others on the model, it is tested again: what they do may have changed.
 
         Raises:
             UnsupportedModelError: if not even a chain gives what plain decoding gives, or the model now is one that
                 cannot be verified.
         """
         self._follow_model()
-        if self._verdict is None:
-            self._verdict = tested(Target(self.model, self_test=False))
+        if self._verdict is None or (anew and self._self_test and self._additions.hooks):
+            self._verdict = tested(Target(self._given, self_test=False), self._additions)
+            if not self._additions.hooks:
+                self._verdicts[self._made_for] = self._verdict
         return self._verdict
 
     @property
@@ -166,7 +178,9 @@ class Target:
 
     def resume(self, past: KeptPrefix | None, prompt_length: int, cache: TreeCache, place: int) -> int:
         """Let a new row of the cache start from `past`, if its prompt can go on from it; how many tokens that is."""
-        if past is None or past.regime != self._regimes.number_at(prompt_length) or past.maker != Maker.of(self.model):
+        if past is None or past.regime != self._regimes.number_at(prompt_length):
+            return 0
+        if not past.maker.goes_on(Maker.of(self.model)):
             return 0
         if not cache.fits(past.stores):
             return 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +104,7 @@ def _settings(
         "updates": arguments.max_steps,
         "processes": arguments.world_size,
         "dtype": str(dtype).removeprefix("torch."),
-        "model": heads.base_fingerprint and asdict(heads.base_fingerprint),
+        "model": heads.base_fingerprint and heads.base_fingerprint.as_dict(),
         "heads": heads.weights_hash,
         "data": data_hash(documents),
     }

@@ -52,7 +52,7 @@ def place_of(model: PreTrainedModel, heads: Heads) -> dict[str, Any]:
     """All that step times depend on, JSON values: the target, the size of the heads, the machine and the libraries."""
     config = model.config.get_text_config(decoder=True)
     return {
-        "model": asdict(fingerprint(model)),
+        "model": fingerprint(model).as_dict(),
         "heads": {"family": heads.family, "num_heads": heads.num_heads, **heads.options},
         "attention": config._attn_implementation,
         **machine_of(model),

@@ -17,6 +17,7 @@ from ladon.heads.base import Heads
 from ladon.heads.formats.files import CONFIG_FILE, SAFE, new_folder, read_json, write_json
 from ladon.heads.medusa import MedusaHeads
 from ladon.heads.model_parts import OutputProjection, output_projection
+from ladon.heads.wrapped import adapter_layers, unwrapped
 from ladon.trees.fixed_tree import FixedTree
 
 if TYPE_CHECKING:
@@ -254,6 +255,11 @@ def _needed_model(job: _Job) -> PreTrainedModel:
     if job.model is None:
         holds = "the model and its heads" if job.name == "modelopt" else "a copy of the model's output projection"
         raise HeadsError(f"{job.name} holds {holds}, for these heads at least. Give the model: --model NAME")
+    if any(adapter_layers(unwrapped(job.model).model)):
+        raise HeadsError(
+            f"{job.name} has no place for the model's adapters ({type(job.model).__name__}). Merge them into it "
+            "(merge_and_unload of peft), and give that model"
+        )
     return job.model
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -37,7 +36,7 @@ def ignored_settings(model: PreTrainedModel) -> list[str]:
 
 def weights_hash(model: PreTrainedModel) -> str:
     """16 hexadecimal digits that tell a model from another of the same name: of its fingerprint, not of all weights."""
-    return hashlib.sha256(repr(sorted(asdict(fingerprint(model)).items())).encode()).hexdigest()[:16]
+    return hashlib.sha256(repr(sorted(fingerprint(model).as_dict().items())).encode()).hexdigest()[:16]
 
 
 class LocalModel:
