@@ -57,10 +57,10 @@ def refuse_changed_inputs(
         inputs: the call's other model inputs, as `generate` has prepared them.
         max_length: the greatest length of a sequence.
     """
-    own = getattr(model, _METHOD)
-    usual = next(vars(cls)[_METHOD] for cls in type(model).__mro__ if _is_usual(vars(cls).get(_METHOD)))
-    if getattr(own, "__func__", own) is usual:
-        return
+    own = getattr(model, _METHOD, None)
+    usual = next((vars(cls)[_METHOD] for cls in type(model).__mro__ if _is_usual(vars(cls).get(_METHOD))), None)
+    if own is None or usual is None or getattr(own, "__func__", own) is usual:
+        return  # without any, the model has no generate either
     where = getattr(own, "__qualname__", type(own).__qualname__)
     for ids, given in _steps(input_ids, inputs, max_length):
         try:
