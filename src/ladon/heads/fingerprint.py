@@ -10,13 +10,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ladon.errors import HeadsError
-from ladon.heads.model_parts import input_embedding_module, output_projection
+from ladon.heads.model_parts import input_embedding_module, is_plain, output_projection, weight_of
 from ladon.heads.wrapped import active_adapters, adapter_parameters, base_layer, unwrapped
 
 if TYPE_CHECKING:
@@ -59,8 +59,8 @@ def fingerprint(model: PreTrainedModel, sample: Callable[[Sequence[Tensor]], str
     """
     sample = sample or samples_of
     model = unwrapped(model).model
-    ends: Any = [base_layer(module) for module in (input_embedding_module(model), output_projection(model).module)]
-    embedding, projection = (module.weight for module in ends)
+    ends = (input_embedding_module(model), output_projection(model).module)
+    embedding, projection = (weight_of(base_layer(module)) for module in ends)
     added, active = adapter_parameters(model)
     apart = added | {embedding, projection}
     body = [p for p in model.parameters() if p.ndim >= 2 and p not in apart]
@@ -155,7 +155,7 @@ def digits(values: Sequence[Tensor]) -> str:
 
 def samples_of(matrices: Sequence[Tensor]) -> str:
     """`SAMPLES` weights spread over the matrices, or "" when any of them cannot be read as plain numbers."""
-    readable = all(m.dtype in PLAIN_DTYPES and not m.is_meta and m.numel() > 0 for m in matrices)
+    readable = all(is_plain(m) and not m.is_meta and m.numel() > 0 for m in matrices)
     if not matrices or not readable:
         return ""
     found = places([m.numel() for m in matrices])

@@ -15,31 +15,47 @@ from torch import Tensor, nn
 
 from ladon.errors import InputError
 from ladon.target.additions import Additions
+from ladon.util.devices import arithmetic, input_device, offloading
 
 Stores = Sequence[Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Maker:
-    """A model as it was at some time: its weights' places in memory and how often they had been written to.
+    """A model as it was at some time.
 
-    Weights changed in place through `.data` look as before. `additions` are its adapters and whatever else others have
-    put in; None with hooks on it, whose work may change unseen: then it is never again what it was.
+    That is: its weights' places in memory, how often they had been written to, and how it computed. Weights changed in
+    place through `.data`, and offloaded ones, look as before. `additions` are its adapters and what else others have put
+    in; None with hooks on it, whose work may change unseen: then it is never again what it was.
     """
 
     model: weakref.ref[nn.Module]
     weights: int
+    arithmetic: tuple[str, ...]
     additions: int | None
 
     @classmethod
     def of(cls, model: nn.Module) -> Maker:
         """`model` as it is now. Does not read the device."""
-        weights = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters()]
-        return cls(model=weakref.ref(model), weights=hash(tuple(weights)), additions=Additions.of(model).mark)
+        weights = [_state(module, own) for module in model.modules() for own in module._parameters.values()]
+        return cls(
+            model=weakref.ref(model),
+            weights=hash(tuple(weights)),
+            arithmetic=arithmetic(input_device(model)),
+            additions=Additions.of(model).mark,
+        )
 
     def goes_on(self, now: Maker) -> bool:
         """Whether what was made then can be gone on from now."""
         return self == now and now.additions is not None
+
+
+def _state(module: nn.Module, parameter: Tensor | None) -> tuple[int, int]:
+    """Where a parameter of a module is, and how often it was written to; for an offloaded one, who holds it."""
+    holder = offloading(module)
+    if parameter is None or holder is not None:
+        return id(holder), 0
+    return parameter.data_ptr(), 0 if parameter.is_inference() else parameter._version
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
@@ -83,9 +99,13 @@ class KeptPrefix:
             raise InputError("past_key_values come from another model object; give them to the model that made them")
         now = Maker.of(model)
         if self.maker != now and now.additions is not None:
-            what = "weights" if self.maker.weights != now.weights else "adapters, hooks or layers"
+            what = "adapters, hooks or layers have"
+            if self.maker.weights != now.weights:
+                what = "weights have"
+            elif self.maker.arithmetic != now.arithmetic:
+                what = "arithmetic (autocast, float32 precision) has"
             raise InputError(
-                f"the model's {what} have changed since past_key_values were made; leave past_key_values out, and the "
+                f"the model's {what} changed since past_key_values were made; leave past_key_values out, and the "
                 "prompt is read anew"
             )
 

@@ -5,15 +5,17 @@ prompts' last tokens and every node give is compared with a plain forward of the
 without cache, mask or hooks; on a model to which others have added something, with what its own `generate` computes
 token by token.
 The control is what a wrong mask would give: the logits of the same nodes taken as one chain. A model passes when its
-difference is a small share of the control's; one whose forward fails on a tree does not. About a dozen short forwards;
-the verdict is kept per configuration, dtype, attention implementation and library version, in the process and in a
-file, unless the model has additions, which this key does not see.
+difference is a small share of the control's; one whose forward fails on a tree does not. What fails outside the model's
+forwards says nothing about the model, and is raised as the test's own error. About a dozen short forwards; the verdict
+is kept per configuration, dtype, attention implementation, arithmetic (autocast, precision of float32 products) and
+library version, in the process and in a file, unless the model has additions, which this key does not see.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -22,12 +24,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 
-from ladon.errors import UnsupportedModelError
+from ladon.errors import SelfTestError, UnsupportedModelError
 from ladon.target.additions import Additions
 from ladon.target.hooks import lock_of
 from ladon.trees.token_tree import TokenTree
+from ladon.util.devices import arithmetic, is_out_of_memory, working_dtype
 from ladon.util.files import write_whole
 from ladon.util.machine import cache_folder
 
@@ -91,6 +94,7 @@ def tested(target: Testable, additions: Additions) -> Verdict:
 
     Raises:
         UnsupportedModelError: if neither a tree nor a chain gives what plain decoding gives.
+        SelfTestError: the test itself has failed.
     """
     if not additions.are_known:
         return _judge(target, additions)
@@ -104,9 +108,23 @@ def tested(target: Testable, additions: Additions) -> Verdict:
     return _verdicts[key]
 
 
-def allowed_share(dtype: torch.dtype) -> float:
-    """The share of a control's difference that rounding may reach in a dtype."""
-    return _PASSES.get(dtype, _PASSES_HALF)
+def allowed_share(target: Testable) -> float:
+    """The share of a control's difference that rounding may reach, as the target computes now."""
+    return _PASSES.get(working_dtype(target.device, target.dtype), _PASSES_HALF)
+
+
+def check_blame(error: Exception, model: nn.Module) -> None:
+    """Raise `SelfTestError` unless an error of a test has come out of a forward of the model."""
+    if not any(frame.f_locals.get("self") is model for frame, _ in traceback.walk_tb(error.__traceback__)):
+        raise SelfTestError(
+            f"the self-test of {type(model).__name__} failed by itself, with {first_line(error)}. That says nothing "
+            "about the model: please report it, and use plain decoding of transformers until it is mended"
+        ) from error
+
+
+def first_line(error: Exception) -> str:
+    """An error's kind, and what it says first."""
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
 def _judge(target: Testable, additions: Additions) -> Verdict:
@@ -131,14 +149,14 @@ def _judge(target: Testable, additions: Additions) -> Verdict:
 
 def _failure(target: Testable, shapes: tuple[tuple[int, ...], ...], reference: Reference) -> str | None:
     """Why trees of these shapes cannot be trusted, or None."""
-    allowed = allowed_share(target.dtype)
+    allowed = allowed_share(target)
     try:
         difference, control = measure(target, shapes, reference)
-    except (UnsupportedModelError, MemoryError, torch.OutOfMemoryError):  # no matter of trees
-        raise
     except Exception as error:
-        first_line = str(error).partition("\n")[0]
-        return f"fails with {type(error).__name__}: {first_line}"
+        if isinstance(error, UnsupportedModelError) or is_out_of_memory(error):  # no matter of trees
+            raise
+        check_blame(error, target.model)
+        return f"fails with {first_line(error)}"
     if difference <= allowed * control:
         return None
     return f"differs by {difference:.2g} (a wrong mask differs by {control:.2g}; allowed is {allowed:.0%} of that)"
@@ -156,18 +174,18 @@ def measure(
         reference: what plain decoding gives; None for plain forwards.
     """
     reference = reference or _plain
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)  # all but the forwards is the host's, in float64
 
     def draw(*shape: int) -> Tensor:
-        return torch.randint(target.vocab_size, shape, generator=generator)
+        return torch.randint(target.vocab_size, shape, generator=generator, device="cpu")
 
     rows = [draw(length) for length in _LENGTHS]
     cache = target.new_cache(len(rows))
-    begun = target.prefill(rows, cache)[1].double().cpu()  # [2, V]
-    squares = torch.zeros(2, dtype=torch.float64)
+    begun = target.prefill(rows, cache)[1].cpu().double()  # [2, V]
+    squares = torch.zeros(2, dtype=torch.float64, device="cpu")
     for step in range(_STEPS):
         tokens = draw(len(rows), len(shapes[0]))
-        logits = target.verify(_tree(tokens, shapes, target.device), cache).logits.double().cpu()
+        logits = target.verify(_tree(tokens, shapes, target.device), cache).logits.cpu().double()
         kept = []
         for row, parents in enumerate(shapes):
             paths = [_path(parents, node) for node in range(len(parents))]
@@ -193,7 +211,7 @@ def _tree(tokens: Tensor, shapes: tuple[tuple[int, ...], ...], device: torch.dev
     return TokenTree(
         tokens=tokens.to(device),
         parents=torch.tensor(shapes, device=device),
-        log_probs=torch.zeros(tokens.shape, device=device),
+        log_probs=torch.zeros(tokens.shape, dtype=torch.float32, device=device),
         max_depth=max(len(_path(parents, node)) for parents in shapes for node in range(len(parents))) - 1,
     )
 
@@ -212,8 +230,8 @@ def _by_node(
     """Logits after the prefix, [V], and after each node, [N, V]; the paths to the leaves are all of one length."""
     paths = torch.stack([tokens[path] for path in leaves])
     with lock_of(target.model):
-        logits = reference(target, prefix, paths).double().cpu()
-    found = torch.empty(len(tokens), logits.shape[-1], dtype=logits.dtype)
+        logits = reference(target, prefix, paths).cpu().double()
+    found = torch.empty(len(tokens), logits.shape[-1], dtype=logits.dtype, device=logits.device)
     for path, path_logits in zip(leaves, logits, strict=True):
         found[path] = path_logits[1:]
     return logits[0, 0], found
@@ -222,7 +240,14 @@ def _by_node(
 def _plain(target: Testable, prefix: Tensor, paths: Tensor) -> Tensor:
     """Logits after a prefix [T] and after each token of paths [P, D] that follow it, [P, 1 + D, V], by one forward."""
     ids = torch.cat((prefix.expand(len(paths), -1), paths), dim=1).to(target.device)
-    logits: Tensor = target.model(input_ids=ids, use_cache=False, return_dict=True).logits
+    try:
+        logits: Tensor = target.model(input_ids=ids, use_cache=False, return_dict=True).logits
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise UnsupportedModelError(
+            f"{type(target.model).__name__} cannot be decoded: a plain forward of it fails with {first_line(error)}"
+        ) from error
     return logits[:, len(prefix) - 1 :]
 
 
@@ -262,12 +287,20 @@ def _key(target: Testable) -> str:
     facts = {
         "config": {name: value for name, value in config.to_dict().items() if not name.startswith("_name")},
         "class": type(target.model).__qualname__,
+        "layers": _layers(target.model),
         "attention": config.get_text_config(decoder=True)._attn_implementation,
         "dtype": str(target.dtype),
         "device": target.device.type,
+        "arithmetic": arithmetic(target.device),
         "versions": [transformers.__version__, torch.__version__],
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _layers(model: nn.Module) -> list[str]:
+    """Kinds of layers and of numbers in a model: quantised ones are others, though the config is the same."""
+    modules = {f"{type(module).__module__}.{type(module).__qualname__}" for module in model.modules()}
+    return sorted(modules | {f"{type(p).__qualname__} {p.dtype}" for p in model.parameters()})
 
 
 def _file() -> Path:

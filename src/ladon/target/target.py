@@ -23,7 +23,7 @@ from ladon.target.attention_masks import Sight, localities, model_masks, tree_ma
 from ladon.target.hooks import lock_of, projection_inputs
 from ladon.target.kv_cache import TreeCache
 from ladon.target.position_bias import layer_inputs_of
-from ladon.target.prefill import Ends, Keep, PromptReader
+from ladon.target.prefill import Ends, Failed, Keep, PromptReader
 from ladon.target.prefix_cache import KeptPrefix, Maker
 from ladon.target.pruning.dropping import Dropping
 from ladon.target.pruning.pruner import Pruner, Pruning
@@ -33,6 +33,7 @@ from ladon.target.self_test import Verdict, tested
 from ladon.target.support import check_model, context_limit
 from ladon.target.verify_output import VerifyOutput
 from ladon.trees.token_tree import TokenTree, ancestor_mask, node_depths, position_ids
+from ladon.util.devices import arithmetic, input_device, is_out_of_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -48,7 +49,7 @@ class Target:
     Attributes:
         model: the transformers model, never changed.
         outer: whose `generate` is the reference: a peft model around it, or the model itself.
-        device: where its inputs live.
+        device: where its inputs go.
         dtype: of its parameters.
         vocab_size: V, the width its output projection returns.
         context_limit: the most positions the model has, or None without a bound.
@@ -78,15 +79,16 @@ class Target:
         model = unwrapped(self._given).model
         config = model.config.get_text_config(decoder=True)
         self._additions = Additions.of(model)
-        given = (config._attn_implementation, model.dtype, model.device, model.training)
-        state = (*given, model.get_output_embeddings(), self._additions.state)
+        device = input_device(model)
+        numbers = (model.dtype, device, arithmetic(device), self._additions.state)
+        state = (config._attn_implementation, numbers, model.training, model.get_output_embeddings())
         if state == self._made_for:
             return
         arguments = set(inspect.signature(model.forward).parameters)
         check_model(model, arguments)
         projection = output_projection(model)
         self._projection, self.vocab_size = projection.module, projection.vocab_size
-        self.device, self.dtype, self._config = model.device, model.dtype, config
+        self.device, self.dtype, self._config = device, model.dtype, config
         self.context_limit = context_limit(config)
         self._localities = localities(config)
         self._mask_dtype = None if config._attn_implementation == "sdpa" else self.dtype
@@ -100,8 +102,9 @@ class Target:
     def check(self, *, anew: bool = False) -> Verdict:
         """Make ready for a run: follow a change of the model, and run the self-test if it has not run since.
 
-        What may change between runs: attention implementation, dtype, device, training mode, output projection, what
-        others have added (`ladon.target.additions`).
+        What may change between runs: attention implementation, dtype, device, training mode, output projection, how the
+        device computes (autocast, precision of float32 products), and what others have added
+        (`ladon.target.additions`).
 
         Args:
             anew: a run begins. With hooks of others on the model, it is tested again: what they do may have changed.
@@ -179,7 +182,15 @@ class Target:
             return 0
         if not past.maker.goes_on(Maker.of(self.model)):
             return 0
-        cache.write_row(place, past.stores, len(past))
+        if not cache.fits(past.stores):
+            return 0
+        try:
+            with cache.undone():
+                cache.write_row(place, past.stores, len(past))
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            return 0  # what the prompt's own reading comes to counts
         return len(past)
 
     @torch.no_grad()
@@ -254,7 +265,7 @@ class Target:
     @torch.no_grad()
     def read(
         self, prompts: Sequence[Tensor], cache: TreeCache, keep: Keep | None = None
-    ) -> tuple[list[int], Tensor | None, Tensor | None]:
+    ) -> tuple[list[int], Tensor | None, Tensor | None, Failed]:
         """Read one chunk more of prompts that are on their way into the last rows of a cache.
 
         Args:
@@ -264,13 +275,14 @@ class Target:
 
         Returns:
             The places in `prompts` of those that are read to their end now; hidden state after the final norm [b, H]
-            and logits [b, V] of their last tokens, one position per row. None where no prompt has come to its end.
+            and logits [b, V] of their last tokens, one position per row. None where no prompt has come to its end. And
+            the error of each prompt, by its place, for which memory did not suffice, even alone.
         """
-        ends = self._reader(keep).read(prompts, cache)
+        ends, failed = self._reader(keep).read(prompts, cache)
         if not ends:
-            return [], None, None
+            return [], None, None, failed
         hidden, logits = (torch.stack(parts) for parts in zip(*ends.values(), strict=True))
-        return list(ends), hidden, logits
+        return list(ends), hidden, logits, failed
 
     @torch.no_grad()
     def prefill(self, rows: Sequence[Tensor], cache: TreeCache) -> tuple[Tensor, Tensor]:
@@ -285,7 +297,10 @@ class Target:
         """
         ends: Ends = {}
         while len(ends) < len(rows):
-            ends |= self._reader().read(rows, cache)
+            found, failed = self._reader().read(rows, cache)
+            for error in failed.values():
+                raise error
+            ends |= found
         hidden, logits = (torch.stack([ends[row][part] for row in range(len(rows))]) for part in (0, 1))
         return hidden, logits
 
