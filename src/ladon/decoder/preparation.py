@@ -17,6 +17,7 @@ from torch.nn import functional
 from transformers import DynamicCache
 
 from ladon.errors import UnsupportedModelError
+from ladon.util.devices import input_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,8 +43,8 @@ def refuse_own_loop(model: PreTrainedModel) -> None:
             raise UnsupportedModelError(
                 f"{type(model).__name__} decodes in a loop of its own ({name}), which trees would replace. {_OTHERWISE}"
             )
-    ids = torch.zeros(1, 2, dtype=torch.int64, device=model.device)
-    refuse_changed_inputs(model, ids, {"position_ids": torch.arange(2, device=model.device)[None]}, 4)
+    ids = torch.zeros(1, 2, dtype=torch.int64, device=input_device(model))
+    refuse_changed_inputs(model, ids, {"position_ids": torch.arange(2, device=ids.device)[None]}, 4)
 
 
 def refuse_changed_inputs(
@@ -57,10 +58,10 @@ def refuse_changed_inputs(
         inputs: the call's other model inputs, as `generate` has prepared them.
         max_length: the greatest length of a sequence.
     """
-    own = getattr(model, _METHOD)
-    usual = next(vars(cls)[_METHOD] for cls in type(model).__mro__ if _is_usual(vars(cls).get(_METHOD)))
-    if getattr(own, "__func__", own) is usual:
-        return
+    own = getattr(model, _METHOD, None)
+    usual = next((vars(cls)[_METHOD] for cls in type(model).__mro__ if _is_usual(vars(cls).get(_METHOD))), None)
+    if own is None or usual is None or getattr(own, "__func__", own) is usual:
+        return  # without any, the model has no generate either
     where = getattr(own, "__qualname__", type(own).__qualname__)
     for ids, given in _steps(input_ids, inputs, max_length):
         try:

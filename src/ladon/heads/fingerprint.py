@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -59,8 +59,8 @@ def fingerprint(model: PreTrainedModel, sample: Callable[[Sequence[Tensor]], str
     """
     sample = sample or samples_of
     model = unwrapped(model).model
-    ends: Any = [base_layer(module) for module in (input_embedding_module(model), output_projection(model).module)]
-    embedding, projection = map(weight_of, ends)
+    ends = (input_embedding_module(model), output_projection(model).module)
+    embedding, projection = (weight_of(base_layer(module)) for module in ends)
     added, active = adapter_parameters(model)
     apart = added | {embedding, projection}
     body = [p for p in model.parameters() if p.ndim >= 2 and p not in apart]

@@ -25,8 +25,8 @@ class Maker:
     """A model as it was at some time.
 
     That is: its weights' places in memory, how often they had been written to, and how it computed. Weights changed in
-    place through `.data` and offloaded ones look as before. `additions` are its adapters and whatever else others have
-    put in; None with hooks on it, whose work may change unseen: then it is never again what it was.
+    place through `.data`, and offloaded ones, look as before. `additions` are its adapters and what else others have put
+    in; None with hooks on it, whose work may change unseen: then it is never again what it was.
     """
 
     model: weakref.ref[nn.Module]
@@ -99,12 +99,11 @@ class KeptPrefix:
             raise InputError("past_key_values come from another model object; give them to the model that made them")
         now = Maker.of(model)
         if self.maker != now and now.additions is not None:
-            changed = [
-                (self.maker.weights != now.weights, "weights have"),
-                (self.maker.arithmetic != now.arithmetic, "arithmetic (autocast, float32 precision) has"),
-                (True, "adapters, hooks or layers have"),
-            ]
-            what = next(name for has_changed, name in changed if has_changed)
+            what = "adapters, hooks or layers have"
+            if self.maker.weights != now.weights:
+                what = "weights have"
+            elif self.maker.arithmetic != now.arithmetic:
+                what = "arithmetic (autocast, float32 precision) has"
             raise InputError(
                 f"the model's {what} changed since past_key_values were made; leave past_key_values out, and the "
                 "prompt is read anew"

@@ -80,9 +80,8 @@ class Target:
         config = model.config.get_text_config(decoder=True)
         self._additions = Additions.of(model)
         device = input_device(model)
-        numbers = (model.dtype, device, arithmetic(device))
-        given = (config._attn_implementation, numbers, model.training, model.get_output_embeddings())
-        state = (*given, self._additions.state)
+        numbers = (model.dtype, device, arithmetic(device), self._additions.state)
+        state = (config._attn_implementation, numbers, model.training, model.get_output_embeddings())
         if state == self._made_for:
             return
         arguments = set(inspect.signature(model.forward).parameters)
@@ -104,7 +103,8 @@ class Target:
         """Make ready for a run: follow a change of the model, and run the self-test if it has not run since.
 
         What may change between runs: attention implementation, dtype, device, training mode, output projection, how the
-        device computes (autocast, precision of float32 products), what others have added (`ladon.target.additions`).
+        device computes (autocast, precision of float32 products), and what others have added
+        (`ladon.target.additions`).
 
         Args:
             anew: a run begins. With hooks of others on the model, it is tested again: what they do may have changed.
