@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ladon.constraints.llguidance_backend import Grammar
 from ladon.constraints.state import Constraint, GrammarState, row_constraints
 from ladon.decoder.stopping import StopRules, stop_string_rule
 from ladon.engine.sequence import Row
@@ -243,6 +244,8 @@ def make_rows(
     keeps = keeps if config.return_dict_in_generate else frozenset()
     rows = []
     for index, (ids, constraint) in enumerate(zip(input_ids, sampling.constraints, strict=True)):
+        if isinstance(constraint, Grammar):
+            constraint = constraint.for_model(vocab_size, rules.end_ids)
         prompt = ids if attention_mask is None else ids[attention_mask[index].bool()]
         if len(prompt) == 0:
             raise InputError(f"prompt {index} is empty; give at least one token")
