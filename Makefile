@@ -46,8 +46,10 @@ lint: $(STAMP)  ## ruff and mypy --strict
 bench: $(STAMP)  ## plain, chain, fixed and dynamic side by side on the bundled model
 	OMP_NUM_THREADS=1 $(BIN)/ladon bench
 
-docs: $(STAMP)  ## write again what the pages take from the program: command line, worked examples
+docs: $(STAMP)  ## refresh the pages made from the program, then build the site
 	$(BIN)/python docs/refresh.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "the site is built: open site/index.html"
 
 clean:  ## remove .venv and every cache
-	rm -rf $(VENV) $(OLDEST) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	rm -rf $(VENV) $(OLDEST) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist site

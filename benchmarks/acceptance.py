@@ -6,8 +6,8 @@
 
 Prompts are held-out code, or code to write again with a change (`--workload edits`). Every output is compared with that
 of plain decoding of the same engine, sampled ones with that of the same seed. Fixed trees are the best of their size,
-calibrated on other modules than the prompts come from. The last line is one JSON document; docs/metrics.md defines its
-keys.
+calibrated on other modules than the prompts come from. The last line is one JSON document; docs/reference/metrics.md
+defines its keys.
 """
 
 from __future__ import annotations

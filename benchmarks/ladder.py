@@ -19,7 +19,7 @@ A cell is a kind of prompts (held-out code, repetitive edits), a law (greedy, te
 In the cells nothing is timed; every text is compared with plain decoding's of the same seed. `--timed` adds tokens per
 second of all rungs at 16 nodes beside plain decoding's, side by side and step by step (`never_slower_turns.py`): run
 that alone on the machine. Cells are appended to `--work` as they are done; killed and started again, it goes on where
-it stopped. The last line is one JSON document; docs/metrics.md defines its keys.
+it stopped. The last line is one JSON document; docs/reference/benchmark-files.md defines its keys.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ is compared with plain decoding's.
 
 It takes about 40 minutes (`--quick`: 2). Run it alone on the machine: the load is recorded before and after each cell.
 Cells are appended to `--work` as they are done; killed and started again, it goes on where it stopped. The last line is
-one JSON document; docs/metrics.md defines its keys.
+one JSON document; docs/reference/benchmark-files.md defines its keys.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ Three kinds of prompts: code to write again with a change (repetitive edits), he
 acceptance lengths, of each prompt alone, on all steps and on those that repeat nothing; every output is compared with
 plain decoding's. Then speed: systems decode the same prompts side by side, step by step (`never_slower_turns.py`); as
 small models repeat themselves when they are greedy, HumanEval has sampled answers, too.
-Run it alone on the machine. The last line is one JSON document; docs/metrics.md defines its keys.
+Run it alone on the machine. The last line is one JSON document; docs/reference/benchmark-files.md defines its keys.
 """
 
 from __future__ import annotations

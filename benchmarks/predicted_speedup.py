@@ -19,7 +19,7 @@ from ladon.tree_size.latency_model import LatencyModel, StepTime
 from ladon.tree_size.policy import EDGES
 from ladon.trees.fixed_tree import RankPath, best_fixed_tree
 
-# (best candidate, among the best five) of heads 1 to 4: training logs in MEDUSA's repository, docs/train-your-heads.md
+# (best candidate, among the best five) of heads 1 to 4, from MEDUSA's training logs: docs/benchmarks/training.md
 VICUNA = {
     "Vicuna-7B": ((0.560, 0.780), (0.316, 0.563), (0.201, 0.417), (0.147, 0.340)),
     "Vicuna-13B": ((0.594, 0.816), (0.340, 0.580), (0.216, 0.436), (0.150, 0.354)),

@@ -4,7 +4,7 @@
 
 The bundled model writes JSON for several schemas after held-out code. Modes take turns, text by text, in rotating
 order; times are medians over the repeats. `same` says whether every answer equals that of plain constrained decoding,
-`valid` how many are complete and parse. docs/structured-output.md says what the numbers mean.
+`valid` how many are complete and parse. docs/benchmarks/structured-output.md says what the numbers mean.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Write anew what the pages take from the program: the command line reference, the output of worked examples, and the
-tables of kept results.
+"""Write what the pages take from the program: the command line reference, the list of public names that the API
+reference is made of, the output of worked examples, and the tables of result files.
 
 python docs/refresh.py           write the pages
 python docs/refresh.py --check   change nothing; exit with 1 if a page differs from what the program says
@@ -21,6 +21,50 @@ import typer
 from tables import with_tables
 
 DOCS = Path(__file__).resolve().parent
+REFERENCE = DOCS / "reference"
+# The API reference: file name, title, first sentence, the packages whose public names it shows, and what else it shows.
+API = [
+    (
+        "decoding",
+        "Decoding",
+        "`Decoder` is the front door; [the guide](../../guides/use.md) shows how to use it.",
+        ("decoder", "engine", "demo"),
+        ("ladon.decoder.detokenizer",),
+    ),
+    (
+        "heads",
+        "Heads",
+        "Decoding heads: loading, making and saving them; [the guide](../../guides/train.md) trains them.",
+        ("heads",),
+        (),
+    ),
+    (
+        "trees",
+        "Trees",
+        "Trees of a fixed shape, and files of trees; [how a tree works](../../how-it-works.md).",
+        ("trees",),
+        (),
+    ),
+    (
+        "options",
+        "Sampling and pruning",
+        "Settings of [sampling](../../guides/sampling.md#different-parameters-per-sequence), of "
+        "[lossy acceptance](../../guides/sampling.md#lossy-acceptance) and of "
+        "[early pruning](../../how-it-works/pruning.md).",
+        ("sampling", "target"),
+        ("ladon.sampling.sampling_params.TemperatureSampling",),
+    ),
+    (
+        "constraints",
+        "Structured output",
+        "Constraints, and the protocols for one of your own; [the guide](../../guides/structured-output.md).",
+        ("constraints",),
+        ("ladon.constraints.state.Constraint", "ladon.constraints.state.State"),
+    ),
+    ("errors", "Errors", "Every mistake of a user raises one of these; the message has one line.", ("errors",), ()),
+]
+FIRST = ("Decoder", "attach", "detach", "load_demo", "Row", "load_heads", "LadonError")  # of their pages, in this order
+STEP = ("admit", "verify", "sample", "accept", "commit", "draft", "deliver")  # the calls of the engine's loop, in order
 EXAMPLES = re.compile(r"^```pycon\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -58,10 +102,37 @@ def command_line() -> str:
         context = click.Context(command, info_name=f"ladon {name}")
         usage = " ".join(["ladon", name, *command.collect_usage_pieces(context)])
         parts += [f"## ladon {name}", f"```text\n{usage}\n```", _paragraphs(command.help)]
-        rows = [row for parameter in command.params for row in _row(parameter, context)]
-        if rows:
-            parts.append("\n".join(["| option | what it does |", "|---|---|", *rows]))
+        parts += _options(command, context)
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def api_pages() -> dict[Path, str]:
+    """The pages of the API reference: each names what mkdocstrings shows there from the docstrings.
+
+    Raises:
+        SystemExit: a public name lives in a package that no page shows.
+    """
+    import ladon
+
+    homes = {name: getattr(ladon, name).__module__.split(".")[1] for name in ladon.__all__}
+    if missing := sorted(set(homes.values()) - {package for *_, packages, _ in API for package in packages}):
+        raise SystemExit(f"API in {Path(__file__).name} has no page for the public names of {', '.join(missing)}")
+    order = sorted(homes, key=lambda name: (FIRST.index(name) if name in FIRST else len(FIRST), name))
+    pages = {}
+    for file, title, intro, packages, others in API:
+        names = [f"ladon.{name}" for name in order if homes[name] in packages]
+        parts = [f"# {title}", intro, *(f"::: {name}" for name in [*names, *others])]
+        pages[REFERENCE / "api" / f"{file}.md"] = "\n\n".join(parts) + "\n"
+    return pages | {REFERENCE / "api" / "loop.md": _loop()}
+
+
+def _loop() -> str:
+    members = ", ".join(["step", "_step", *(f"_{name}" for name in STEP)])
+    options = [f"members: [{members}]", "filters: []", "show_source: true", "show_if_no_docstring: true"]
+    options += ["merge_init_into_class: false"]
+    shown = "\n".join(["    options:", *(f"      {option}" for option in options)]) + "\n"
+    text = "One decode step is these calls, in this order. [How it works](../../how-it-works.md) walks through them."
+    return f"# The loop\n\n{text}\n\n::: ladon.engine.engine.Engine\n{shown}"
 
 
 def _paragraphs(text: str | None) -> str:
@@ -77,6 +148,17 @@ def _paragraphs(text: str | None) -> str:
     return "\n\n".join(parts)
 
 
+def _options(command: click.Command, context: click.Context) -> list[str]:
+    """A table for each panel of `--help`, in the order of the panels there; its title is the first cell."""
+    panels: dict[str, list[str]] = {}
+    for parameter in command.params:
+        panel = getattr(parameter, "rich_help_panel", None) or "Option"
+        panels.setdefault(panel, []).extend(_row(parameter, context))
+    return [
+        "\n".join([f"| {panel.lower()} | what it does |", "|---|---|", *rows]) for panel, rows in panels.items() if rows
+    ]
+
+
 def _row(parameter: click.Parameter, context: click.Context) -> list[str]:
     if getattr(parameter, "hidden", False):
         return []
@@ -90,8 +172,8 @@ def _cell(text: str) -> str:
 
 def main() -> int:
     """Write or check every page; the number of pages that differ decides the exit code."""
-    pages = {DOCS / "command-line.md": command_line()}
-    for path in sorted(DOCS.glob("*.md")):
+    pages = {REFERENCE / "command-line.md": command_line(), **api_pages()}
+    for path in sorted(DOCS.rglob("*.md")):
         text = path.read_text(encoding="utf-8")
         if path not in pages:
             pages[path] = with_tables(worked_examples(text))
@@ -101,6 +183,7 @@ def main() -> int:
     for path, new in pages.items():
         old = path.read_text(encoding="utf-8") if path.exists() else ""
         if "--check" not in sys.argv:
+            path.parent.mkdir(exist_ok=True)
             path.write_text(new, encoding="utf-8")
         elif old != new:
             stale += 1

@@ -1,13 +1,12 @@
-"""The tables of numbers in the pages, made from the kept results: between `<!-- KIND FILE -->` and `<!-- end -->`
-stands what FILE (below benchmarks/results) says; KIND is timing, acceptance, blocks, structured, or ladder, where the
-cells to show follow FILE, such as code/greedy.
+"""The tables made from result files: between `<!-- KIND FILE -->` and `<!-- end -->` stands what FILE, below
+benchmarks/results, says. KIND is timing, acceptance, blocks, structured or ladder. What to show of it may follow FILE:
+for ladder a cell, such as code/greedy; for timing the modes, such as plain,dynamic:16 (a short table of these rows).
 """
 
 from __future__ import annotations
 
 import json
 import re
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +19,14 @@ NAMES = {
     "chain": "chain",
     "fixed": "fixed tree",
     "dynamic": "dynamic tree",
-    "auto": "dynamic tree, size chosen at each step",
-    "auto+ngrams": "the same with n-grams: the default",
-    "pruned": "the same with early pruning",
+    "auto": "dynamic tree, automatic size",
+    "auto+ngrams": "dynamic tree, automatic size, n-grams (default)",
+    "pruned": "dynamic tree, automatic size, early pruning",
 }
 RUNGS = {
     "chain": "chain",
     "fixed": "fixed tree (MEDUSA)",
-    "candidates": "dynamic tree, product of the heads over their candidates",
+    "candidates": "dynamic tree (MEDUSA+)",
     "softmax": "+ full softmax",
     "calibrated": "+ calibration",
     "markov": "+ Markov",
@@ -41,9 +40,14 @@ def with_tables(page: str) -> str:
 
     def table(match: re.Match[str]) -> str:
         document = json.loads((RESULTS / match[2]).read_text(encoding="utf-8"))
-        kinds = {"timing": timing_rows, "acceptance": acceptance_rows, "blocks": block_rows}
-        kinds |= {"structured": structured_rows, "ladder": partial(ladder_rows, cells=match[3])}
-        rows = kinds[match[1]](document)
+        if match[1] == "timing" and match[3]:
+            rows = short_timing_rows(document, match[3].split(","))
+        elif match[1] == "ladder":
+            rows = ladder_rows(document, match[3])
+        else:
+            kinds = {"timing": timing_rows, "acceptance": acceptance_rows}
+            kinds |= {"blocks": block_rows, "structured": structured_rows}
+            rows = kinds[match[1]](document)
         lines = ["| " + " | ".join(row) + " |" for row in rows]
         lines.insert(1, "|" + "---|" * len(rows[0]))
         return "\n".join([match[0].split("\n", 1)[0], *lines, "<!-- end -->"])
@@ -72,6 +76,21 @@ def timing_rows(document: dict[str, Any]) -> list[list[str]]:
             ]
         )
     return rows
+
+
+def short_timing_rows(document: dict[str, Any], chosen: list[str]) -> list[list[str]]:
+    """The head and the row of `transformers` of `timing_rows`, then the chosen modes; without the overhead.
+
+    `dynamic:16` is the mode at 16 nodes; a name alone is the only row of its mode.
+    """
+    results = [result for result in document["results"] if result["batch"] == 1]
+    head, reference, *rows = (row[:-1] for row in timing_rows(document))
+    by_name = {name: row for result, row in zip(results, rows, strict=True) for name in _names(result)}
+    return [head, reference, *(by_name[name] for name in chosen)]
+
+
+def _names(result: dict[str, Any]) -> tuple[str, str]:
+    return result["mode"], f"{result['mode']}:{result['budget']}"
 
 
 def acceptance_rows(document: dict[str, Any]) -> list[list[str]]:

@@ -1,10 +1,10 @@
-"""What README and docs show is run: code blocks, commands, links, the file map, and the pages made from the program.
+"""What README and docs show is run: code blocks, commands, links, the list of packages, and the generated pages.
 
 A fenced block is run unless the line above it is a comment of one of these forms (invisible on the rendered page):
 
     <!-- not run: the reason -->        shown only
     <!-- slow -->                       run in the slow tests
-    <!-- continues -->                  a Python block that uses the names of the Python blocks above it
+    <!-- continues -->                  a Python block that goes on from the Python block above it
 
 Blocks run in an empty folder that holds a model and heads under the names that the pages use: `path/to/model`,
 `path/to/heads`, `prompts.jsonl` and `prompt.txt`.
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import pkgutil
 import re
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "benchmarks" / "README.md"])
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "benchmarks" / "README.md"])
 FENCE = re.compile(
     r"^(?:<!-- (?P<note>[^\n]*?) -->\n)?```(?P<language>[a-z]*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL
 )
@@ -100,15 +101,24 @@ def test_commands(block: Block, reader: Path) -> None:
     assert done.returncode == 0, f"{block.code}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
 
 
-@pytest.mark.parametrize("block", runnable("python"))
-def test_python(block: Block, reader: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def chapters() -> list[pytest.ParameterSet]:
+    """Python blocks that share their names: one that stands alone, and those that go on from it."""
+    found: list[list[Block]] = []
+    for (block,) in (parameter.values for parameter in runnable("python")):
+        if block.note == "continues":
+            assert found and found[-1][0].page == block.page, f"{block.name}: nothing to go on from"
+            found[-1].append(block)
+        else:
+            found.append([block])
+    return [pytest.param(blocks, id=blocks[0].name) for blocks in found]
+
+
+@pytest.mark.parametrize("blocks", chapters())
+def test_python(blocks: list[Block], reader: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(reader)
     names: dict[str, object] = {}
-    if block.note == "continues":
-        for above in blocks_of(block.page):
-            if above.language == "python" and above.line < block.line and not above.note.startswith("not run: "):
-                exec(compile(above.code, above.name, "exec"), names)
-    exec(compile(block.code, block.name, "exec"), names)
+    for block in blocks:
+        exec(compile(block.code, block.name, "exec"), names)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -120,40 +130,57 @@ def test_links_lead_somewhere(page: Path) -> None:
         name, _, anchor = target.partition("#")
         file = (page.parent / name).resolve() if name else page
         assert file.exists(), f"{page.name} links to {target}, which is not there"
-        if anchor:
+        if anchor.startswith("ladon."):  # of the API reference: a public name, or the full name of an object
+            assert re.search(r"^::: ", file.read_text(encoding="utf-8"), flags=re.MULTILINE), f"{page.name}: {target}"
+            pkgutil.resolve_name(anchor)
+        elif anchor:
             headings = re.findall(r"^#+ (.+)$", file.read_text(encoding="utf-8"), flags=re.MULTILINE)
             anchors = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
             assert anchor in anchors, f"{page.name} links to {target}, but {file.name} has no such heading"
 
 
+def test_code_names_pages_that_are_there() -> None:
+    for folder in ("src", "tests", "benchmarks", "recipes", "examples"):
+        for file in (ROOT / folder).rglob("*.py"):
+            for page in re.findall(r"\bdocs/[\w/-]+\.md\b", file.read_text(encoding="utf-8")):
+                assert (ROOT / page).exists(), f"{file.relative_to(ROOT)} names {page}, which is not there"
+
+
 def test_families_are_those_that_are_tested() -> None:
     import families
 
-    page = (ROOT / "docs" / "supported-models.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "reference" / "supported-models.md").read_text(encoding="utf-8")
     table = page.split("## Families")[1].split("## Where")[0]
     rows = [line for line in table.splitlines() if line.startswith("| ")][1:]
     listed = [name for row in rows for name in row.split("|")[2].replace(" ", "").split(",")]
     assert sorted(listed) == sorted(families.WORKABLE)
     refused = page.split("## Refused")[1].strip().split(":")[0]
-    assert sorted(refused.replace(" ", "").split(",")) == sorted(families.REFUSED)
+    assert sorted("".join(refused.split()).split(",")) == sorted(families.REFUSED)
 
 
-def test_every_doc_page_is_in_the_index() -> None:
-    index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
-    for page in (ROOT / "docs").glob("*.md"):
-        assert page.name == "index.md" or f"({page.name})" in index, f"docs/index.md does not link {page.name}"
+def test_every_doc_page_is_in_the_navigation() -> None:
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").split("\nnav:\n")[1].split("\n\n")[0]
+    named = re.findall(r": (\S+\.md)$", navigation, flags=re.MULTILINE)
+    assert sorted(named) == sorted(str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").rglob("*.md"))
 
 
-def test_file_map_names_what_is_there() -> None:
+def test_pages_are_short() -> None:
+    generated = {ROOT / "docs" / "reference" / "command-line.md"}
+    for page in set(PAGES) - generated:
+        lines = page.read_text(encoding="utf-8").count("\n")
+        assert lines <= (150 if page.name == "README.md" else 250), f"{page.name} has {lines} lines"
+
+
+def test_where_things_are_names_what_is_there() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    start = readme.index("src/ladon/\n")
-    file_map = readme[start : readme.index("```", start)].splitlines()
-    listed = [line.split()[0].rstrip("/") for line in file_map if line.startswith("  ")]
-    hidden = {"__init__.py", "__main__.py", "__pycache__", "py.typed"}
-    assert sorted(listed) == sorted({path.name for path in (ROOT / "src" / "ladon").iterdir()} - hidden)
-    for line in file_map:
-        if not line.startswith("  "):
-            assert (ROOT / line.split()[0]).is_dir(), f"the file map names {line.split()[0]}, which is not there"
+    section = readme.split("## Where things are\n")[1].split("\n## ")[0]
+    listed = [name.rstrip("/") for name in re.findall(r"^\| `([\w./]+)` \|", section, flags=re.MULTILINE)]
+    source = ROOT / "src" / "ladon"
+    there = {path.name for path in source.iterdir()} - {"__init__.py", "__pycache__", "py.typed"}
+    assert sorted(name for name in listed if "/" not in name) == sorted(there)
+    assert all((source / name).exists() for name in listed)
+    for folder in re.findall(r"`([\w/]+)/`", section.split("\n\n")[-1]):
+        assert (ROOT / folder).is_dir(), f"the README names {folder}, which is not there"
 
 
 def test_make_targets_run_what_the_readme_promises() -> None:

@@ -1,4 +1,4 @@
-"""Memory is cache + mask + logits + one layer's workspace: measured by the script that docs/memory.md shows."""
+"""Memory is cache + mask + logits + one layer's workspace: as the script of docs/benchmarks/memory.md measures."""
 
 from __future__ import annotations
 

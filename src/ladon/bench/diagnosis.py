@@ -137,7 +137,7 @@ class Diagnosis:
                 self._judged[depth].append((probabilities, rows.right[0, depth]))
 
     def document(self) -> dict[str, Any]:
-        """The means over all row-steps that had a tree, as docs/metrics.md defines them; JSON values."""
+        """The means over all row-steps that had a tree, as docs/reference/metrics.md defines them; JSON values."""
         num_depths = len(self._judged)
         names = ("known", "oracle", "selected", "accepted", "top")
         columns = torch.tensor(self._prefixes, dtype=torch.long).reshape(-1, len(names)).T

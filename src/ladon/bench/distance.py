@@ -1,6 +1,6 @@
 """How far a lossy rule of acceptance takes texts from the target's law, and what it gains.
 
-The distance is defined in docs/metrics.md.
+The distance is defined in docs/reference/metrics.md.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""From findings to numbers: what the JSON document holds of each mode. Terms as docs/metrics.md defines them."""
+"""From findings to numbers: what the JSON document holds of each mode. docs/reference/metrics.md defines the terms."""
 
 from __future__ import annotations
 

@@ -30,13 +30,13 @@ class Calibration:
         hit_rates: [K][ranks]: how often each rank is right, given that the shallower depths' candidates held the truth.
         marginal_hit_rates: [K][ranks]: the same over all positions; of heads that read the tokens before their guesses,
             or whose hidden correction does, after the true ones.
-        error: calibration error per depth without and with temperatures, as `docs/metrics.md` defines it, on half of
-            the prompts; the temperatures were fitted on the other half for this.
+        error: calibration error per depth without and with temperatures, as `docs/reference/benchmark-files.md`
+            defines it, on half of the prompts; the temperatures were fitted on the other half for this.
         fixed_trees: rank paths of the best fixed tree per number of nodes, root included.
         simulated: acceptance length of several trees on the half of `error`, each {"tree", "nodes", "temperatures",
             "acceptance_length", "accepted"}; the last is the share of steps that emitted a draft of each depth.
-        prefixes: how far lattices and dynamic trees follow the truth on the half of `error`, as `docs/metrics.md`
-            defines it.
+        prefixes: how far lattices and dynamic trees follow the truth on the half of `error`, as
+            `docs/reference/metrics.md` defines it.
         step_times: milliseconds of a decode step per number of nodes, with the machine they were measured on, and the
             budget that they and `simulated` would make the fastest; without the latter where dynamic trees cannot be
             simulated.

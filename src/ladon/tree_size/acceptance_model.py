@@ -4,7 +4,7 @@ The sum of a tree's path probabilities is the number of nodes that would be acce
 true. They are not quite, and how far off they are changes with the text: so each depth has a correction, learnt from
 what was accepted, and pruning (`ladon.target.pruning.pruner`) has one of its own. ProPD (arXiv 2402.13485) keeps a
 table of acceptance rates by head and rank instead; on recorded traces that predicts worse, because it says the same of
-every tree (`benchmarks/expectation.py`, docs/sizing.md).
+every tree (`benchmarks/expectation.py`, docs/benchmarks/tree-size.md).
 
 Shapes: K depths, E bucket edges. `sums[d][e]` is the path probability of all nodes of depth d + 1 among the first
 `edges[e]` nodes, summed over rows.

@@ -189,7 +189,7 @@ def best_fixed_tree(hit_rates: Sequence[Sequence[float]], num_nodes: int) -> Fix
     """The fixed tree of a size with the greatest expected acceptance, as MEDUSA builds it.
 
     Args:
-        hit_rates: [K][ranks]: how often the candidate of that rank at that depth is right, given that the path to it
+        hit_rates: `[K][ranks]`: how often the candidate of that rank at that depth is right, given that the path to it
             is right. Each in [0, 1].
         num_nodes: N, root included.
 
