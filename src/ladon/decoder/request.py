@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ladon.constraints.llguidance_backend import Grammar
 from ladon.constraints.state import Constraint, GrammarState, row_constraints
+from ladon.decoder.refused import UNSET, refuse_options
 from ladon.decoder.stopping import StopRules, stop_string_rule
 from ladon.engine.sequence import Row
 from ladon.errors import InputError, LadonError
@@ -25,11 +26,6 @@ from ladon.target.prefix_cache import KeptCache, KeptPrefix, longest_past
 if TYPE_CHECKING:
     from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 
-_UNSET = (
-    "unset the options that ask for it, in the call or in model.generation_config (on the command line: "
-    "--ignore-generation-config)"
-)
-_UNSUPPORTED_OUTPUTS = ("output_attentions", "output_hidden_states")
 # Model inputs that say how `generate` computes, not what; the mask and the position ids are read.
 _NEUTRAL_INPUTS = {
     "attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position",
@@ -96,6 +92,7 @@ def call_options(
     input_ids = options.pop("inputs", None) if input_ids is None else input_ids
     check_prompt(input_ids, options.get("attention_mask"), merged_option(model, options, "max_new_tokens"))
     kept_rows(options.get("past_key_values"))
+    refuse_options(partial(merged_option, model, options), len(input_ids))  # (transformers may fail at them first)
     if options.pop("assistant_model", None) is not None:
         raise InputError("assistant_model is not supported: Ladon's heads do its work; leave it out")
     rules, tokenizer = list(criteria), options.pop("tokenizer", None)
@@ -157,20 +154,10 @@ def refuse_unsupported(input_ids: Tensor, config: GenerationConfig, model_kwargs
         config: the merged generation config.
         model_kwargs: model inputs, the user's and those that `generate` has prepared.
     """
-    if getattr(config, "use_mtp", None):
-        raise InputError(
-            "use_mtp=True is transformers' own loop; leave it out, and give the decoder the model's MTP modules: "
-            f"ladon.Decoder(model, ladon.load_mtp(model)). Or {_UNSET}"
-        )
+    refuse_options(lambda name: getattr(config, name, None), len(input_ids))
     mode = str(config.get_generation_mode().value)
     if mode not in ("greedy_search", "sample"):
-        raise InputError(
-            f"generation mode {mode} is not supported; Ladon decodes greedily or samples (num_beams=1, no assistant): "
-            f"{_UNSET}"
-        )
-    for name in _UNSUPPORTED_OUTPUTS:
-        if getattr(config, name, False):
-            raise InputError(f"{name}=True is not supported yet; leave it off")
+        raise InputError(f"generation mode {mode} is not supported; Ladon decodes greedily or samples; {UNSET}")
     _refuse_inputs(input_ids, model_kwargs)
 
 
@@ -342,12 +329,10 @@ class CallSampling:
 
         Raises:
             InputError: seeds or constraints that are none, or not one for each row; several rows that cannot be decoded
-                together; a top_p of 0.
+                together.
         """
         if seed is not None and not config.do_sample:
             raise InputError("a seed is given, but nothing is drawn; pass do_sample=True, or leave the seed out")
-        if config.do_sample and config.top_p == 0:  # transformers takes it for greedy decoding
-            raise InputError("top_p is 0; give a probability above 0, or do_sample=False for the likeliest token")
         constraints = row_constraints(constraint, num_rows)
         if not config.do_sample and not processors:
             return cls(sampling_params=GREEDY, seeds=[0] * num_rows, constraints=constraints)
