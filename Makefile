@@ -16,21 +16,24 @@ help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
 $(STAMP): pyproject.toml constraints.txt
+	@echo "Setting up $(VENV), once: PyTorch, transformers and the tools are downloaded (1 to 3 GB) and installed."
+	@echo "This takes 2 to 10 minutes, most of them without a word."
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@echo "$(VENV) is ready."
 	@touch $@
 
-demo: $(STAMP)  ## set up and run the bundled model in every mode
+demo: $(STAMP)  ## set up and run the bundled model in every mode, in three minutes
 	$(BIN)/ladon demo
 
 test: $(STAMP)  ## set up and run the fast tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 test-slow: $(STAMP)  ## the slow tests alone: every model family, the recipe end to end
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n auto -m slow
 
 test-oldest: $(OLDEST)/.ladon-installed  ## the fast tests with the oldest supported transformers
-	$(OLDEST)/bin/python -m pytest
+	$(OLDEST)/bin/python -m pytest -n auto
 
 $(OLDEST)/.ladon-installed: pyproject.toml constraints.txt
 	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)

@@ -20,8 +20,7 @@ from ladon.bench.repetition import Repetition, repeated_tokens
 from ladon.bench.runner import run_bench
 from ladon.bench.systems import LadonSystem, Run, System, TransformersSystem, cut, merged
 from ladon.bench.workloads import Question, Workload, make_workload, prompt_ids, read_workload
-from ladon.cli.bench import measure
-from ladon.cli.bench_inputs import tree_source
+from ladon.cli.bench import measure, tree_source
 from ladon.cli.loading import Loaded
 from ladon.cli.main import run as run_command
 from ladon.config import BenchOptions
@@ -326,7 +325,7 @@ def test_report_is_json_with_the_promised_fields(findings: Findings) -> None:
 
 def test_every_key_is_defined_in_the_docs(tiny: Tiny) -> None:
     options = BenchOptions(modes=("dynamic",), budgets=(4,), max_new_tokens=4, repeats=1, diagnose=True)
-    document, _, _ = measure(subject(tiny), workload("a", "b", "b", "b"), options, silent)
+    document, _ = measure(subject(tiny), workload("a", "b", "b", "b"), options, silent)
     page = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
     defined = set(re.findall(r"`(\w+)`", page))
     keys = set(document) | set(document["environment"]) | set(document["transformers"][0]) | set(document["workload"])
@@ -432,7 +431,7 @@ def test_results_outlive_a_check_that_cannot_be_made(
 
     monkeypatch.setattr(check, "in_float32", fail)
     options = BenchOptions(modes=("dynamic",), budgets=(4,), max_new_tokens=4, repeats=1)
-    document, found, _ = measure(subject(tiny), workload(), options, silent)
+    document, found = measure(subject(tiny), workload(), options, silent)
     assert reason in document["identity_unchecked"]
     json.dumps(document, allow_nan=False)
     for row in document["results"]:

@@ -16,8 +16,9 @@ import torch
 from transformers import PreTrainedTokenizerFast
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from ladon.cli.conversation import COMMANDS, Conversation, read_line
+from ladon.cli.chat import COMMANDS, read_line
 from ladon.cli.main import run
+from ladon.decoder.conversation import Conversation
 from ladon.decoder.detokenizer import Detokenizer
 from ladon.errors import InputError
 from user_side import CONTEXT, Tiny, make_tokenizer

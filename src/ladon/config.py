@@ -79,7 +79,7 @@ class DecoderOptions:
         metadata={
             "help": "which drafted tokens are kept: "
             + ", ".join(f"{name} ({meaning})" for name, meaning in ACCEPT.items())
-            + "; the last two are not exact where tokens are sampled: the text no longer follows the model's law"
+            + "; the last two are not exact where tokens are sampled: the text then leaves the model's distribution"
         },
     )
 
@@ -138,7 +138,7 @@ class SamplingOptions:
     temperature: float = field(default=0.0, metadata={"help": "0 is greedy; above it, answers are sampled"})
     top_p: float = field(default=1.0, metadata={"help": "sample from the likeliest tokens with this total probability"})
     top_k: int = field(default=0, metadata={"help": "sample from this many likeliest tokens; 0 for no bound"})
-    seed: int = field(default=0, metadata={"help": "of the noise; each row gets one of its own, made from it"})
+    seed: int = field(default=0, metadata={"help": "of the noise; each sequence gets one of its own, made from it"})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -199,13 +199,13 @@ def test_a_folder_that_cannot_be_written_to(tmp_path: Path) -> None:
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calibration("0").save(tmp_path)
     old = (tmp_path / CALIBRATION_FILE).read_bytes()
-    write_text = Path.write_text
+    write_bytes = Path.write_bytes
 
-    def full_disk(self: Path, text: str, **options: str) -> int:
-        write_text(self, text[:20], **options)
+    def full_disk(self: Path, data: bytes) -> int:
+        write_bytes(self, data[:20])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", full_disk)
+    monkeypatch.setattr(Path, "write_bytes", full_disk)
     with pytest.raises(HeadsError, match="No space left on device"):
         calibration("1").save(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [CALIBRATION_FILE]

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from statistics import median
 from typing import Any
 
-from ladon.bench.findings import Findings, Key, Measured
+from ladon.bench.findings import Findings, Key, Measured, Subject
 from ladon.bench.repetition import Repetition
 from ladon.bench.steps import by_size
 from ladon.bench.systems import Budget, Run, merged
+from ladon.bench.workloads import Workload, make_workload
+from ladon.config import BenchOptions
 from ladon.engine.stats import DecodeStats
 
 
@@ -95,6 +97,25 @@ class Result:
     largest_margin: float | None
     categories: dict[str, dict[str, float | int | None]]
     diagnosis: dict[str, Any] | None
+
+
+def document(
+    findings: Findings, subject: Subject, workload: Workload, plan: BenchOptions, environment: dict[str, Any]
+) -> dict[str, Any]:
+    """Everything that was measured, and of what and where, as JSON values."""
+    heads, asked = subject.heads, dict.fromkeys(request.question for request in findings.requests)
+    return {
+        "environment": environment,
+        "model": subject.name,
+        "dtype": str(subject.model.dtype).removeprefix("torch."),
+        "heads": None if heads is None else {"family": heads.family, "num": heads.num_heads},
+        "workload": make_workload(workload.name, list(asked)).summary(),
+        "max_new_tokens": plan.max_new_tokens,
+        "repeats": len(findings.measured[0].timed),
+        "transformers": baselines(findings),
+        "identity_unchecked": findings.unchecked,
+        "results": [asdict(result) for result in results(findings)],
+    }
 
 
 def results(findings: Findings) -> list[Result]:

@@ -9,6 +9,8 @@ against transformers' `generate`; (5) if that is asked for, once more to see whe
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -35,8 +37,38 @@ if TYPE_CHECKING:
 _WARM_UP_TOKENS = 16
 
 
-def run_bench(subject: Subject, workload: Workload, options: BenchOptions, progress: Progress) -> Findings:
-    """Measure every mode, budget and batch size that `options` names on `workload`.
+@dataclass(frozen=True, slots=True)
+class TimeLimit:
+    """When a measurement has to be over, the comparison in float32 included: prompts are left out first, then repeats.
+
+    Attributes:
+        end: the time, in seconds of the clock.
+        clock: tells the time.
+    """
+
+    end: float = math.inf
+    clock: Callable[[], float] = time.monotonic
+
+    def groups(self, done: int, wanted: int, repeats: int, seconds: float) -> int:
+        """How many groups of prompts fit, `done` of which took so many seconds in the first repeat; at least these.
+
+        Each costs as much again in every repeat, and no more than that in the comparison. After the first group all
+        repeats have to fit, later only the first: the machine may have become slower.
+        """
+        each, turns = seconds / done, repeats if done == 1 else 1
+        needed = each * wanted * (turns + 1) - seconds
+        left = self.end - self.clock()
+        return wanted if needed <= left else max(done, int((left + seconds) / (each * (turns + 1))))
+
+    def has_time_for(self, seconds: float) -> bool:
+        """Whether so many seconds are left."""
+        return self.clock() + seconds <= self.end
+
+
+def run_bench(
+    subject: Subject, workload: Workload, options: BenchOptions, progress: Progress, limit: TimeLimit | None = None
+) -> Findings:
+    """Measure every mode, budget and batch size that `options` names on `workload`, as far as the time allows.
 
     Raises:
         InputError: a prompt leaves no room for the tokens asked for, or a mode needs heads or a tree that are missing.
@@ -52,8 +84,11 @@ def run_bench(subject: Subject, workload: Workload, options: BenchOptions, progr
     findings = Findings(requests=_hold_conversations(subject, workload, options.max_new_tokens, systems[0], progress))
     everyone: list[System] = [*systems, *profilers, TransformersSystem(subject.model)]
     for batch in options.batches:
-        groups = _groups(findings.requests, batch)
-        *runs, reference = _take_turns(everyone, groups, options, progress)
+        everybody = _groups(findings.requests, batch)
+        *runs, reference = _take_turns(everyone, everybody, options, progress, limit or TimeLimit())
+        groups = everybody[: len(reference[0])]
+        if len(groups) < len(everybody):
+            findings.requests = [request for group in groups for request in group]
         for system, timed, profiled in zip(systems, runs[: len(systems)], runs[len(systems) :], strict=True):
             entry = Measured(
                 system=system.name,
@@ -187,20 +222,32 @@ def _groups(requests: Sequence[Request], batch: int) -> list[list[Request]]:
 
 
 def _take_turns(
-    systems: Sequence[System], groups: Sequence[list[Request]], options: BenchOptions, progress: Progress
+    systems: Sequence[System],
+    groups: Sequence[list[Request]],
+    options: BenchOptions,
+    progress: Progress,
+    limit: TimeLimit,
 ) -> list[list[list[Run]]]:
-    """Runs by system, repeat, group."""
+    """Runs by system, repeat, group; of the first groups, and fewer repeats, if time is short."""
     for system in systems:
         system.run([request.ids for request in groups[0]], min(_WARM_UP_TOKENS, options.max_new_tokens))
-    runs: list[list[list[Run]]] = [[[] for _ in range(options.repeats)] for _ in systems]
-    total, done = options.repeats * len(groups) * len(systems), 0
+    runs: list[list[list[Run]]] = [[] for _ in systems]
+    count, done = len(groups), 0
     for repeat in range(options.repeats):
-        for place, group in enumerate(groups):
-            prompts = [request.ids for request in group]
+        started, place = limit.clock(), 0
+        for several in runs:
+            several.append([])
+        while place < count:
+            prompts = [request.ids for request in groups[place]]
             first = (repeat * len(groups) + place) % len(systems)
             for offset in range(len(systems)):
                 index = (first + offset) % len(systems)
                 runs[index][repeat].append(systems[index].run(prompts, options.max_new_tokens))
                 done += 1
-                progress("measuring, modes in turn", done, total)
+                progress("measuring, modes in turn", done, options.repeats * count * len(systems))
+            place += 1
+            if repeat == 0:
+                count = limit.groups(place, count, options.repeats, limit.clock() - started)
+        if not limit.has_time_for(2 * (limit.clock() - started)):  # another repeat, and the comparison
+            break
     return runs

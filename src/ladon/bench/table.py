@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from rich.console import RenderableType
 from rich.table import Table
+from rich.text import Text
 
+from ladon.bench import report
 from ladon.bench.findings import Findings, Key
 from ladon.bench.identity import Difference
 from ladon.bench.report import Result
@@ -24,6 +27,31 @@ _COLUMNS = (
     "over-\nhead",
 )
 _IDENTICAL = {True: "yes", False: "[bold red]NO[/]", None: "?"}
+
+
+def parts(document: Mapping[str, Any], findings: Findings) -> Iterator[RenderableType]:
+    """A measurement for people, part by part: a title, the tables, and what has to be said about them."""
+    found = report.results(findings)
+    place, repeats = document["environment"], document["repeats"]
+    yield Text(
+        f"{document['model']} · {document['dtype']} · {several(found[0].prompts, 'prompt')} of "
+        f"{document['workload']['name']} · up to {document['max_new_tokens']} tokens · {several(repeats, 'repeat')} · "
+        f"{several(place['threads'], 'thread')} · {place['cpu']}",
+        "bold",
+    )
+    for batch in dict.fromkeys(result.batch for result in found):
+        yield table(found, document["transformers"], batch)
+    if findings.diagnoses:
+        yield diagnosis_table(found)
+    yield Text("\n".join([identity_line(found, findings.unchecked), *plain_lines(found)]), "bold")
+    notes = [*diagnosis_lines(found), repetition_line(found), profile_line(found), *size_lines(found)]
+    notes += [*filling_lines(found), *difference_lines(findings, document["dtype"])]
+    yield Text("\n".join(notes), "dim")
+
+
+def several(count: int, noun: str) -> str:
+    """A number of things in words."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def table(results: Sequence[Result], baselines: Sequence[dict[str, Any]], batch: int) -> Table:
@@ -105,7 +133,21 @@ def identity_line(results: Sequence[Result], unchecked: str | None) -> str:
         return f"identical: not known, the check in float32 could not be made ({unchecked})"
     ties = sum(result.float32_near_ties or 0 for result in results)
     aside = f", {ties} near-ties aside" if ties else ""
-    return f"identical: yes (each mode against transformers' generate, float32, {results[0].prompts} prompts{aside})"
+    prompts = several(results[0].prompts, "prompt")
+    return f"identical: yes (each mode against transformers' generate, float32, {prompts}{aside})"
+
+
+def plain_lines(results: Sequence[Result]) -> list[str]:
+    """How plain decoding, which the others are compared with, compares with transformers' `generate`: one line."""
+    ratios = {
+        result.batch: result.speedup_vs_transformers
+        for result in results
+        if result.mode == "plain" and result.speedup_vs_transformers is not None
+    }
+    if not ratios:
+        return []
+    shown = [f"{ratio:.2f}" + (f" at batch {batch}" if len(ratios) > 1 else "") for batch, ratio in ratios.items()]
+    return [f"plain decoding runs at {', '.join(shown)} of the speed of transformers' generate"]
 
 
 def difference_lines(findings: Findings, dtype: str) -> list[str]:

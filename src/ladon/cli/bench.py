@@ -2,114 +2,82 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-from typer import Exit, Option
+from typer import Exit
 
 from ladon.cli import options
-from ladon.cli.output import OutConsole, check_writable, print_json, progress_bar, say, write_whole
-from ladon.config import MTP, BenchOptions, help_of
+from ladon.cli.options import DRAFT, MEASURE, OUTPUT, WHAT, option, setting
+from ladon.cli.output import check_writable, print_json, progress_bar, say, show, write_whole
+from ladon.config import MTP, BenchOptions
 from ladon.errors import InputError
 
 if TYPE_CHECKING:
     from ladon.bench.findings import Findings, Progress, Subject
+    from ladon.bench.runner import TimeLimit
     from ladon.bench.workloads import Workload
     from ladon.cli.loading import Loaded
     from ladon.trees.fixed_tree import FixedTree
 
 _DEFAULTS = BenchOptions()
-_MODES, _BUDGETS, _BATCHES = map(options.joined, (_DEFAULTS.modes, _DEFAULTS.budgets, _DEFAULTS.batches))
+_DEMO_PROMPTS = 16
 _NOT_IDENTICAL = 1  # exit code
 
-_PromptsOption = Annotated[
-    Path | None,
-    Option(
-        "--prompts",
-        metavar="FILE",
-        help="JSONL with `prompt`, or MT-Bench `turns`; held-out code for the bundled model.",
+
+@dataclass(frozen=True, kw_only=True)
+class OneThread(options.Target):
+    """A model that is timed, on one CPU thread unless asked otherwise."""
+
+    threads: int | None = options.ONE_THREAD
+
+
+@options.command()
+def bench(
+    target: OneThread,
+    prompts: Path | None = option(
+        WHAT, None, "FILE", "JSONL with `prompt`, or MT-Bench `turns`; held-out code for the bundled model."
     ),
-]
-_LimitOption = Annotated[int | None, Option("--limit", metavar="N", min=1, help="Use only the first so many prompts.")]
-_ModesOption = Annotated[
-    str, Option("--modes", metavar="NAME,...", help=f"{help_of(BenchOptions, 'modes').capitalize()}.")
-]
-_BudgetsOption = Annotated[
-    str, Option("--budget", metavar="N,...", help=f"{help_of(BenchOptions, 'budgets').capitalize()}.")
-]
-_BatchesOption = Annotated[
-    str, Option("--batch", metavar="N,...", help=f"{help_of(BenchOptions, 'batches').capitalize()}.")
-]
-_RepeatsOption = Annotated[
-    int, Option("--repeats", metavar="N", min=1, help=f"{help_of(BenchOptions, 'repeats').capitalize()}.")
-]
-_FixedTreeOption = Annotated[
-    Path | None,
-    Option("--fixed-tree", metavar="FILE", help="JSON file of rank paths for mode fixed, instead of calibrating one."),
-]
-_CalibrationOption = Annotated[
-    Path | None,
-    Option(
-        "--calibration",
-        metavar="FILE",
-        help="JSONL of prompts, all of which the model answers (first turns, --max-new-tokens each) to find the "
-        "best fixed tree of each size for its heads. If left out: known for the bundled heads, else the measured "
+    limit: int | None = options.LIMIT,
+    modes: str = setting(DRAFT, BenchOptions, "modes", "NAME,..."),
+    budget: str = setting(DRAFT, BenchOptions, "budgets", "N,..."),
+    batch: str = setting(MEASURE, BenchOptions, "batches", "N,..."),
+    max_new_tokens: int = options.new_tokens(_DEFAULTS.max_new_tokens),
+    repeats: int = setting(MEASURE, BenchOptions, "repeats", "N", min=1),
+    fixed_tree: Path | None = option(
+        DRAFT, None, "FILE", "JSON file of rank paths for mode fixed, instead of calibrating one."
+    ),
+    calibration: Path | None = option(
+        DRAFT,
+        None,
+        "FILE",
+        "JSONL of prompts, all of which the model answers (first turns, --max-new-tokens each) to find the best "
+        "fixed tree of each size for its heads. If left out: known for the bundled heads, else the measured "
         "prompts, which flatters the fixed tree.",
     ),
-]
-_PruneOption = Annotated[str, Option("--prune", metavar="NAME", help=f"{help_of(BenchOptions, 'prune').capitalize()}.")]
-_DiagnoseOption = Annotated[
-    bool, Option("--diagnose/--no-diagnose", help=f"{help_of(BenchOptions, 'diagnose').capitalize()}.")
-]
-_AnswersOption = Annotated[
-    Path | None,
-    Option(
-        "--answers",
-        metavar="FILE",
-        help="Write answers as FastChat's MT-Bench rows: to FILE itself if there is one mode at one budget, else "
-        "each system's to a file beside it, such as OUT-dynamic-16.jsonl for OUT.jsonl.",
+    prune: str = setting(DRAFT, BenchOptions, "prune", "NAME"),
+    diagnose: bool = setting(MEASURE, BenchOptions, "diagnose"),
+    answers: Path | None = option(
+        OUTPUT,
+        None,
+        "FILE",
+        "Write answers as FastChat's MT-Bench rows: to FILE itself if there is one mode at one budget, else each "
+        "system's to a file beside it, such as OUT-dynamic-16.jsonl for OUT.jsonl.",
     ),
-]
-_PlotsOption = Annotated[
-    Path | None,
-    Option(
-        "--plots",
-        metavar="DIR",
-        help="Write pictures (PNG) to this folder: speed-up against batch, expected and real tokens per step by size, "
+    output: Path | None = option(OUTPUT, None, "FILE", "Write the JSON document to this file too."),
+    plots: Path | None = option(
+        OUTPUT,
+        None,
+        "DIR",
+        "Write pictures (PNG) to this folder: speed-up against batch, expected and real tokens per step by size, "
         "step times with their fit.",
     ),
-]
-_OutputOption = Annotated[
-    Path | None, Option("--output", metavar="FILE", help="Write the JSON document to this file too.")
-]
-
-
-def bench(
-    model: options.ModelOption = "demo",
-    heads: options.HeadsOption = None,
-    prompts: _PromptsOption = None,
-    limit: _LimitOption = None,
-    modes: _ModesOption = _MODES,
-    budget: _BudgetsOption = _BUDGETS,
-    batch: _BatchesOption = _BATCHES,
-    max_new_tokens: options.NewTokensOption = _DEFAULTS.max_new_tokens,
-    repeats: _RepeatsOption = _DEFAULTS.repeats,
-    fixed_tree: _FixedTreeOption = None,
-    calibration: _CalibrationOption = None,
-    prune: _PruneOption = _DEFAULTS.prune,
-    diagnose: _DiagnoseOption = _DEFAULTS.diagnose,
-    answers: _AnswersOption = None,
-    output: _OutputOption = None,
-    plots: _PlotsOption = None,
-    dtype: options.DtypeOption = "auto",
-    device: options.DeviceOption = "auto",
-    threads: options.OneThreadOption = 1,
-    trust_remote_code: options.TrustOption = False,
-    ignore_generation_config: options.IgnoreConfigOption = False,
-    as_json: options.JsonOption = False,
+    as_json: bool = options.JSON,
 ) -> None:
     """Measure plain, chain, fixed-tree and dynamic-tree decoding against each other and against transformers.
 
@@ -124,8 +92,8 @@ def bench(
     """
     plan = BenchOptions(
         modes=options.parse_modes(modes),
-        budgets=tuple(dict.fromkeys(options.parse_budgets(budget))),
-        batches=tuple(dict.fromkeys(options.parse_counts("--batch", batch))),
+        budgets=options.parse_budgets(budget),
+        batches=options.parse_counts("--batch", batch),
         max_new_tokens=max_new_tokens,
         repeats=repeats,
         prune=prune,
@@ -135,41 +103,86 @@ def bench(
     check_writable(output)
     if plots is not None:
         _check_pictures(plots)
-    from ladon.cli.bench_inputs import tree_source, workload_of
-    from ladon.cli.loading import DEMO, load
+    from ladon.bench.table import parts
+    from ladon.cli.loading import load
 
-    loaded = load(
-        model,
-        heads,
-        dtype=dtype,
-        device=device,
-        threads=threads,
-        trust_remote_code=trust_remote_code,
-        ignore_generation_config=ignore_generation_config,
-    )
-    if loaded.heads is None and modes == _MODES:
-        plan = replace(plan, modes=("plain", "ngrams"))  # all that there is without heads
-    elif heads == MTP and modes == _MODES and fixed_tree is None:
-        # a fixed tree is found by hit rates, which MTP modules do not have by themselves
-        plan = replace(plan, modes=tuple(mode for mode in plan.modes if mode != "fixed"))
+    loaded = load(target)
+    if plan.modes == _DEFAULTS.modes:
+        plan = replace(plan, modes=_modes(loaded, target.heads, has_tree=fixed_tree is not None))
     workload = workload_of(loaded, prompts, limit)
-    bundled_heads = loaded.is_demo and heads in (None, DEMO)
     with progress_bar() as progress:
-        trees = tree_source(loaded, workload, fixed_tree, calibration, bundled_heads, plan.max_new_tokens, progress)
+        is_bundled = loaded.is_demo and target.heads in (None, "demo")
+        trees = tree_source(loaded, workload, fixed_tree, calibration, is_bundled, plan.max_new_tokens, progress)
         subject = make_subject(loaded, trees)
-        document, findings, title = measure(subject, workload, plan, progress)
-    show(document, findings, title)
+        document, findings = measure(subject, workload, plan, progress)
+    show(parts(document, findings))
     if answers is not None:
         _write_answers(answers, subject, findings, plan)
     if output is not None:
-        import json
-
         write_whole(output, (json.dumps(document, indent=2, allow_nan=False) + "\n").encode())
     if plots is not None:
         _write_pictures(plots, document)
     if as_json:
         print_json(document)
     fail_unless_identical(document)
+
+
+def _modes(loaded: Loaded, heads: str | None, *, has_tree: bool) -> tuple[str, ...]:
+    """The modes that are measured unless some are named: those that these heads can have."""
+    if loaded.heads is None:
+        return ("plain", "ngrams")
+    if heads == MTP and not has_tree:
+        # a fixed tree is found by hit rates, which MTP modules do not have by themselves
+        return tuple(mode for mode in _DEFAULTS.modes if mode != "fixed")
+    return _DEFAULTS.modes
+
+
+def tree_source(
+    loaded: Loaded,
+    workload: Workload,
+    fixed_tree: Path | None,
+    calibration: Path | None,
+    bundled_heads: bool,
+    max_new_tokens: int,
+    progress: Progress,
+) -> Callable[[int], FixedTree]:
+    """Where mode fixed gets its tree of a size from: a file, or the best of the size by the heads' hit rates.
+
+    Hit rates are measured on the model's answers to the prompts of `calibration`. Without such a file, those of the
+    bundled heads are known; for others they are measured on the prompts of the benchmark itself, and that is said.
+    """
+    from ladon.bench.calibration import calibrate
+    from ladon.bench.workloads import read_workload
+    from ladon.demo.bundled import demo_fixed_tree
+    from ladon.trees.fixed_tree import FixedTree, best_fixed_tree
+
+    if fixed_tree is not None:
+        given = FixedTree.load(fixed_tree)
+        return lambda size: given
+    if calibration is None and bundled_heads:
+        return demo_fixed_tree
+    other = None if calibration is None else read_workload(calibration)
+
+    @cache
+    def rates() -> list[list[float]]:
+        assert loaded.heads is not None  # modes that need a tree need heads, which is checked first
+        if other is None:
+            say("ladon: warning: the fixed tree is calibrated on the measured prompts; --calibration takes others")
+        questions = (other or workload).questions
+        return calibrate(loaded.model, loaded.heads, loaded.tokenizer, questions, max_new_tokens, progress)
+
+    return lambda size: best_fixed_tree(rates(), size)
+
+
+def workload_of(loaded: Loaded, prompts: Path | None, limit: int | None) -> Workload:
+    """The questions of a file, or held-out code for the bundled model."""
+    from ladon.bench.workloads import demo_workload, read_workload
+
+    if prompts is not None:
+        return read_workload(prompts, limit)
+    if not loaded.is_demo:
+        raise InputError("no prompts; give --prompts FILE with a JSON object with `prompt` or `turns` on each line")
+    return demo_workload(limit or _DEMO_PROMPTS)
 
 
 def _write_answers(path: Path, subject: Subject, findings: Findings, plan: BenchOptions) -> None:
@@ -205,77 +218,31 @@ def _write_pictures(folder: Path, document: dict[str, Any]) -> None:
     say(f"ladon: pictures are in {folder}: {', '.join(files)}")
 
 
-def fail_unless_identical(document: dict[str, Any]) -> None:
-    """End with exit code 1 if a mode wrote something else than transformers in float32."""
-    if any(result["identical"] is False for result in document["results"]):
-        raise Exit(_NOT_IDENTICAL)
-
-
 def make_subject(loaded: Loaded, fixed_tree: Callable[[int], FixedTree]) -> Subject:
     """What the runner measures."""
     from ladon.bench.findings import Subject
 
-    return Subject(
-        name=loaded.name, model=loaded.model, tokenizer=loaded.tokenizer, heads=loaded.heads, fixed_tree=fixed_tree
-    )
+    known = {name: getattr(loaded, name) for name in ("name", "model", "tokenizer", "heads")}
+    return Subject(fixed_tree=fixed_tree, **known)
 
 
 def measure(
-    subject: Subject, workload: Workload, plan: BenchOptions, progress: Progress
-) -> tuple[dict[str, Any], Findings, str]:
-    """Run a benchmark; the JSON document, the findings, and a line that says what was measured where."""
-    from dataclasses import asdict
-
-    from ladon.bench.report import baselines, results
+    subject: Subject, workload: Workload, plan: BenchOptions, progress: Progress, limit: TimeLimit | None = None
+) -> tuple[dict[str, Any], Findings]:
+    """Run a benchmark: its JSON document, and what was found."""
+    from ladon.bench.report import document
     from ladon.bench.runner import run_bench
-    from ladon.cli.loading import dtype_name
     from ladon.util.machine import environment, is_busy, load
 
     before = load()
     if is_busy(before):
         say(f"ladon: warning: the machine is busy (load average {before['load_average'][0]}); timings will suffer")
-    findings = run_bench(subject, workload, plan, progress)
-    place = environment(subject.model.device)
-    dtype = dtype_name(subject.model)
-    document = {
-        "environment": place | {"load_before": before, "load_after": load()},
-        "model": subject.name,
-        "dtype": dtype,
-        "heads": None if subject.heads is None else {"family": subject.heads.family, "num": subject.heads.num_heads},
-        "workload": workload.summary(),
-        "max_new_tokens": plan.max_new_tokens,
-        "repeats": plan.repeats,
-        "transformers": baselines(findings),
-        "identity_unchecked": findings.unchecked,
-        "results": [asdict(result) for result in results(findings)],
-    }
-    prompts, repeats = _several(len(findings.requests), "prompt"), _several(plan.repeats, "repeat")
-    title = (
-        f"{subject.name} · {dtype} · {prompts} of {workload.name} · up to {plan.max_new_tokens} tokens · {repeats} · "
-        f"{_several(place['threads'], 'thread')} · {place['cpu']}"
-    )
-    return document, findings, title
+    findings = run_bench(subject, workload, plan, progress, limit)
+    place = environment(subject.model.device) | {"load_before": before, "load_after": load()}
+    return document(findings, subject, workload, plan, place), findings
 
 
-def _several(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
-
-
-def show(document: dict[str, Any], findings: Findings, title: str) -> None:
-    """The table and what has to be said about it, on standard output."""
-    from ladon.bench import table as lines
-    from ladon.bench.report import results
-
-    found = results(findings)
-    console = OutConsole(highlight=False)
-    console.print(title, style="bold")
-    for batch in dict.fromkeys(result.batch for result in found):
-        console.print(lines.table(found, document["transformers"], batch))
-    if findings.diagnoses:
-        console.print(lines.diagnosis_table(found))
-    console.print(lines.identity_line(found, findings.unchecked), style="bold", markup=False)
-    notes = [*lines.diagnosis_lines(found), lines.repetition_line(found), lines.profile_line(found)]
-    notes += lines.size_lines(found)
-    notes += [*lines.filling_lines(found), *lines.difference_lines(findings, document["dtype"])]
-    for note in notes:
-        console.print(note, style="dim", markup=False)
+def fail_unless_identical(document: dict[str, Any]) -> None:
+    """End with exit code 1 if a mode wrote something else than transformers in float32."""
+    if any(result["identical"] is False for result in document["results"]):
+        raise Exit(_NOT_IDENTICAL)

@@ -2,61 +2,53 @@
 
 from __future__ import annotations
 
+import json
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, suppress
-from typing import TYPE_CHECKING, Annotated, Any
-
-from typer import Option
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ladon.cli import options
-from ladon.cli.conversation import COMMANDS, Conversation, read_line
-from ladon.cli.output import OutConsole, say
-from ladon.config import ChatOptions, DecoderOptions, help_of
+from ladon.cli.options import OUTPUT, WHAT, flag, option, setting
+from ladon.cli.output import OutConsole, say, write_whole
+from ladon.config import ChatOptions
 from ladon.errors import InputError, LadonError
 
 if TYPE_CHECKING:
     from ladon.cli.loading import Loaded
+    from ladon.decoder.conversation import Conversation, Message
     from ladon.decoder.decoder import Decoder
     from ladon.engine.sequence import Row
     from ladon.engine.stats import DecodeStats
     from ladon.engine.step import Step
     from ladon.target.prefix_cache import KeptPrefix
 
-_DEFAULTS = DecoderOptions()
-_CHAT = ChatOptions()
-
-_SystemOption = Annotated[
-    str | None, Option("--system", metavar="TEXT", help="The system prompt, for models with a chat template.")
-]
-_ColourOption = Annotated[
-    bool,
-    Option("--color-by-depth", help="Give each token the colour of the depth at which it was drafted."),
-]
-_NewTokensOption = Annotated[
-    int, Option("--max-new-tokens", metavar="N", min=1, help=f"{help_of(ChatOptions, 'max_new_tokens').capitalize()}.")
-]
+COMMANDS = {
+    "/help": "this list",
+    "/regen": "answer the last message again; sampled answers are drawn anew",
+    "/reset": "forget all that was said, but for the system prompt",
+    "/save FILE": "write the messages as JSON",
+    "/load FILE": "read them back",
+    "/stats": "what this session took so far",
+    "/quit": "leave, as does the end of the input",
+}
+_NAMES = {usage.split()[0]: " " in usage for usage in COMMANDS}  # whether it takes a file
+_ROLES = ("system", "user", "assistant")
 
 
+@options.command(without=("accept", "joint"))
 def chat(
-    model: options.ModelOption = "demo",
-    heads: options.HeadsOption = None,
-    system: _SystemOption = None,
-    max_new_tokens: _NewTokensOption = _CHAT.max_new_tokens,
-    tree: options.TreeOption = _DEFAULTS.tree,
-    budget: options.BudgetOption = str(_DEFAULTS.budget),
-    prune: options.PruneOption = _DEFAULTS.prune,
-    ngrams: options.NgramsOption = _DEFAULTS.ngrams,
-    temperature: options.TemperatureOption = _CHAT.temperature,
-    top_p: options.TopPOption = _CHAT.top_p,
-    top_k: options.TopKOption = _CHAT.top_k,
-    seed: options.SeedOption = _CHAT.seed,
-    color_by_depth: _ColourOption = False,
-    dtype: options.DtypeOption = "auto",
-    device: options.DeviceOption = "auto",
-    threads: options.ThreadsOption = None,
-    trust_remote_code: options.TrustOption = False,
-    ignore_generation_config: options.IgnoreConfigOption = False,
+    *,
+    target: options.Target,
+    system: str | None = option(WHAT, None, "TEXT", "The system prompt, for models with a chat template."),
+    max_new_tokens: int = setting(WHAT, ChatOptions, "max_new_tokens", "N", min=1),
+    drafting: options.Drafting,
+    sampling: options.Sampling,
+    color_by_depth: bool = flag(
+        OUTPUT, "--color-by-depth", "Give each token the colour of the depth at which it was drafted."
+    ),
 ) -> None:
     r"""Talk with a model, line by line; what was said before is kept in the cache and not read again.
 
@@ -71,24 +63,14 @@ def chat(
         ladon chat --temperature 0.7 --color-by-depth
         printf 'def f(x):\n/stats\n' | ladon chat --max-new-tokens 32
     """
-    nodes, shape = options.parse_budget(budget), options.parse_tree(tree)
-    law = options.sampling(temperature, top_k, top_p, seed)
-    from ladon.cli.loading import load, require_heads
-    from ladon.decoder.decoder import Decoder
+    for_decoder, wanted = drafting.for_decoder(), sampling.for_generate()
+    from ladon.cli.loading import load
+    from ladon.decoder.conversation import Conversation
 
-    loaded = load(
-        model,
-        heads,
-        dtype=dtype,
-        device=device,
-        threads=threads,
-        trust_remote_code=trust_remote_code,
-        ignore_generation_config=ignore_generation_config,
-    )
-    require_heads(loaded, shape, ngrams)
-    conversation = Conversation(loaded.tokenizer, system)
-    decoder = Decoder(loaded.model, loaded.heads, tree=shape, budget=nodes, prune=prune, ngrams=ngrams)
-    session = Session(decoder, loaded, conversation, {**law, "max_new_tokens": max_new_tokens}, color_by_depth)
+    loaded = load(target)
+    decoder = loaded.decoder(**for_decoder)
+    wanted |= {"max_new_tokens": max_new_tokens}
+    session = Session(decoder, loaded, Conversation(loaded.tokenizer, system), wanted, color_by_depth)
     session.greet()
     for line in _lines():
         if not session.handle(line):
@@ -133,13 +115,13 @@ class Session:
     """A chat with one decoder: takes lines, writes answers."""
 
     def __init__(
-        self, decoder: Decoder, loaded: Loaded, conversation: Conversation, law: dict[str, Any], shows_depth: bool
+        self, decoder: Decoder, loaded: Loaded, conversation: Conversation, wanted: dict[str, Any], shows_depth: bool
     ) -> None:
-        """`law` is what `Decoder.rows` is told about limits and sampling; its seed is that of the session."""
+        """`wanted` is what `Decoder.rows` is told about limits and sampling; its seed is that of the session."""
         from ladon.engine.stats import DecodeStats
 
         self._decoder, self._loaded, self._conversation = decoder, loaded, conversation
-        self._law, self._shows_depth = law, shows_depth
+        self._wanted, self._shows_depth = wanted, shows_depth
         self._console = OutConsole(highlight=False)
         self._pasts: list[KeptPrefix] = []
         self._answers, self._said = 0, 0
@@ -181,9 +163,9 @@ class Session:
             chat.reset()
             self._pasts = []
         elif command == "/save":
-            chat.save(text)
+            _save(text, chat.messages)
         elif command == "/load":
-            chat.load(text)
+            chat.replace(_load(text))
             say(f"{len(chat.messages)} messages")
         elif command == "/stats":
             say(f"answers: {self._answers}; {_took(self._said, self._total)}")
@@ -200,50 +182,49 @@ class Session:
         """Answer the last message, as it comes; whether anything was said."""
         from ladon.decoder.detokenizer import Detokenizer
 
-        row = self._row()
-        context = [] if self._conversation.has_template else row.prompt_ids
+        sequence = self._sequence()
+        context = [] if self._conversation.has_template else sequence.prompt_ids
         pieces = Detokenizer(self._loaded.tokenizer, context, skip_special_tokens=True)
         said, texts, is_stopped = [], [], False
         try:
-            with closing(self._decoder.decode([row])) as steps:
+            with closing(self._decoder.decode([sequence])) as steps:
                 accepted = 0
                 for step in steps:
-                    for token, depth in _with_depths(step, row.stats.accepted_nodes - accepted):
+                    for token, depth in _with_depths(step, sequence.stats.accepted_nodes - accepted):
                         texts.append(pieces.push(token))
                         said.append(token)
                         self._show(texts[-1], depth)
-                    accepted = row.stats.accepted_nodes
+                    accepted = sequence.stats.accepted_nodes
         except KeyboardInterrupt:
             is_stopped = True
         texts.append(pieces.flush())
         self._show(f"{texts[-1]}\n", None)
-        if row.past is not None:
-            self._pasts = [row.past]
+        if sequence.past is not None:
+            self._pasts = [sequence.past]
         if said:
             self._conversation.answer("".join(texts), said)
         self._count(len(said), self._decoder.stats, "stopped: " if is_stopped else "")
         return bool(said)
 
-    def _row(self) -> Row:
-        """The last message as a row, which goes on from what is kept of the chat; `InputError` if it is too long."""
+    def _sequence(self) -> Row:
+        """The last message as a sequence that goes on from what is kept of the chat; `InputError` if it is too long."""
         import torch
 
         from ladon.sampling.gumbel import mix
-        from ladon.target.support import context_limit
 
         ids = self._conversation.prompt_ids()
-        limit = context_limit(self._loaded.model.config.get_text_config(decoder=True))
+        limit = self._loaded.context_limit
         if limit is not None and len(ids) >= limit:
             raise InputError(
                 f"the chat has {len(ids)} tokens with this message, and the model's context ends at {limit}; write a "
                 "shorter one, or /reset"
             )
-        law = self._law
-        if "seed" in law:
-            law = law | {"seed": mix(law["seed"], self._answers)}  # each answer draws anew
+        wanted = self._wanted
+        if "seed" in wanted:
+            wanted = wanted | {"seed": mix(wanted["seed"], self._answers)}  # each answer draws anew
         prompt = torch.tensor(ids, device=self._loaded.model.device)
-        (row,) = self._decoder.rows([prompt], past=self._pasts, return_dict_in_generate=True, **law)
-        return row
+        (sequence,) = self._decoder.rows([prompt], past=self._pasts, return_dict_in_generate=True, **wanted)
+        return sequence
 
     def _show(self, piece: str, depth: int | None) -> None:
         if self._shows_depth and depth is not None:
@@ -264,7 +245,7 @@ class Session:
 
 
 def _with_depths(step: Step, accepted: int) -> list[tuple[int, int | None]]:
-    """Tokens of a step of one row, each with the depth of its draft: 0 for the bonus token, None after a prompt."""
+    """Tokens of one sequence's step, each with the depth of its draft: 0 for the bonus token, None after a prompt."""
     from ladon.viz.record import BONUS
 
     tokens = step.emitted[0] if step.emitted else []
@@ -282,3 +263,51 @@ def _took(said: int, stats: DecodeStats) -> str:
         f"{said} tokens in {stats.row_steps} steps, {speed}{stats.reused_tokens} prompt tokens reused, "
         f"{stats.prefill_tokens} read"
     )
+
+
+def read_line(line: str) -> tuple[str, str]:
+    """What a line asks for: a command and its file, or "" and the message; a message's own slash is written twice.
+
+    Raises:
+        InputError: an unknown command, or one with a file too many or too few.
+    """
+    if not line.startswith("/") or line.startswith("//"):
+        return "", line[1:] if line.startswith("/") else line
+    name, _, argument = line.strip().partition(" ")
+    argument = argument.strip()
+    if name not in _NAMES:
+        raise InputError(f"{name} is no command; commands are {', '.join(COMMANDS)}; a message that starts so: /{name}")
+    if bool(argument) != _NAMES[name]:
+        what = "name a file" if _NAMES[name] else f"it takes nothing more, but {argument!r} was given"
+        raise InputError(f"{name}: {what}")
+    return name, argument
+
+
+def _save(file: str, messages: Sequence[Message]) -> None:
+    """Write the messages as JSON; `InputError` if that cannot be."""
+    write_whole(_path(file), (json.dumps({"messages": messages}, ensure_ascii=False, indent=1) + "\n").encode())
+
+
+def _load(file: str) -> list[Message]:
+    """Read messages that `_save` has written; `InputError` if the file holds none."""
+    try:
+        document = json.loads(_path(file).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read {file}: {error.strerror}; give a file that /save has written") from error
+    except ValueError as error:  # neither UTF-8 nor JSON
+        raise InputError(f"{file} is not JSON ({error}); give a file that /save has written") from error
+    messages = document.get("messages") if isinstance(document, dict) else None
+    if not isinstance(messages, list) or not all(map(_is_message, messages)):
+        raise InputError(
+            f"{file} holds no chat; give a JSON object with `messages`, a list of objects with `role` "
+            f"({', '.join(_ROLES)}) and `content`"
+        )
+    return [{"role": message["role"], "content": message["content"]} for message in messages]
+
+
+def _path(file: str) -> Path:
+    return Path(os.path.expanduser(file))
+
+
+def _is_message(message: object) -> bool:
+    return isinstance(message, dict) and message.get("role") in _ROLES and isinstance(message.get("content"), str)

@@ -7,93 +7,78 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-from typer import Argument, Exit, Option
+from typer import Exit
 
 from ladon.cli import options
+from ladon.cli.options import MACHINE, OUTPUT, WHAT, argument, option, setting
 from ladon.cli.output import check_writable, print_json, progress_bar, say
-from ladon.config import DecoderOptions, DistillOptions, help_of
+from ladon.config import DistillOptions
 from ladon.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from ladon.cli.loading import Loaded
-    from ladon.train.distill import Answer, Report
+    from ladon.train.distill import Answer, Answerer, Report, Settings
 
-_DEFAULTS, _DRAFTING = DistillOptions(), DecoderOptions()
+_DEFAULTS = DistillOptions()
 _SOME_FAILED = 1
 _LINE_SECONDS = 30.0  # between lines of progress where standard error is no terminal
-# What a checkpoint's generation config may ask for that changes which tokens come; answers are written without it.
-_NOT_APPLIED = (
-    "repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens",
-    "forced_bos_token_id", "forced_eos_token_id", "min_p", "typical_p", "sequence_bias",
-)  # fmt: skip
-_NEUTRAL = (None, 0, 1, 1.0)
 
 
-def _help(name: str) -> str:
-    return f"{help_of(DistillOptions, name).capitalize()}."
+@dataclass(frozen=True, kw_only=True)
+class Endpoint:
+    """A server that answers instead of a model that is loaded here."""
 
-
-_PromptsArgument = Annotated[
-    str, Argument(metavar="PROMPTS", help="A JSONL or Parquet file of prompts or chats, or a data set's hub id.")
-]
-_OutOption = Annotated[Path, Option("--out", metavar="FILE", help="JSONL file that the answers are appended to.")]
-_BatchOption = Annotated[int, Option("--batch", metavar="N", min=1, help=_help("batch"))]
-_NewTokensOption = Annotated[int, Option("--max-new-tokens", metavar="N", min=1, help=_help("max_new_tokens"))]
-_SystemOption = Annotated[str | None, Option("--system", metavar="TEXT", help="System message of every chat.")]
-_FieldOption = Annotated[
-    str | None, Option("--field", metavar="NAME", help="Field of the prompts, if it is not one of the usual ones.")
-]
-_LimitOption = Annotated[int | None, Option("--limit", metavar="N", min=1, help="Take the first N rows only.")]
-_SplitOption = Annotated[str, Option("--split", metavar="NAME", help="Split of a data set from the hub.")]
-_EndpointOption = Annotated[
-    str | None,
-    Option(
-        "--endpoint",
-        metavar="URL",
-        help="Let an OpenAI-compatible server answer, such as http://localhost:8000/v1; --model then names the "
+    endpoint: str | None = option(
+        MACHINE,
+        None,
+        "URL",
+        "Let an OpenAI-compatible server answer, such as http://localhost:8000/v1; --model then names the "
         "tokenizer alone.",
-    ),
-]
-_ConcurrencyOption = Annotated[int, Option("--concurrency", metavar="N", min=1, help=_help("concurrency"))]
-_KeyOption = Annotated[
-    str | None, Option("--api-key-env", metavar="NAME", help="Environment variable that holds the endpoint's key.")
-]
-_EndpointModelOption = Annotated[
-    str | None, Option("--endpoint-model", metavar="NAME", help="The model's name there; that of --model if left out.")
-]
+    )
+    concurrency: int = setting(MACHINE, DistillOptions, "concurrency", "N", min=1)
+    api_key_env: str | None = option(MACHINE, None, "NAME", "Environment variable that holds the endpoint's key.")
+    endpoint_model: str | None = option(MACHINE, None, "NAME", "The model's name there; that of --model if left out.")
+
+    def key(self, heads: str | None) -> str | None:
+        """The endpoint's key, if there is one; `InputError` for options that do not go together."""
+        if self.endpoint is None:
+            if self.api_key_env is None and not self.endpoint_model:
+                return None
+            given = "--api-key-env" if self.api_key_env is not None else "--endpoint-model"
+            raise InputError(f"{given} is for --endpoint, which is not given; give both or none")
+        if heads is not None:
+            raise InputError("--heads does nothing with --endpoint, where the server decodes; leave it out")
+        if self.api_key_env is None:
+            return None
+        key = os.environ.get(self.api_key_env, "").strip()
+        if not key:
+            raise InputError(
+                f"--api-key-env names {self.api_key_env}, which is not set; put the key into that variable"
+            )
+        return key
 
 
+@options.command(without=("ignore_generation_config", "prune", "accept", "ngrams", "joint"))
 def distill(
-    prompts: _PromptsArgument,
-    out: _OutOption,
-    model: options.ModelOption = "demo",
-    heads: options.HeadsOption = None,
-    batch: _BatchOption = _DEFAULTS.batch,
-    max_new_tokens: _NewTokensOption = _DEFAULTS.max_new_tokens,
-    temperature: options.TemperatureOption = _DEFAULTS.temperature,
-    top_p: options.TopPOption = _DEFAULTS.top_p,
-    top_k: options.TopKOption = _DEFAULTS.top_k,
-    seed: options.SeedOption = _DEFAULTS.seed,
-    system: _SystemOption = None,
-    field: _FieldOption = None,
-    limit: _LimitOption = None,
-    split: _SplitOption = "train",
-    endpoint: _EndpointOption = None,
-    concurrency: _ConcurrencyOption = _DEFAULTS.concurrency,
-    api_key_env: _KeyOption = None,
-    endpoint_model: _EndpointModelOption = None,
-    tree: options.TreeOption = _DRAFTING.tree,
-    budget: options.BudgetOption = str(_DRAFTING.budget),
-    dtype: options.DtypeOption = "auto",
-    device: options.DeviceOption = "auto",
-    threads: options.ThreadsOption = None,
-    trust_remote_code: options.TrustOption = False,
-    as_json: options.JsonOption = False,
+    *,
+    target: options.Target,
+    prompts: str = argument("PROMPTS", "A JSONL or Parquet file of prompts or chats, or a data set's hub id."),
+    out: Path = option(OUTPUT, ..., "FILE", "JSONL file that the answers are appended to."),
+    batch: int = setting(WHAT, DistillOptions, "batch", "N", min=1),
+    max_new_tokens: int = setting(WHAT, DistillOptions, "max_new_tokens", "N", min=1),
+    drafting: options.Drafting,
+    sampling: options.Sampling,
+    endpoint: Endpoint,
+    system: str | None = option(WHAT, None, "TEXT", "System message of every chat."),
+    field: str | None = option(WHAT, None, "NAME", "Field of the prompts, if it is not one of the usual ones."),
+    limit: int | None = option(WHAT, None, "N", "Take the first N rows only.", min=1),
+    split: str = option(WHAT, "train", "NAME", "Split of a data set from the hub."),
+    as_json: bool = options.JSON,
 ) -> None:
     """Let the model answer prompts, one row of training data each.
 
@@ -109,28 +94,15 @@ def distill(
         ladon distill org/chats --split train --limit 50000 --out answers.jsonl --model path/to/model --temperature 0.7
         ladon distill chats.jsonl --out answers.jsonl --model org/name --endpoint http://localhost:8000/v1
     """
-    nodes, shape = options.parse_budget(budget), options.parse_tree(tree)
-    key = _checked(endpoint, api_key_env, endpoint_model, heads, out)
-    from ladon.cli.loading import dtype_name, load, load_tokenizer
-    from ladon.train.distill import Answerer, Settings
+    budget, tree = options.parse_budget(drafting.budget), options.parse_tree(drafting.tree)
+    check_writable(out)
+    key = endpoint.key(target.heads)
     from ladon.train.distill import distill as run
-    from ladon.train.endpoint import EndpointModel
-    from ladon.train.local import LocalModel, weights_hash
     from ladon.train.prompts import read_prompts
 
-    law: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
-    law["max_new_tokens"] = max_new_tokens
-    local: LocalModel | None = None
-    if endpoint is not None:
-        settings = Settings(model=endpoint_model or model, dtype="unknown", **law)
-        tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
-        answerer: Answerer = EndpointModel(endpoint, tokenizer, concurrency=concurrency, api_key=key)
-    else:
-        loaded = load(model, heads, dtype=dtype, device=device, threads=threads, trust_remote_code=trust_remote_code)
-        _warn_of_generation_config(loaded)
-        tokenizer, weights = loaded.tokenizer, weights_hash(loaded.model)
-        settings = Settings(model=loaded.name, dtype=dtype_name(loaded.model), weights=weights, **law)
-        answerer = local = LocalModel(loaded.model, loaded.heads, tokenizer, batch=batch, tree=shape, budget=nodes)
+    common = {**asdict(sampling), "max_new_tokens": max_new_tokens}
+    drafts = {"batch": batch, "tree": tree, "budget": budget}
+    answerer, settings, tokenizer = _answerer(target, endpoint, key, common, **drafts)
     asked = read_prompts(prompts, tokenizer, field=field, system=system, limit=limit, split=split)
     with _progress() as progress:
         report = run(
@@ -142,7 +114,7 @@ def distill(
             progress=progress,
             notice=lambda line: say(f"ladon: {line}"),
         )
-    document = _document(report, None if local is None else local.acceptance_length)
+    document = _document(report, getattr(answerer, "acceptance_length", None))
     for line in _lines(document, out):
         say(line)
     if as_json:
@@ -151,32 +123,27 @@ def distill(
         raise Exit(_SOME_FAILED)
 
 
-def _checked(
-    endpoint: str | None, api_key_env: str | None, endpoint_model: str | None, heads: str | None, out: Path
-) -> str | None:
-    """The endpoint's key, if there is one; `InputError` for options that do not go together."""
-    check_writable(out)
-    if endpoint is None:
-        given = "--api-key-env" if api_key_env is not None else "--endpoint-model" if endpoint_model else None
-        if given is not None:
-            raise InputError(f"{given} is for --endpoint, which is not given; give both or none")
-        return None
-    if heads is not None:
-        raise InputError("--heads does nothing with --endpoint, where the server decodes; leave it out")
-    if api_key_env is None:
-        return None
-    key = os.environ.get(api_key_env, "").strip()
-    if not key:
-        raise InputError(f"--api-key-env names {api_key_env}, which is not set; put the key into that variable")
-    return key
+def _answerer(
+    target: options.Target, endpoint: Endpoint, key: str | None, common: dict[str, Any], **drafting: Any
+) -> tuple[Answerer, Settings, PreTrainedTokenizerBase]:
+    """Who answers, a server or the model here; what all rows have in common; and the tokenizer."""
+    from ladon.cli.loading import dtype_name, load, load_tokenizer
+    from ladon.train.distill import Settings
+    from ladon.train.endpoint import EndpointModel
+    from ladon.train.local import LocalModel, ignored_settings, weights_hash
 
-
-def _warn_of_generation_config(loaded: Loaded) -> None:
-    """Say what the checkpoint asks for and does not get: the answers are the model's own law, as heads learn it."""
-    config = loaded.model.generation_config
-    asked = [name for name in _NOT_APPLIED if getattr(config, name, None) not in _NEUTRAL]
-    if asked:
-        say(f"ladon: warning: the generation config asks for {', '.join(asked)}; answers are written without")
+    if endpoint.endpoint is not None:
+        settings = Settings(model=endpoint.endpoint_model or target.model, dtype="unknown", **common)
+        tokenizer = load_tokenizer(target)
+        server = EndpointModel(endpoint.endpoint, tokenizer, concurrency=endpoint.concurrency, api_key=key)
+        return server, settings, tokenizer
+    loaded = load(target)
+    ignored = ignored_settings(loaded.model)
+    if ignored:
+        say(f"ladon: warning: the generation config asks for {', '.join(ignored)}; answers are written without")
+    weights, dtype = weights_hash(loaded.model), dtype_name(loaded.model)
+    settings = Settings(model=loaded.name, dtype=dtype, weights=weights, **common)
+    return LocalModel(loaded.model, loaded.heads, loaded.tokenizer, **drafting), settings, loaded.tokenizer
 
 
 def _show_sample(answer: Answer, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -209,17 +176,9 @@ def _progress() -> Iterator[Callable[[Report], None]]:
 def _document(report: Report, acceptance_length: float | None) -> dict[str, Any]:
     from ladon.bench.report import finite
 
-    return {
-        "rows": report.rows,
-        "resumed_rows": report.resumed,
-        "total": report.total,
-        "tokens": report.tokens,
-        "seconds": report.seconds,
-        "tokens_per_second": report.tokens_per_second,
-        "acceptance_length": acceptance_length,
-        "repeated_8grams": finite(report.repetition.share),
-        "failures": dict(report.failures),
-    }
+    counts = {name: getattr(report, name) for name in ("rows", "total", "tokens", "seconds", "tokens_per_second")}
+    rest = {"acceptance_length": acceptance_length, "repeated_8grams": finite(report.repetition.share)}
+    return counts | rest | {"resumed_rows": report.resumed, "failures": dict(report.failures)}
 
 
 def _lines(document: dict[str, Any], out: Path) -> list[str]:
@@ -234,6 +193,5 @@ def _lines(document: dict[str, Any], out: Path) -> list[str]:
         about += f"; acceptance length {document['acceptance_length']:.2f}"
     if document["repeated_8grams"] is not None:
         about += f"; repeated 8-grams {document['repeated_8grams']:.1%}"
-    failures = document["failures"].items()
-    lines = [f"no answer to {count} prompts: {reason}" for reason, count in failures]
+    lines = [f"no answer to {count} prompts: {reason}" for reason, count in document["failures"].items()]
     return [about, *lines, f"they are listed in {failed_path(out)}"] if lines else [about]

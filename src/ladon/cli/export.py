@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
-
-from typer import Argument, Option
+from typing import TYPE_CHECKING
 
 from ladon.cli import options
+from ladon.cli.options import OUTPUT, READ, argument, option
 from ladon.cli.output import print_json, say
 from ladon.errors import InputError
 
@@ -16,27 +15,18 @@ if TYPE_CHECKING:
 
     from ladon.trees.fixed_tree import FixedTree
 
-_NAMES = "medusa, medusa-v2, tgi, vllm, tensorrt-llm, modelopt or own"
-_Heads = Annotated[str, Argument(metavar="HEADS", help="Folder, file or hub id of the heads, in any format.")]
-_Format = Annotated[str, Option("--format", metavar="NAME", help=f"{_NAMES}.")]
-_Out = Annotated[Path, Option("--out", metavar="DIR", help="A new folder for them.")]
-_Model = Annotated[
-    str | None, Option("--model", metavar="NAME", help="Their model, where the format holds weights of it.")
-]
-_Tree = Annotated[
-    Path | None,
-    Option("--tree", metavar="FILE", help="Rank paths for tensorrt-llm; the best calibrated tree if left out."),
-]
 
-
+@options.command()
 def export(
-    heads: _Heads,
-    format: _Format,
-    out: _Out,
-    model: _Model = None,
-    tree: _Tree = None,
-    trust_remote_code: options.TrustOption = False,
-    as_json: options.JsonOption = False,
+    heads: str = argument("HEADS", "Folder, file or hub id of the heads, in any format."),
+    format: str = option(OUTPUT, ..., "NAME", "medusa, medusa-v2, tgi, vllm, tensorrt-llm, modelopt or own."),
+    out: Path = option(OUTPUT, ..., "DIR", "A new folder for them."),
+    model: str | None = option(READ, None, "NAME", "Their model, where the format holds weights of it."),
+    tree: Path | None = option(
+        READ, None, "FILE", "Rank paths for tensorrt-llm; the best calibrated tree if left out."
+    ),
+    trust_remote_code: bool = options.TRUST,
+    as_json: bool = options.JSON,
 ) -> None:
     """Write heads in another system's format, exactly as they are; what a format cannot hold is refused.
 
@@ -68,12 +58,10 @@ def _stored(name: str, trust_remote_code: bool) -> tuple[PreTrainedModel, PreTra
     """Tokenizer and model, this in the dtype of its checkpoint, whatever is fast here: its weights go into files."""
     from transformers import AutoConfig
 
-    from ladon.cli.loading import DEMO, load
-    from ladon.demo.bundled import demo_path
+    from ladon.cli.loading import load, source_of
 
-    loaded = load(name, None, dtype="auto", device="cpu", trust_remote_code=trust_remote_code)
-    source = str(demo_path()) if name == DEMO else name
-    config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    loaded = load(options.Target(model=name, device="cpu", trust_remote_code=trust_remote_code))
+    config = AutoConfig.from_pretrained(source_of(name), trust_remote_code=trust_remote_code)
     stored = getattr(config.get_text_config(decoder=True), "dtype", None)
     return loaded.model.to(stored or loaded.model.dtype), loaded.tokenizer
 

@@ -2,76 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-from typer import Option
-
-from ladon.cli import constraints, options
+from ladon.cli import options
+from ladon.cli.options import OUTPUT, WHAT, flag, option, setting
 from ladon.cli.output import print_json, say
 from ladon.cli.prompts import encode, read_prompt, read_questions
-from ladon.config import BenchOptions, DecoderOptions, GenerateOptions, help_of
+from ladon.config import BenchOptions, GenerateOptions
 from ladon.errors import InputError
 
 if TYPE_CHECKING:
     from ladon.bench.workloads import Question
     from ladon.cli.loading import Loaded
+    from ladon.constraints.state import Constraint
     from ladon.decoder.decoder import Decoder
     from ladon.engine.sequence import Row
     from ladon.engine.stats import DecodeStats
 
-_DEFAULTS = DecoderOptions()
-_NEW_TOKENS = BenchOptions().max_new_tokens
-_SAMPLING = GenerateOptions()
 
-_StatsOption = Annotated[bool, Option("--stats", help="Show counts and times on standard error at the end.")]
-_PromptOption = Annotated[
-    list[str] | None, Option("--prompt", metavar="TEXT", help="The text to continue; several: give it several times.")
-]
-_PromptsOption = Annotated[
-    Path | None,
-    Option(
-        "--prompts",
-        metavar="FILE",
-        help="Many prompts: JSONL with `prompt`, or MT-Bench `turns` (the first is asked); or a .txt file with one on "
+@options.command()
+def generate(
+    *,
+    target: options.Target,
+    prompt: list[str] | None = option(WHAT, None, "TEXT", "The text to continue; several: give it several times."),
+    prompt_file: Path | None = options.PROMPT_FILE,
+    prompts: Path | None = option(
+        WHAT,
+        None,
+        "FILE",
+        "Many prompts: JSONL with `prompt`, or MT-Bench `turns` (the first is asked); or a .txt file with one on "
         "each line.",
     ),
-]
-_BatchOption = Annotated[
-    int, Option("--batch", metavar="N", min=1, help=f"{help_of(GenerateOptions, 'batch').capitalize()}.")
-]
-
-
-def generate(
-    model: options.ModelOption = "demo",
-    heads: options.HeadsOption = None,
-    prompt: _PromptOption = None,
-    prompt_file: options.PromptFileOption = None,
-    prompts: _PromptsOption = None,
-    batch: _BatchOption = _SAMPLING.batch,
-    max_new_tokens: options.NewTokensOption = _NEW_TOKENS,
-    tree: options.TreeOption = _DEFAULTS.tree,
-    budget: options.BudgetOption = str(_DEFAULTS.budget),
-    prune: options.PruneOption = _DEFAULTS.prune,
-    accept: options.AcceptOption = _DEFAULTS.accept,
-    ngrams: options.NgramsOption = _DEFAULTS.ngrams,
-    joint: options.JointOption = _DEFAULTS.joint,
-    temperature: options.TemperatureOption = _SAMPLING.temperature,
-    top_p: options.TopPOption = _SAMPLING.top_p,
-    top_k: options.TopKOption = _SAMPLING.top_k,
-    seed: options.SeedOption = _SAMPLING.seed,
-    json_schema: constraints.SchemaOption = None,
-    regex: constraints.RegexOption = None,
-    grammar: constraints.GrammarOption = None,
-    stats: _StatsOption = False,
-    dtype: options.DtypeOption = "auto",
-    device: options.DeviceOption = "auto",
-    threads: options.ThreadsOption = None,
-    trust_remote_code: options.TrustOption = False,
-    ignore_generation_config: options.IgnoreConfigOption = False,
-    as_json: options.JsonOption = False,
+    batch: int = setting(WHAT, GenerateOptions, "batch", "N", min=1),
+    max_new_tokens: int = options.new_tokens(BenchOptions.max_new_tokens),
+    drafting: options.Drafting,
+    sampling: options.Sampling,
+    json_schema: str | None = option(
+        WHAT, None, "SCHEMA", "Write JSON that fits this schema: JSON text, or a file with it."
+    ),
+    regex: str | None = option(WHAT, None, "PATTERN", "Write what matches this regular expression as a whole."),
+    grammar: Path | None = option(WHAT, None, "FILE", "Write what this grammar, in Lark's notation, allows."),
+    stats: bool = flag(OUTPUT, "--stats", "Show counts and times on standard error at the end."),
+    as_json: bool = options.JSON,
 ) -> None:
     """Continue one prompt, from --prompt, --prompt-file or standard input; or many, from --prompts.
 
@@ -80,8 +55,9 @@ def generate(
     In float32 and float64 an answer is what greedy decoding with transformers gives, whatever else is answered;
     in half precision, where two tokens are all but equally likely, the other one may come. With --temperature it is
     sampled: the same --seed gives the same answers, whatever the trees. With --accept typical or nucleus sampled text
-    comes in fewer steps and is not exact: it leaves the model's law, and depends on the trees. With --json-schema,
-    --regex or --grammar, which need llguidance, answers are of that form, unless --max-new-tokens cuts them.
+    comes in fewer steps and is not exact: it leaves the model's distribution, and depends on the trees. With
+    --json-schema, --regex or --grammar, which need llguidance, answers are of that form, unless --max-new-tokens cuts
+    them.
 
     For example:
 
@@ -91,145 +67,147 @@ def generate(
         ladon generate --prompts prompts.jsonl --batch 4 --max-new-tokens 32
         ladon generate --model path/to/model --heads path/to/heads --prompt-file prompt.txt --budget 32
     """
-    from ladon.sampling.lossy import parsed_rule
-
-    nodes, shape, texts = options.parse_budget(budget), options.parse_tree(tree), prompt or []
+    texts = prompt or []
     if prompt_file is not None and (prompts is not None or len(texts) > 1):
         raise InputError("--prompt-file was given beside other prompts; give one or the other")
     is_many = prompts is not None or len(texts) > 1
     questions = read_questions(texts, prompts) if is_many else []
     text = "" if is_many else read_prompt(texts[0] if texts else None, prompt_file)
-    law, rule = options.sampling(temperature, top_k, top_p, seed), parsed_rule(accept)
-    make_constraint = constraints.read_constraint(json_schema, regex, grammar)
-    from ladon.cli.loading import load, require_heads
-    from ladon.decoder.decoder import Decoder
+    for_decoder, wanted = drafting.for_decoder(), sampling.for_generate()
+    make_constraint = _read_constraint(json_schema, regex, grammar)
+    from ladon.cli.loading import dtype_name, load
 
-    loaded = load(
-        model,
-        heads,
-        dtype=dtype,
-        device=device,
-        threads=threads,
-        trust_remote_code=trust_remote_code,
-        ignore_generation_config=ignore_generation_config,
-    )
-    require_heads(loaded, shape, ngrams)
-    law["constraint"] = make_constraint(loaded.tokenizer)
-    drafting: dict[str, Any] = {"tree": shape, "budget": nodes, "prune": prune, "accept": rule or _DEFAULTS.accept}
-    drafting |= {"ngrams": ngrams, "joint": joint}
-    decoder = Decoder(loaded.model, loaded.heads, profile=stats, **drafting)
+    loaded = load(target)
+    decoder = loaded.decoder(profile=stats, **for_decoder)
+    wanted |= {"constraint": make_constraint(loaded.tokenizer), "max_new_tokens": max_new_tokens}
     if is_many:
-        rows = _rows(decoder, loaded, questions, max_new_tokens, law)
-        document = _answer_many(decoder, loaded, questions, rows, batch, is_silent=as_json)
+        document = _answer_many(decoder, loaded, questions, batch, wanted, is_silent=as_json)
     else:
-        document = _answer_one(decoder, loaded, text, max_new_tokens, law, is_silent=as_json)
+        document = _answer_one(decoder, loaded, text, wanted, is_silent=as_json)
     if stats:
-        for line in stats_lines(decoder.stats):
+        for line in _stats_lines(decoder.stats):
             say(line)
     if as_json:
-        from ladon.cli.loading import dtype_name
+        print_json(document | {"dtype": dtype_name(loaded.model), "stats": _stats_json(decoder.stats)})
 
-        print_json(document | {"dtype": dtype_name(loaded.model), "stats": stats_json(decoder.stats)})
+
+def _read_constraint(
+    json_schema: str | None, regex: str | None, grammar: Path | None
+) -> Callable[[Any], Constraint | None]:
+    """What makes the constraint that was asked for, given the tokenizer; None if none was.
+
+    Raises:
+        InputError: several were asked for, or a file cannot be read.
+    """
+    given = {"--json-schema": json_schema, "--regex": regex, "--grammar": grammar}
+    names = [name for name, value in given.items() if value is not None]
+    if len(names) > 1:
+        raise InputError(f"{' and '.join(names)} were given; give one of them")
+    from ladon.bench.workloads import read_text
+    from ladon.constraints import llguidance_backend as structured
+
+    if json_schema is not None:
+        is_text = json_schema.lstrip()[:1] in ("", "{", "[", '"') or json_schema in ("true", "false")
+        return partial(structured.json_schema, json_schema if is_text else read_text(Path(json_schema)))
+    if regex is not None:
+        return partial(structured.regex, regex)
+    if grammar is not None:
+        return partial(structured.grammar, read_text(grammar))
+    return lambda tokenizer: None
 
 
 def _answer_one(
-    decoder: Decoder, loaded: Loaded, text: str, max_new_tokens: int, law: dict[str, Any], *, is_silent: bool
+    decoder: Decoder, loaded: Loaded, text: str, wanted: dict[str, Any], *, is_silent: bool
 ) -> dict[str, Any]:
     """Write one answer as it comes; what is known of it."""
     from ladon.decoder.detokenizer import PieceStreamer
 
     ids = encode(loaded.tokenizer, text).to(loaded.model.device)
     streamer = None if is_silent else PieceStreamer(loaded.tokenizer, partial(print, end="", flush=True))
-    output = decoder.generate(
-        ids[None],
-        attention_mask=ids.new_ones(1, len(ids)),
-        max_new_tokens=max_new_tokens,
-        streamer=streamer,
-        **law,
-    )
+    output = decoder.generate(ids[None], attention_mask=ids.new_ones(1, len(ids)), streamer=streamer, **wanted)
     if not is_silent:
         print(flush=True)
     new = output[0, len(ids) :].tolist()
-    constraints.say_if_cut(decoder.complete)
+    _say_if_cut(decoder.complete)
     return {"text": _text(loaded, new), "token_ids": new, "prompt_tokens": len(ids), "complete": decoder.complete[0]}
 
 
 def _answer_many(
-    decoder: Decoder, loaded: Loaded, questions: Sequence[Question], rows: list[Row], batch: int, *, is_silent: bool
+    decoder: Decoder,
+    loaded: Loaded,
+    questions: Sequence[Question],
+    batch: int,
+    wanted: dict[str, Any],
+    *,
+    is_silent: bool,
 ) -> dict[str, Any]:
     """Answer prompts together, and write each answer once it and all before it are done; what is known of them."""
     from ladon.bench.report import finite
     from ladon.engine.sequence import warn_of_dead_ends
 
-    shown = 0
-    for _ in decoder.decode(rows, max_rows=batch):
-        while shown < len(rows) and rows[shown].finished:
+    sequences, shown = _sequences(decoder, loaded, questions, wanted), 0
+    for _ in decoder.decode(sequences, max_rows=batch):
+        while shown < len(sequences) and sequences[shown].finished:
             if not is_silent:
-                print(
-                    f"=== prompt {shown + 1} of {len(rows)} ===",
-                    _text(loaded, rows[shown].tokens),
-                    sep="\n",
-                    flush=True,
-                )
+                text = _text(loaded, sequences[shown].tokens)
+                print(f"=== prompt {shown + 1} of {len(sequences)} ===", text, sep="\n", flush=True)
             shown += 1
     answers = [
         {
             "id": question.question_id,
-            "text": _text(loaded, row.tokens),
-            "token_ids": row.tokens,
-            "prompt_tokens": len(row.prompt),
-            "seed": row.seed if row.sampling_params.draws else None,
-            "acceptance_length": finite(row.stats.acceptance_length),
-            "complete": row.complete,
+            "text": _text(loaded, each.tokens),
+            "token_ids": each.tokens,
+            "prompt_tokens": len(each.prompt),
+            "seed": each.seed if each.sampling_params.draws else None,
+            "acceptance_length": finite(each.stats.acceptance_length),
+            "complete": each.complete,
         }
-        for question, row in zip(questions, rows, strict=True)
+        for question, each in zip(questions, sequences, strict=True)
     ]
-    warn_of_dead_ends(rows)
-    constraints.say_if_cut([row.complete for row in rows])
+    warn_of_dead_ends(sequences)
+    _say_if_cut([each.complete for each in sequences])
     return {"answers": answers, "batch": batch}
 
 
-def _rows(
-    decoder: Decoder, loaded: Loaded, questions: Sequence[Question], max_new_tokens: int, law: dict[str, Any]
-) -> list[Row]:
+def _sequences(decoder: Decoder, loaded: Loaded, questions: Sequence[Question], wanted: dict[str, Any]) -> list[Row]:
     """The prompts for the engine; `InputError` for one that has no tokens, or leaves no room for an answer."""
     import torch
 
     from ladon.bench.workloads import prompt_ids
-    from ladon.target.support import context_limit
 
-    limit = context_limit(loaded.model.config.get_text_config(decoder=True))
+    limit = loaded.context_limit
     prompts = [prompt_ids(loaded.tokenizer, question, []) for question in questions]
     for number, ids in enumerate(prompts, start=1):
         if not ids or (limit is not None and len(ids) >= limit):
             allowed = "1 or more" if limit is None else f"1 to {limit - 1}"
             raise InputError(f"prompt {number} has {len(ids)} tokens; give {allowed} for this model")
-    ids_on_device = [torch.tensor(ids, device=loaded.model.device) for ids in prompts]
-    return decoder.rows(ids_on_device, max_new_tokens=max_new_tokens, **law)
+    return decoder.rows([torch.tensor(ids, device=loaded.model.device) for ids in prompts], **wanted)
 
 
 def _text(loaded: Loaded, token_ids: Sequence[int]) -> str:
     return str(loaded.tokenizer.decode(list(token_ids), skip_special_tokens=True))
 
 
-def stats_json(stats: DecodeStats) -> dict[str, Any]:
+def _say_if_cut(complete: list[bool | None]) -> None:
+    """Tell on standard error how many texts their constraint does not call whole."""
+    cut = complete.count(False)
+    if cut:
+        texts = "the text is" if len(complete) == 1 else f"{cut} of {len(complete)} texts are"
+        say(f"{texts} not complete: cut at --max-new-tokens, or ended before")
+
+
+def _stats_json(stats: DecodeStats) -> dict[str, Any]:
     """Counts, times and the metrics made from them, as JSON values; None for what was not measured."""
     from ladon.bench.report import finite
 
+    counts = ("tokens", "row_steps", "forwards", "drafts_checked", "drafts_illegal")
+    times = ("prefill_seconds", "decode_seconds")
     metrics = ("acceptance_length", "tokens_per_second", "step_ms", "forward_ms", "overhead", "tree_efficiency")
-    return {
-        "tokens": stats.tokens,
-        "row_steps": stats.row_steps,
-        "forwards": stats.forwards,
-        "drafts_checked": stats.drafts_checked,
-        "drafts_illegal": stats.drafts_illegal,
-        "prefill_seconds": stats.prefill_seconds,
-        "decode_seconds": stats.decode_seconds,
-        **{name: finite(getattr(stats, name)) for name in (*metrics, "illegal_share")},
-    }
+    known = {name: getattr(stats, name) for name in (*counts, *times)}
+    return known | {name: finite(getattr(stats, name)) for name in (*metrics, "illegal_share")}
 
 
-def stats_lines(stats: DecodeStats) -> list[str]:
+def _stats_lines(stats: DecodeStats) -> list[str]:
     """The same for people."""
     from ladon.viz.text import NO_STEP
 

@@ -3,41 +3,31 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-from typer import Argument, Option
+from typing import TYPE_CHECKING, Any
 
 from ladon.cli import options
+from ladon.cli.options import OUTPUT, READ, argument, flag, option
 from ladon.cli.output import print_json, progress_bar, say
 from ladon.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
+    from ladon.cli.loading import Loaded
     from ladon.heads import Heads
     from ladon.heads.formats.detect import Found
 
-_Source = Annotated[str, Argument(metavar="SRC", help="Folder, file or hub id of the heads, or of a model with heads.")]
-_Out = Annotated[Path, Option("--out", metavar="DIR", help="A new folder for them.")]
-_Model = Annotated[str | None, Option("--model", metavar="NAME", help="Their model: checked, and tried out.")]
-_Force = Annotated[bool, Option("--force", help="Accept a model other than the one that the files tell of.")]
-_Revision = Annotated[str | None, Option("--revision", metavar="NAME", help="Branch, tag or commit on the hub.")]
-_Probe = Annotated[bool, Option("--probe/--no-probe", help="Decode a few words with the heads afterwards.")]
 
-
+@options.command()
 def import_heads(
-    source: _Source,
-    out: _Out,
-    model: _Model = None,
-    force: _Force = False,
-    revision: _Revision = None,
-    probe: _Probe = True,
-    dtype: options.DtypeOption = "auto",
-    device: options.DeviceOption = "auto",
-    threads: options.ThreadsOption = None,
-    trust_remote_code: options.TrustOption = False,
-    as_json: options.JsonOption = False,
+    machine: options.Machine,
+    source: str = argument("SRC", "Folder, file or hub id of the heads, or of a model with heads."),
+    out: Path = option(OUTPUT, ..., "DIR", "A new folder for them."),
+    model: str | None = option(READ, None, "NAME", "Their model: checked, and tried out."),
+    force: bool = flag(READ, "--force", "Accept a model other than the one that the files tell of."),
+    revision: str | None = option(READ, None, "NAME", "Branch, tag or commit on the hub."),
+    probe: bool = option(READ, True, None, "Decode a few words with the heads afterwards."),
+    as_json: bool = options.JSON,
 ) -> None:
     """Bring heads of MEDUSA, TGI, vLLM, TensorRT-LLM, Model-Optimizer or Hydra into Ladon's format.
 
@@ -54,60 +44,69 @@ def import_heads(
     from ladon.heads.checkpoint import find_heads, is_own
     from ladon.heads.factory import read_heads
     from ladon.heads.formats.detect import detect
-    from ladon.heads.formats.folders import new_folder
     from ladon.heads.formats.reading import open_checkpoint
 
-    def loaded_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        found = load(name, None, dtype=dtype, device=device, threads=threads, trust_remote_code=trust_remote_code)
-        return found.model, found.tokenizer
+    def loaded(name: str) -> Loaded:
+        return load(options.Target(model=name, **asdict(machine)))
 
     place = find_heads(source, revision)
     found = None if is_own(place) else detect(open_checkpoint(place, source))
-    base = loaded_model(model) if model is not None else None
-    heads = read_heads(source, base[0] if base else None, force, revision=revision)
-    if base is not None:
-        heads.check_sizes(base[0])
-    own_model = found is not None and found.holds_model
-    with new_folder(out) as folder:
-        if own_model:
-            assert found is not None
-            _split(found, folder / "model")
-        if base is not None and not force:
-            heads.check_base(base[0])
-        heads.save(folder / "heads" if own_model else folder)
-    home = out / "heads" if own_model else out
-    if base is None and own_model and probe:
-        if any(next((out / "model").glob(pattern), None) for pattern in ("tokenizer*", "vocab*", "*.model")):
-            base = loaded_model(str(out / "model"))
+    base = None if model is None else loaded(model)
+    heads = read_heads(source, base.model if base else None, force, revision=revision)
+    own_model, home = _write(out, found, heads, base, force=force)
+    if base is None and own_model is not None and probe:
+        if any(next(own_model.glob(pattern), None) for pattern in ("tokenizer*", "vocab*", "*.model")):
+            base = loaded(str(own_model))
         else:
             warnings.warn(f"the heads were not tried out: {source} holds no tokenizer", stacklevel=1)
-    accuracy = _try_out(heads, home, *base, force=force) if base is not None and probe else None
-    report = _report(source, found, heads, out / "model" if own_model else None, home, accuracy)
+    accuracy = _try_out(heads, home, base, force=force) if base is not None and probe else None
+    sizes = {name: getattr(heads, name) for name in ("family", "num_heads", "hidden_size", "vocab_size", "options")}
+    report = {
+        "source": source,
+        "format": "ladon" if found is None else found.layout.name,
+        **sizes,
+        "heads": str(home),
+        "model": None if own_model is None else str(own_model),
+        "base": heads.base_name,
+        "head_1_accuracy": accuracy,
+    }
     if as_json:
         print_json(report)
     else:
         _tell(report)
 
 
-def _split(found: Found, folder: Path) -> None:
+def _write(
+    out: Path, found: Found | None, heads: Heads, base: Loaded | None, *, force: bool
+) -> tuple[Path | None, Path]:
+    """Write the heads to a new folder, and beside them the model that they came in, if they did; where each is."""
+    from ladon.heads.formats.folders import new_folder
     from ladon.heads.formats.whole import split_model
 
-    with progress_bar() as bar:
-        split_model(found.checkpoint, found.parts.beside, folder, bar)
+    if base is not None:
+        heads.check_sizes(base.model)
+    with new_folder(out) as folder:
+        place = folder
+        if found is not None and found.holds_model:
+            with progress_bar() as bar:
+                split_model(found.checkpoint, found.parts.beside, folder / "model", bar)
+            place = folder / "heads"
+        if base is not None and not force:
+            heads.check_base(base.model)
+        heads.save(place)
+    return (None, out) if place == folder else (out / "model", out / "heads")
 
 
-def _try_out(
-    heads: Heads, home: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, force: bool
-) -> float | None:
+def _try_out(heads: Heads, home: Path, base: Loaded, *, force: bool) -> float | None:
     """How often head 1 is right; if it is, the heads are known to be this model's, and that is saved with them."""
     from ladon.calibrate.probe import TOO_FEW, probe
     from ladon.heads import load_heads
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that their base cannot be verified was said before they were saved
-        bound = load_heads(home, model, force)
+        bound = load_heads(home, base.model, force)
     try:
-        accuracy = probe(model, tokenizer, bound)
+        accuracy = probe(base.model, base.tokenizer, bound)
     except UnsupportedModelError as error:
         warnings.warn(f"the heads were not tried out: {error}", stacklevel=2)
         return None
@@ -118,27 +117,9 @@ def _try_out(
             stacklevel=2,
         )
     elif not force:
-        heads.remember_base(model)
+        heads.remember_base(base.model)
         heads.save(home)
     return accuracy
-
-
-def _report(
-    source: str, found: Found | None, heads: Heads, model: Path | None, home: Path, accuracy: float | None
-) -> dict[str, Any]:
-    return {
-        "source": source,
-        "format": "ladon" if found is None else found.layout.name,
-        "family": heads.family,
-        "num_heads": heads.num_heads,
-        "hidden_size": heads.hidden_size,
-        "vocab_size": heads.vocab_size,
-        "options": heads.options,
-        "heads": str(home),
-        "model": None if model is None else str(model),
-        "base": heads.base_name,
-        "head_1_accuracy": accuracy,
-    }
 
 
 def _tell(report: dict[str, Any]) -> None:

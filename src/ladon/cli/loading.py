@@ -13,18 +13,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ladon.cli.options import DTYPES, shortened
+from ladon.cli.options import DTYPES, Target, shortened
 from ladon.config import MTP
+from ladon.decoder.decoder import Decoder
 from ladon.demo.bundled import demo_path, load_demo
 from ladon.errors import InputError
-from ladon.heads import load_heads
+from ladon.heads import Heads, load_heads
 from ladon.heads.mtp import load_mtp
+from ladon.target.support import context_limit
 from ladon.util.machine import cpu_flags
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from ladon.heads import Heads
 
 DEMO = "demo"
 _DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPES}
@@ -40,29 +40,27 @@ class Loaded:
     heads: Heads | None
     is_demo: bool
 
+    @property
+    def context_limit(self) -> int | None:
+        """How many tokens the model can read; None if there is no bound."""
+        return context_limit(self.model.config.get_text_config(decoder=True))
 
-def load(
-    model: str,
-    heads: str | None,
-    *,
-    dtype: str,
-    device: str = "auto",
-    threads: int | None = None,
-    trust_remote_code: bool = False,
-    ignore_generation_config: bool = False,
-    placement: Mapping[str, Any] | None = None,
-) -> Loaded:
+    def decoder(self, **options: Any) -> Decoder:
+        """A decoder for the model; `InputError` if its tree needs heads and none were named."""
+        self.require_heads(options["tree"], options["ngrams"])
+        return Decoder(self.model, self.heads, **options)
+
+    def require_heads(self, tree: object = "dynamic", ngrams: str = "off") -> None:
+        """Raise `InputError` if the tree needs heads and there are none: n-grams alone draft what grows, and chains."""
+        if self.heads is None and tree != "off" and (ngrams == "off" or tree not in ("dynamic", "chain")):
+            raise InputError(f"no heads for {self.name}; give --heads FOLDER, or --tree off for plain decoding")
+
+
+def load(target: Target, placement: Mapping[str, Any] | None = None) -> Loaded:
     """Load a model and its heads.
 
     Args:
-        model: "demo", a folder, or a hub id.
-        heads: "demo", a folder, a hub id, or "mtp" for the modules that the model ships with; None is the bundled heads
-            for the bundled model, and no heads otherwise.
-        dtype: "auto" or a dtype's name.
-        device: "auto" or a torch device.
-        threads: CPU threads of torch; None leaves its choice.
-        trust_remote_code: run code that comes with the checkpoint.
-        ignore_generation_config: forget how the checkpoint wants its text generated; its special tokens stay.
+        target: the names that were given. No heads are the bundled heads for the bundled model, and none otherwise.
         placement: further arguments of `from_pretrained` that put the model in its place, such as device_map.
 
     Raises:
@@ -73,51 +71,50 @@ def load(
 
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    if threads is not None:
-        torch.set_num_threads(threads)
-    _check_length("--model", model)
-    _check_length("--heads", heads or "")
-    place = _device(device)
-    if model == DEMO and not placement:
-        target, tokenizer, own_heads = load_demo(_dtype(dtype, torch.bfloat16, place))
-        target = target.to(place)
-        found: Heads | None = own_heads.bind(target) if heads in (None, DEMO) else _heads(str(heads), target)
+    if target.threads is not None:
+        torch.set_num_threads(target.threads)
+    _check_length("--model", target.model)
+    _check_length("--heads", target.heads or "")
+    device, is_demo = _device(target.device), target.model == DEMO
+    if is_demo and not placement:
+        model, tokenizer, own_heads = load_demo(_dtype(target.dtype, torch.bfloat16, device))
+        model = model.to(device)
+        heads: Heads | None = own_heads.bind(model) if target.heads in (None, DEMO) else _heads(target.heads, model)
     else:
-        source = str(demo_path()) if model == DEMO else model
-        target, tokenizer = _from_transformers(source, dtype, place, trust_remote_code, placement or {})
-        found = None if heads is None else _heads(heads, target)
-    if ignore_generation_config:
-        own = target.generation_config
-        target.generation_config = transformers.GenerationConfig(
+        model, tokenizer = _from_transformers(target, device, placement or {})
+        heads = _heads(target.heads, model)
+    if target.ignore_generation_config:
+        own = model.generation_config
+        model.generation_config = transformers.GenerationConfig(
             bos_token_id=own.bos_token_id, eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id
         )
-    name = model if model == DEMO else Path(model).name
-    return Loaded(name=name, model=target, tokenizer=tokenizer, heads=found, is_demo=model == DEMO)
+    name = target.model if is_demo else Path(target.model).name
+    return Loaded(name=name, model=model, tokenizer=tokenizer, heads=heads, is_demo=is_demo)
 
 
-def _heads(name: str, target: PreTrainedModel) -> Heads:
+def _heads(name: str | None, model: PreTrainedModel) -> Heads | None:
     """The heads of that name for a model that is not the bundled one."""
+    if name is None:
+        return None
     if name == MTP:
-        return load_mtp(target)
-    return load_heads(demo_path() / "heads" if name == DEMO else name, target)
+        return load_mtp(model)
+    return load_heads(heads_place(name), model)
 
 
-def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+def heads_place(name: str) -> Path | str:
+    """Where the heads of that name are: those of the bundled model have a name of their own."""
+    return demo_path() / "heads" if name == DEMO else name
+
+
+def load_tokenizer(target: Target) -> PreTrainedTokenizerBase:
     """The tokenizer of a model alone; errors as in `load`."""
     import transformers
 
     transformers.logging.set_verbosity_error()
-    _check_length("--model", model)
-    source = str(demo_path()) if model == DEMO else _source(model)
-    with _explained(model):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-    return tokenizer
-
-
-def require_heads(loaded: Loaded, tree: object, ngrams: str) -> None:
-    """Raise `InputError` if the tree needs heads and none were named: n-grams alone draft what grows, and chains."""
-    if loaded.heads is None and tree != "off" and (ngrams == "off" or tree not in ("dynamic", "chain")):
-        raise InputError(f"no heads for {loaded.name}; give --heads FOLDER, or --tree off for plain decoding")
+    _check_length("--model", target.model)
+    source = source_of(target.model)
+    with _explained(target.model):
+        return transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=target.trust_remote_code)
 
 
 def dtype_name(model: PreTrainedModel) -> str:
@@ -126,23 +123,24 @@ def dtype_name(model: PreTrainedModel) -> str:
 
 
 def _from_transformers(
-    name: str, dtype: str, device: torch.device, trust_remote_code: bool, placement: Mapping[str, Any]
+    target: Target, device: torch.device, placement: Mapping[str, Any]
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    source = _source(name)
-    with _explained(name):
-        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    source, trust = source_of(target.model), {"trust_remote_code": target.trust_remote_code}
+    with _explained(target.model):
+        config = AutoConfig.from_pretrained(source, **trust)
         stored = getattr(config.get_text_config(decoder=True), "dtype", None) or torch.float32
-        model = AutoModelForCausalLM.from_pretrained(
-            source, config=config, dtype=_dtype(dtype, stored, device), trust_remote_code=trust_remote_code, **placement
-        )
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+        dtype = _dtype(target.dtype, stored, device)
+        model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype, **trust, **placement)
+        tokenizer = AutoTokenizer.from_pretrained(source, **trust)
     return (model if placement else model.to(device)).eval(), tokenizer
 
 
-def _source(name: str) -> str:
+def source_of(name: str) -> str:
     """The folder or hub id that a name stands for."""
+    if name == DEMO:
+        return str(demo_path())
     path = Path(os.path.expanduser(name))
     is_hub_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not name.startswith(".")
     if not path.is_dir() and (path.exists() or not is_hub_id):

@@ -8,10 +8,12 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from inspect import cleandoc
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from ladon import __version__
 from ladon.cli.bench import bench
@@ -23,14 +25,34 @@ from ladon.cli.export import export
 from ladon.cli.generate import generate
 from ladon.cli.imports import import_heads
 from ladon.cli.inspect import inspect
+from ladon.cli.options import OUTPUT
 from ladon.cli.trace import trace
 from ladon.cli.train import train
 from ladon.cli.verify import verify
 from ladon.errors import LadonError
 
+
+class _Command(TyperCommand):
+    """A command whose own option, --help, stands in a panel too."""
+
+    def get_help_option(self, ctx: Any) -> Any:
+        """The option, as click makes it."""
+        found: Any = super().get_help_option(ctx)
+        if found is not None:
+            found.rich_help_panel = OUTPUT
+        return found
+
+
 _USAGE = 2
 _INTERRUPTED = 130
 _UsageError: type[Exception] = typer.BadParameter.__bases__[0]  # of whichever click this typer builds on
+
+
+def _unwrapped(command: Callable[..., None]) -> str:
+    """A docstring as help: a paragraph is one line, which the terminal wraps; examples stay as they are."""
+    paragraphs = cleandoc(command.__doc__ or "").split("\n\n")
+    return "\n\n".join(text if text.startswith(" ") else " ".join(text.split()) for text in paragraphs)
+
 
 app = typer.Typer(
     name="ladon",
@@ -40,8 +62,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for command in (demo, generate, chat, verify, bench, distill, train, calibrate, export, inspect, trace):
-    app.command()(command)
-app.command("import")(import_heads)  # the word is taken in Python
+    app.command(cls=_Command, help=_unwrapped(command))(command)
+app.command("import", cls=_Command, help=_unwrapped(import_heads))(import_heads)  # the word is taken in Python
 
 
 def _show_version(wanted: bool) -> None:

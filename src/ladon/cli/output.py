@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
-import shutil
 import sys
-import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from ladon.cli.options import shortened
 from ladon.errors import InputError
+from ladon.util import files
 
 _SPEED_SECONDS = 600.0  # the time left is estimated from the calls of the last ten minutes: some take one each
 
@@ -30,40 +29,31 @@ class OutConsole(Console):
         raise BrokenPipeError
 
 
+def show(parts: Iterable[RenderableType]) -> None:
+    """Print what people look at, part by part, on standard output."""
+    console = OutConsole(highlight=False)
+    for part in parts:
+        console.print(part)
+
+
 def check_writable(path: Path | None) -> None:
     """Raise `InputError` if `path` cannot be written; called before a long run, not after it."""
     if path is None:
         return
     if os.path.isdir(path):
         raise InputError(f"cannot write {path}: it is a folder; give a file name")
+    folder = os.path.dirname(os.path.realpath(path))
+    if not os.path.isdir(folder):
+        place, missing = shortened(str(path)), shortened(folder)
+        raise InputError(f"cannot write {place}: there is no folder {missing}; make it first")
     with _explained(path):
-        if _is_special(path):
-            if not os.access(path, os.W_OK):
-                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-            return
-        target = Path(os.path.realpath(path))
-        if not os.path.isdir(target.parent):
-            missing = shortened(str(target.parent))
-            raise InputError(f"cannot write {shortened(str(path))}: there is no folder {missing}; make it first")
-        with _beside(target) as partial:
-            partial.touch()
+        files.check_writable(path)
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write a file beside its place, then rename it: whoever looks sees all of it or nothing.
-
-    A link stays and the file it leads to is written; a pipe or a device is written to as it is.
-    """
+    """Write a file, all of it or nothing; `InputError` if that cannot be."""
     with _explained(path):
-        if _is_special(path):
-            path.write_bytes(data)
-            return
-        target = Path(os.path.realpath(path))
-        with _beside(target) as partial:
-            partial.write_bytes(data)
-            if target.exists():
-                shutil.copymode(target, partial)
-            os.replace(partial, target)
+        files.write_whole(path, data)
 
 
 def print_json(document: dict[str, Any]) -> None:
@@ -85,19 +75,26 @@ class Bars(Protocol):
 
 
 @contextmanager
-def progress_bar() -> Iterator[Bars]:
-    """Bars on standard error that show what is being done; silent where that is no terminal.
+def progress_bar(line_seconds: float | None = None) -> Iterator[Bars]:
+    """Bars on standard error that show what is being done.
 
     They are drawn only when told of progress, between two calls: a thread of their own would disturb the timings.
 
     What is done when a bar first shows is not counted as fast: it was there before, or took no time.
 
+    Args:
+        line_seconds: where standard error is no terminal, a line stands for the bars, at least so many seconds after
+            the one before; None is silent there.
+
     Yields:
         A function of (what, calls done, calls in all, a note).
     """
+    if not sys.stderr.isatty():
+        yield _lines(line_seconds)
+        return
     counts, note_column = TextColumn("{task.completed}/{task.total}"), TextColumn("{task.fields[note]}")
     columns = (TextColumn("{task.description}"), BarColumn(), counts, TimeRemainingColumn(), note_column)
-    options: dict[str, Any] = {"transient": True, "auto_refresh": False, "disable": not sys.stderr.isatty()}
+    options: dict[str, Any] = {"transient": True, "auto_refresh": False}
     with Progress(*columns, console=Console(stderr=True), speed_estimate_period=_SPEED_SECONDS, **options) as bar:
         tasks: dict[str, TaskID] = {}
 
@@ -109,16 +106,17 @@ def progress_bar() -> Iterator[Bars]:
         yield show
 
 
-def _is_special(path: Path) -> bool:
-    """Whether something is there that is no ordinary file, such as a pipe or a device."""
-    return os.path.exists(path) and not os.path.isfile(path)
+def _lines(seconds: float | None) -> Bars:
+    """Progress as lines: one when something begins or ends, and in between after so many seconds."""
+    last: dict[str, float] = {}
 
+    def show(what: str, done: int, total: int, note: str = "") -> None:
+        now = time.monotonic()
+        if seconds is not None and (what not in last or done == total or now - last[what] >= seconds):
+            last[what] = now
+            say(f"ladon: {what}: {done} of {total}" + (f", {note}" if note else ""))
 
-@contextmanager
-def _beside(target: Path) -> Iterator[Path]:
-    """A name for the unfinished `target`, in a new folder beside it that goes away with all it holds."""
-    with tempfile.TemporaryDirectory(prefix=".ladon-", dir=target.parent) as folder:
-        yield Path(folder, target.name)
+    return show
 
 
 @contextmanager

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
-from typer import Exit, Option
+from typer import Exit
 
 from ladon.cli import options
+from ladon.cli.options import DRAFT, WHAT, option
 from ladon.cli.output import OutConsole, print_json, progress_bar
 from ladon.cli.prompts import asked_of
-from ladon.config import DecoderOptions, SamplingOptions
 from ladon.errors import InputError
 
 if TYPE_CHECKING:
@@ -18,58 +19,40 @@ if TYPE_CHECKING:
     from ladon.bench.verification import Verdict
     from ladon.sampling.lossy import Nucleus, Typical
 
-_DEFAULTS, _SAMPLING = DecoderOptions(), SamplingOptions()
 _DIFFERENT = 1  # exit code
-_SHOWN = 5  # differences of a law
-
-_PromptsOption = Annotated[
-    str | None,
-    Option(
-        "--prompts",
-        metavar="FILE",
-        help="JSONL or Parquet with `prompt` or `messages`, or a data set's name; the bundled model brings its own.",
-    ),
-]
-_LimitOption = Annotated[int, Option("--limit", metavar="N", min=1, help="Use only the first so many prompts.")]
-_BatchOption = Annotated[int, Option("--batch", metavar="N", min=1, help="Prompts that trees answer together.")]
-_NewTokensOption = Annotated[int, Option("--max-new-tokens", metavar="N", min=1, help="Tokens of each answer at most.")]
-_TemperatureOption = Annotated[
-    float, Option("--temperature", metavar="T", help="Of the sampled answers, which are compared besides the greedy.")
-]
-
-_AcceptOption = Annotated[
-    list[str] | None,
-    Option(
-        "--accept",
-        metavar="RULE",
-        help="Also measure how far this lossy rule leaves the model's law: typical, nucleus, or with settings as "
-        "typical:epsilon=0.2,delta=0.5; several: give it several times. It changes no exit code.",
-    ),
-]
+_SHOWN = 5  # differences of each way to choose tokens
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Sampling(options.Sampling):
+    """How the sampled answers are sampled."""
+
+    temperature: float = option(WHAT, 1.0, "T", "Of the sampled answers, which are compared besides the greedy.")
+
+
+@options.command(without=("accept", "joint"))
 def verify(
-    model: options.ModelOption = "demo",
-    heads: options.HeadsOption = None,
-    prompts: _PromptsOption = None,
-    limit: _LimitOption = 20,
-    batch: _BatchOption = 4,
-    max_new_tokens: _NewTokensOption = 64,
-    tree: options.TreeOption = _DEFAULTS.tree,
-    budget: options.BudgetOption = str(_DEFAULTS.budget),
-    prune: options.PruneOption = _DEFAULTS.prune,
-    ngrams: options.NgramsOption = _DEFAULTS.ngrams,
-    temperature: _TemperatureOption = 1.0,
-    top_p: options.TopPOption = _SAMPLING.top_p,
-    top_k: options.TopKOption = _SAMPLING.top_k,
-    seed: options.SeedOption = _SAMPLING.seed,
-    accept: _AcceptOption = None,
-    dtype: options.DtypeOption = "auto",
-    device: options.DeviceOption = "auto",
-    threads: options.ThreadsOption = None,
-    trust_remote_code: options.TrustOption = False,
-    ignore_generation_config: options.IgnoreConfigOption = False,
-    as_json: options.JsonOption = False,
+    *,
+    target: options.Target,
+    prompts: str | None = option(
+        WHAT,
+        None,
+        "FILE",
+        "JSONL or Parquet with `prompt` or `messages`, or a data set's name; the bundled model brings its own.",
+    ),
+    limit: int = option(WHAT, 20, "N", "Use only the first so many prompts.", min=1),
+    batch: int = option(WHAT, 4, "N", "Prompts that trees answer together.", min=1),
+    max_new_tokens: int = option(WHAT, 64, "N", "Tokens of each answer at most.", min=1),
+    drafting: options.Drafting,
+    sampling: _Sampling,
+    accept: list[str] | None = option(
+        DRAFT,
+        None,
+        "RULE",
+        "Also measure how far this lossy rule leaves the model's distribution: typical, nucleus, or with settings "
+        "as typical:epsilon=0.2,delta=0.5; several: give it several times. It changes no exit code.",
+    ),
+    as_json: bool = options.JSON,
 ) -> None:
     """Prove on your own prompts that trees change nothing: greedy, sampled, and run to run.
 
@@ -79,7 +62,7 @@ def verify(
     differs that rounding does not explain.
 
     With --accept the sampled answers are also written by rules that are lossy by name, and their distance from the
-    model's law is reported: total variation per token, beside the acceptance length they gain.
+    model's distribution is reported: total variation per token, beside the acceptance length they gain.
 
     For example:
 
@@ -87,57 +70,64 @@ def verify(
         ladon verify --limit 4 --max-new-tokens 24 --temperature 0.7 --accept typical --accept nucleus
         ladon verify --model path/to/model --heads path/to/heads --prompts prompts.jsonl --dtype float32
     """
-    nodes, shape = options.parse_budget(budget), options.parse_tree(tree)
-    rules = _rules(accept or [])
+    for_decoder, rules = drafting.for_decoder(), _rules(accept or [])
     import torch
 
     from ladon.bench.distance import distance_of
     from ladon.bench.verification import is_repeatable, verify_law
-    from ladon.cli.loading import dtype_name, load, require_heads
+    from ladon.cli.loading import dtype_name, load
 
-    drawn = options.sampling(temperature, top_k, top_p, seed)
-    if temperature == 0:
+    sampled = sampling.for_generate()
+    if sampling.temperature == 0:
         raise InputError("--temperature is 0, which is greedy decoding, and that is compared anyway; give one above it")
-    loaded = load(
-        model,
-        heads,
-        dtype=dtype,
-        device=device,
-        threads=threads,
-        trust_remote_code=trust_remote_code,
-        ignore_generation_config=ignore_generation_config,
-    )
-    require_heads(loaded, shape, ngrams)
+    tree = {name: for_decoder[name] for name in ("tree", "budget", "prune", "ngrams")}
+    loaded = load(target)
+    loaded.require_heads(tree["tree"], drafting.ngrams)
     name, ids = asked_of(loaded, prompts, limit)
-    asked = [torch.tensor(one, device=loaded.model.device) for one in ids]
-    laws: dict[str, dict[str, Any]] = {"greedy": {"do_sample": False}, "sampled": drawn}
-    common: dict[str, Any] = {"batch": batch, "max_new_tokens": max_new_tokens}
-    common["tree"] = {"tree": shape, "budget": nodes, "prune": prune, "ngrams": ngrams}
+    sizes: dict[str, Any] = {"batch": batch, "max_new_tokens": max_new_tokens}
+    what = (loaded.model, loaded.heads, [torch.tensor(one, device=loaded.model.device) for one in ids])
     with progress_bar() as progress:
-        verdicts = [
-            verify_law(loaded.model, loaded.heads, asked, law, name=named, progress=progress, **common)
-            for named, law in laws.items()
-        ]
-        distances = [
-            distance_of(loaded.model, loaded.heads, asked, drawn, rule, progress=progress, **common) for rule in rules
-        ]
-    repeatable = is_repeatable(loaded.model, loaded.heads, asked, **common)
-    console = OutConsole(highlight=False, soft_wrap=True)
-    for line in (line for verdict in verdicts for line in _lines(verdict)):
-        console.print(line, markup=False)
-    console.print(f"deterministic: two runs {'took the same steps' if repeatable else 'DIFFER'}", markup=False)
-    for distance in distances:
-        console.print(_distance_line(distance, verdicts[-1]), markup=False)
+        how: dict[str, Any] = {**sizes, "tree": tree, "progress": progress}
+        greedy = verify_law(*what, {"do_sample": False}, name="greedy", **how)
+        drawn = verify_law(*what, sampled, name="sampled", **how)
+        distances = [distance_of(*what, sampled, rule, **how) for rule in rules]
+    repeatable = is_repeatable(*what, tree=tree, **sizes)
+    _show((greedy, drawn), distances, is_repeatable=repeatable)
     if as_json:
-        document = {"laws": [_json(verdict) for verdict in verdicts], "repeatable": repeatable}
-        document["lossy"] = [_distance_json(distance, verdicts[-1]) for distance in distances]
-        print_json({**document, "prompts": name, "dtype": dtype_name(loaded.model), **common, "sampling": drawn})
-    if not (repeatable and all(verdict.is_exact for verdict in verdicts)):
+        document = {"laws": [_json(greedy), _json(drawn)], "repeatable": repeatable, "prompts": name, **sizes}
+        document |= {"lossy": [_distance_json(distance, drawn) for distance in distances], "sampling": sampled}
+        print_json(document | {"dtype": dtype_name(loaded.model), "tree": tree | {"tree": drafting.tree}})
+    if not (repeatable and greedy.is_exact and drawn.is_exact):
         raise Exit(_DIFFERENT)
 
 
+def _rules(texts: Sequence[str]) -> list[Typical | Nucleus]:
+    """The lossy rules that are named; `InputError` for what is none."""
+    from ladon.sampling.lossy import parsed_rule
+
+    rules = [parsed_rule(text) for text in texts]
+    if None in rules:
+        raise InputError("--accept exact is what is verified anyway; give typical or nucleus, or leave it out")
+    return [rule for rule in rules if rule is not None]
+
+
+def _show(verdicts: Sequence[Verdict], distances: Sequence[Distance], *, is_repeatable: bool) -> None:
+    """The outcome, for people."""
+    lines = [line for verdict in verdicts for line in _lines(verdict)]
+    lines.append(f"deterministic: two runs {'took the same steps' if is_repeatable else 'DIFFER'}")
+    for distance in distances:
+        settings = ", ".join(f"{name} {value:g}" for name, value in distance.settings.items())
+        lines.append(
+            f"{distance.accept} ({settings}): NOT exact, total variation {distance.total_variation:.3f} per token, "
+            f"{distance.acceptance_length:.2f} per step for {verdicts[-1].acceptance_length:.2f}"
+        )
+    console = OutConsole(highlight=False, soft_wrap=True)
+    for line in lines:
+        console.print(line, markup=False)
+
+
 def _lines(verdict: Verdict) -> list[str]:
-    """A law's outcome for people."""
+    """What came of greedy or of sampled answers."""
     same = verdict.prompts - len(verdict.differences)
     found = [
         f"{verdict.law}: {same} of {verdict.prompts} answers identical, {verdict.tokens} tokens, "
@@ -154,51 +144,21 @@ def _lines(verdict: Verdict) -> list[str]:
     return found
 
 
-def _rules(texts: Sequence[str]) -> list[Typical | Nucleus]:
-    """The lossy rules that are named; `InputError` for what is none."""
-    from ladon.sampling.lossy import parsed_rule
+def _json(verdict: Verdict) -> dict[str, Any]:
+    from ladon.bench.report import finite
 
-    rules = [parsed_rule(text) for text in texts]
-    if None in rules:
-        raise InputError("--accept exact is what is verified anyway; give typical or nucleus, or leave it out")
-    return [rule for rule in rules if rule is not None]
-
-
-def _distance_line(distance: Distance, exact: Verdict) -> str:
-    settings = ", ".join(f"{name} {value:g}" for name, value in distance.settings.items())
-    return (
-        f"{distance.accept} ({settings}): NOT exact, total variation {distance.total_variation:.3f} per token, "
-        f"{distance.acceptance_length:.2f} per step for {exact.acceptance_length:.2f}"
-    )
+    counts = {name: getattr(verdict, name) for name in ("law", "prompts", "tokens", "near_ties")}
+    differences = [
+        {"prompt": each.prompt, "position": each.position, "margin": finite(each.margin), "bound": each.bound}
+        | {"near_tie": each.is_near_tie}
+        for each in verdict.differences
+    ]
+    length = finite(verdict.acceptance_length)
+    return counts | {"acceptance_length": length, "exact": verdict.is_exact, "differences": differences}
 
 
 def _distance_json(distance: Distance, exact: Verdict) -> dict[str, Any]:
-    from dataclasses import asdict
-
     from ladon.bench.report import finite
 
     lengths = {"acceptance_length": distance.acceptance_length, "exact_acceptance_length": exact.acceptance_length}
     return asdict(distance) | {name: finite(length) for name, length in lengths.items()}
-
-
-def _json(verdict: Verdict) -> dict[str, Any]:
-    from ladon.bench.report import finite
-
-    return {
-        "law": verdict.law,
-        "prompts": verdict.prompts,
-        "tokens": verdict.tokens,
-        "acceptance_length": finite(verdict.acceptance_length),
-        "exact": verdict.is_exact,
-        "near_ties": verdict.near_ties,
-        "differences": [
-            {
-                "prompt": difference.prompt,
-                "position": difference.position,
-                "margin": finite(difference.margin),
-                "bound": difference.bound,
-                "near_tie": difference.is_near_tie,
-            }
-            for difference in verdict.differences
-        ],
-    }

@@ -13,8 +13,8 @@ LEARNING_RATES = {"adamw": 1e-3, "muon": 1e-2}
 _FREE = {"save_every", "eval_every", "log_every", "report_to", "resume", "speedup"}
 
 
-def _setting(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
+def _setting(default: Any, text: str, metavar: str | None = None) -> Any:
+    return field(default=default, metadata={"help": text, "metavar": metavar})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +24,7 @@ class TrainOptions:
     num_heads: int = _setting(4, "tokens guessed beyond the model's own next one")
     family: str = _setting("shared", "head family: shared, medusa or lowrank, among others")
     family_options: tuple[tuple[str, int | str], ...] = _setting((), "a setting of the family; may be repeated")
-    init_heads: str | None = _setting(None, "folder of heads to go on from, instead of new ones")
+    init_heads: str | None = _setting(None, "folder of heads to go on from, instead of new ones", "DIR")
     markov_rank: int = _setting(
         0, "rank of a Markov correction that is trained too, 64 for small models, 256 for large ones; 0: none"
     )
@@ -83,7 +83,7 @@ class TrainOptions:
     lora_rank: int = _setting(32, "rank of the adapters")
     lora_alpha: float = _setting(16.0, "scale of the adapters, times their rank")
     lora_dropout: float = _setting(0.05, "dropout of the adapters")
-    early_exit: int | None = _setting(None, "also train an early-exit head after this layer, counted from 1")
+    early_exit: int | None = _setting(None, "also train an early-exit head after this layer, counted from 1", "LAYER")
 
     held_out: str = _setting("0.02", "rows for the reports: a share of the rows, or a file")
     eval_every: int = _setting(0, "updates between further reports; 0: none beside those at 1, 10 and 100 %")

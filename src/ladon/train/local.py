@@ -24,6 +24,20 @@ if TYPE_CHECKING:
     from ladon.heads import Heads
 
 
+# What a checkpoint's generation config may ask for that changes which tokens come; answers are written without it.
+_NOT_APPLIED = (
+    "repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens",
+    "forced_bos_token_id", "forced_eos_token_id", "min_p", "typical_p", "sequence_bias",
+)  # fmt: skip
+_NEUTRAL = (None, 0, 1, 1.0)
+
+
+def ignored_settings(model: PreTrainedModel) -> list[str]:
+    """What the checkpoint's generation config asks for and answers do without: heads learn the model's own text."""
+    config = model.generation_config
+    return [name for name in _NOT_APPLIED if getattr(config, name, None) not in _NEUTRAL]
+
+
 def weights_hash(model: PreTrainedModel) -> str:
     """16 hexadecimal digits that tell a model from another of the same name: of its fingerprint, not of all weights."""
     return hashlib.sha256(repr(sorted(fingerprint(model).as_dict().items())).encode()).hexdigest()[:16]

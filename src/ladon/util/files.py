@@ -1,24 +1,52 @@
-"""Text files that are written whole or not at all."""
+"""Files that are written whole or not at all."""
 
 from __future__ import annotations
 
+import errno
 import os
-import threading
-from contextlib import suppress
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file; whoever looks sees the old one or the new one, also while other processes and threads write it.
+def write_whole(path: Path, data: bytes | str) -> None:
+    """Write a file, text in UTF-8; whoever looks sees the old one or the new one, also while others write it too.
+
+    A link stays and the file it leads to is written; a pipe or a device is written to as it is.
 
     Raises:
         OSError: it cannot be written; the old one stays, and nothing is left beside it.
     """
-    partial = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    except OSError:
-        with suppress(OSError):
-            partial.unlink()
-        raise
+    data = data.encode() if isinstance(data, str) else data
+    if _is_special(path):
+        path.write_bytes(data)
+        return
+    target = Path(os.path.realpath(path))
+    with _beside(target) as partial:
+        partial.write_bytes(data)
+        if target.exists():
+            shutil.copymode(target, partial)
+        partial.replace(target)
+
+
+def check_writable(path: Path) -> None:
+    """Raise `OSError` if `write_whole` could not write to this place now; nothing changes there."""
+    if not _is_special(path):
+        with _beside(Path(os.path.realpath(path))) as partial:
+            partial.touch()
+    elif not os.access(path, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+
+def _is_special(path: Path) -> bool:
+    """Whether something is there that is no ordinary file, such as a pipe or a device."""
+    return os.path.exists(path) and not os.path.isfile(path)
+
+
+@contextmanager
+def _beside(target: Path) -> Iterator[Path]:
+    """A name for the unfinished `target`, in a new folder beside it that goes away with all it holds."""
+    with tempfile.TemporaryDirectory(prefix=".ladon-", dir=target.parent) as folder:
+        yield Path(folder, target.name)

@@ -12,8 +12,10 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
+from ladon.decoder.detokenizer import Detokenizer
+from ladon.decoder.trace import Trace
 from ladon.viz.palette import ansi_colour, origin_name
-from ladon.viz.record import BONUS, Node, Record, Step, children
+from ladon.viz.record import BONUS, Node, Record, Step, children, origins
 from ladon.viz.text import NO_STEP
 
 _HALF_BLOCKS = {(False, False): " ", (True, False): "▀", (False, True): "▄", (True, True): "█"}
@@ -28,6 +30,13 @@ def legend(depth: int) -> Text:
 def token_text(piece: str, origin: int) -> Text:
     """One emitted token in its colour; a bonus token is bold besides, so that colour is not the only sign."""
     return Text(piece, Style(color=ansi_colour(origin), bold=origin == BONUS))
+
+
+def live(trace: Trace, pieces: Detokenizer) -> Iterator[Text]:
+    """The text of a run while it is decoded, every token in the colour of its origin."""
+    yield Text(pieces.push(trace.first))
+    for step in trace:
+        yield from (token_text(pieces.push(token), origin) for token, origin in origins(step))
 
 
 def step_view(step: Step) -> RenderableType:

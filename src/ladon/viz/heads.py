@@ -1,36 +1,50 @@
-"""What `ladon inspect` found, for people."""
+"""What is known of heads, as `ladon inspect` shows it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from rich import box
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
 from ladon.heads.card import in_bytes, shown_base
-from ladon.trees.fixed_tree import FixedTree
-from ladon.viz.fixed import fixed_view
+from ladon.trees.fixed_tree import FixedTree, TreeSize, best_fixed_tree
+from ladon.viz.fixed import fixed_view, path_values
 
 _TOP = 5
 
 
-def show(about: Mapping[str, Any], console: Console) -> None:
-    """Print what `describe` found, and the tree."""
+def parts(about: Mapping[str, Any]) -> Iterator[RenderableType]:
+    """What `ladon.heads.description.describe` found, and the `tree` of `tree_facts`, part by part."""
     rates: Any = ()
     if about["kind"] == "model":
-        console.print(_facts(about["path"], _model_facts(about)))
+        yield _facts(about["path"], _model_facts(about))
     elif about["kind"] != "tree":
-        console.print(_facts(about["path"], _heads_facts(about)))
-        for part in (*_training(about["training"]), *_calibration(about["calibration"])):
-            console.print(part)
+        yield _facts(about["path"], _heads_facts(about))
+        yield from _training(about["training"])
+        yield from _calibration(about["calibration"])
         rates = (about["calibration"] or {}).get("hit_rates", ())
     if about["tree"] is not None:
-        for part in _tree(about["tree"], rates):
-            console.print(part)
+        yield from _tree(about["tree"], rates)
+
+
+def tree_facts(shape: FixedTree | TreeSize | None, rates: Any, nodes: int) -> dict[str, Any] | None:
+    """The tree to draw: the one that is given, or the best of so many nodes for the hit rates; None if neither is."""
+    is_best = shape is None
+    if shape is None:
+        if not rates:
+            return None
+        shape = best_fixed_tree(rates, nodes)
+    if not isinstance(shape, FixedTree):
+        return {"budget": shape.budget, "num_candidates": shape.num_candidates, "depth": shape.depth, "paths": None}
+    expected = round(1 + sum(path_values(shape, rates).values()), 4) if rates else None
+    paths = [list(path) for path in shape.paths]
+    sizes = {"budget": shape.num_nodes, "depth": shape.max_depth}
+    return {**sizes, "is_best": is_best, "expected_tokens": expected, "paths": paths}
 
 
 def _facts(title: str, facts: Iterable[tuple[str, str]]) -> RenderableType:

@@ -1,50 +1,16 @@
-"""A chat without its terminal: what has been said, the tokens that say it, its file, and what a line asks for."""
+"""A chat as the model reads it: its messages, and the tokens that stand for them."""
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ladon.cli.output import write_whole
 from ladon.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Message = dict[str, str]
-
-COMMANDS = {
-    "/help": "this list",
-    "/regen": "answer the last message again; sampled answers are drawn anew",
-    "/reset": "forget all that was said, but for the system prompt",
-    "/save FILE": "write the messages as JSON",
-    "/load FILE": "read them back",
-    "/stats": "what this session took so far",
-    "/quit": "leave, as does the end of the input",
-}
-_NAMES = {usage.split()[0]: " " in usage for usage in COMMANDS}  # whether it takes a file
-_ROLES = ("system", "user", "assistant")
-
-
-def read_line(line: str) -> tuple[str, str]:
-    """What a line asks for: a command and its file, or "" and the message; a message's own slash is written twice.
-
-    Raises:
-        InputError: an unknown command, or one with a file too many or too few.
-    """
-    if not line.startswith("/") or line.startswith("//"):
-        return "", line[1:] if line.startswith("/") else line
-    name, _, argument = line.strip().partition(" ")
-    argument = argument.strip()
-    if name not in _NAMES:
-        raise InputError(f"{name} is no command; commands are {', '.join(COMMANDS)}; a message that starts so: /{name}")
-    if bool(argument) != _NAMES[name]:
-        what = "name a file" if _NAMES[name] else f"it takes nothing more, but {argument!r} was given"
-        raise InputError(f"{name}: {what}")
-    return name, argument
 
 
 class Conversation:
@@ -74,6 +40,10 @@ class Conversation:
     def reset(self) -> None:
         """Forget everything but the system prompt."""
         self.messages, self._known = list(self._start), []
+
+    def replace(self, messages: Sequence[Message]) -> None:
+        """Take other messages, with role and content, in place of all that were said."""
+        self.messages, self._known = list(messages), []
 
     def ask(self, text: str) -> None:
         """Add a message of the user's."""
@@ -114,28 +84,6 @@ class Conversation:
         prompt, ids = self._known[-1]
         self._known.append((prompt + text, [*ids, *said]))
 
-    def save(self, file: str) -> None:
-        """Write the messages as JSON; `InputError` if that cannot be."""
-        document = {"messages": self.messages}
-        write_whole(_path(file), (json.dumps(document, ensure_ascii=False, indent=1) + "\n").encode())
-
-    def load(self, file: str) -> None:
-        """Read messages that `save` has written; `InputError`, and no change, if the file holds none."""
-        try:
-            document = json.loads(_path(file).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise InputError(f"cannot read {file}: {error.strerror}; give a file that /save has written") from error
-        except ValueError as error:  # neither UTF-8 nor JSON
-            raise InputError(f"{file} is not JSON ({error}); give a file that /save has written") from error
-        messages = document.get("messages") if isinstance(document, dict) else None
-        if not isinstance(messages, list) or not all(map(_is_message, messages)):
-            raise InputError(
-                f"{file} holds no chat; give a JSON object with `messages`, a list of objects with `role` "
-                f"({', '.join(_ROLES)}) and `content`"
-            )
-        self._known = []
-        self.messages = [{"role": message["role"], "content": message["content"]} for message in messages]
-
     def _text(self) -> str:
         if not self.has_template:
             return "".join(message["content"] for message in self.messages)
@@ -150,11 +98,3 @@ class Conversation:
 
     def _decode(self, ids: list[int]) -> str:
         return str(self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
-
-
-def _path(file: str) -> Path:
-    return Path(os.path.expanduser(file))
-
-
-def _is_message(message: object) -> bool:
-    return isinstance(message, dict) and message.get("role") in _ROLES and isinstance(message.get("content"), str)
