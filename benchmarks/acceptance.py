@@ -22,11 +22,11 @@ from typing import Any
 import torch
 from tasks import TASKS, workload_of
 
-from ladon.bench.diagnosis import DiagnosedDecoder, Diagnosis
-from ladon.bench.repetition import Repetition
+from ladon.bench.quality.diagnosis import DiagnosedDecoder, Diagnosis
+from ladon.bench.quality.repetition import Repetition
+from ladon.bench.quality.verification import difference_of
 from ladon.bench.report import finite
 from ladon.bench.systems import LadonSystem, merged
-from ladon.bench.verification import difference_of
 from ladon.bench.workloads import prompt_ids
 from ladon.decoder.decoder import Decoder
 from ladon.demo.bundled import load_demo

@@ -18,7 +18,7 @@ from statistics import median
 
 import torch
 
-from ladon.calibrate.step_times import measure_step_times
+from ladon.calibrate.timing import measure_step_times
 from ladon.config import DecoderOptions
 from ladon.demo.bundled import demo_prompts, load_demo
 from ladon.drafting.head_chaining import Chaining, make_chaining

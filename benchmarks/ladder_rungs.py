@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ladon.bench.diagnosis import DiagnosedDecoder
+from ladon.bench.quality.diagnosis import DiagnosedDecoder
 from ladon.bench.systems import LadonSystem
-from ladon.calibrate.ranks import hit_rates
+from ladon.calibrate.lattice_trace import hit_rates
 from ladon.calibrate.recording import record
 from ladon.calibrate.temperatures import fit_temperatures
 from ladon.config import PRODUCT, DecoderOptions
@@ -20,11 +20,11 @@ from ladon.decoder.decoder import Decoder
 from ladon.demo.bundled import demo_path, demo_prompts, load_demo
 from ladon.drafting.head_chaining import joint_of, product
 from ladon.drafting.proposer import HeadsProposer, Proposer, tree_builder
-from ladon.engine.stats import StageClock
 from ladon.heads import Heads, load_heads
 from ladon.heads.calibration import Calibration
 from ladon.trees.fixed_tree import best_fixed_tree
 from ladon.trees.lattice import Lattice
+from ladon.util.observer import Observer
 
 _CANDIDATES = DecoderOptions().num_candidates
 _PROMPTS, _NEW_TOKENS = 100, 128  # from which the product's calibration is made, where the heads have another joint's
@@ -34,7 +34,7 @@ _BY_PRODUCT = ("chain", "fixed", "candidates", "softmax", "calibrated")
 class AmongCandidates(Decoder):
     """Dynamic trees by the product of the heads, each normalised over its candidates: flat heads look sure of them."""
 
-    def _proposer(self, clock: StageClock) -> Proposer:
+    def _proposer(self, observer: Observer) -> Proposer:
         assert self.heads is not None
         guess = product(self.heads.bind(self.model, force=True), _CANDIDATES)
 
@@ -42,7 +42,7 @@ class AmongCandidates(Decoder):
             lattice = guess(hidden, root)
             return replace(lattice, log_probs=lattice.log_probs.log_softmax(-1))
 
-        return HeadsProposer(joint, tree_builder("dynamic"), clock)
+        return HeadsProposer(joint, tree_builder("dynamic"), observer)
 
 
 class DiagnosedAmongCandidates(DiagnosedDecoder, AmongCandidates):

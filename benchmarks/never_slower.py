@@ -34,10 +34,9 @@ from never_slower_cells import MEDUSA_NODES, Cell, Materials, Prompts, all_cells
 from never_slower_goals import MEDUSA_GAINS, goals, lines, ratios
 from never_slower_turns import QUICK, Make, Settings, take_turns
 
-from ladon.bench.identity import compare
+from ladon.bench.quality.identity import compare
 from ladon.bench.report import finite
-from ladon.bench.steps import by_size, prediction_error
-from ladon.bench.systems import LadonSystem, Run, merged
+from ladon.bench.systems import LadonSystem, Run, by_size, merged, prediction_error
 from ladon.util.machine import commit, environment, load
 
 SWEEP = (2, 4, 8, 16, 24, 32, 48, 64)

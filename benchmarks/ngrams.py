@@ -25,10 +25,9 @@ from never_slower import near_ties
 from never_slower_cells import Cell, Materials, Prompts
 from never_slower_turns import Make, Settings, take_turns
 
-from ladon.bench.repetition import Repetition
+from ladon.bench.quality.repetition import Repetition
 from ladon.bench.report import finite
-from ladon.bench.steps import by_size
-from ladon.bench.systems import Run, merged
+from ladon.bench.systems import Run, by_size, merged
 from ladon.util.machine import environment, load
 
 TASKS = ("edits", "code", "humaneval")

@@ -21,9 +21,8 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ladon.calibrate.layer_times import LayerTimes, Trials, measure_layer_times
-from ladon.calibrate.pruning import KEEPS, SIZES, Verdict, judge, ways_to_prune
-from ladon.calibrate.survival import Survival, Survivals, record_survival
+from ladon.calibrate.pruning import KEEPS, SIZES, Survival, Survivals, Verdict, judge, record_survival, ways_to_prune
+from ladon.calibrate.timing import LayerTimes, Trials, measure_layer_times
 from ladon.demo.bundled import demo_path, demo_prompts, load_demo
 from ladon.heads import load_heads
 from ladon.heads.early_exit import load_early_exit

@@ -25,7 +25,7 @@ from predicted_speedup import predict
 from step_times_plot import step_time_picture
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from ladon.calibrate.step_times import measure_step_times
+from ladon.calibrate.timing import measure_step_times
 from ladon.heads import Heads, new_heads
 from ladon.tree_size.policy import EDGES
 from ladon.util.machine import environment, load

@@ -21,9 +21,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from ladon.demo.bundled import load_demo
 from ladon.heads import SharedHeads
-from ladon.train.batches import Collator
 from ladon.train.config import TrainOptions
-from ladon.train.documents import Document
+from ladon.train.data.batches import Collator
+from ladon.train.data.rows import Document
 from ladon.train.modules import HeadsModule, hidden_states
 from ladon.train.optimizer import make_optimizer
 from ladon.train.run import make_module

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ladon.calibrate.lattice_trace import LatticeTrace
-from ladon.calibrate.ranks import hit_rates
+from ladon.calibrate.lattice_trace import LatticeTrace, hit_rates
 from ladon.cli.main import run
 from ladon.demo.bundled import demo_path
 from ladon.drafting.head_chaining import calibrated_temperatures, joint_of
@@ -51,7 +50,7 @@ def test_it_writes_beside_the_heads_what_decoding_then_uses(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("ladon.calibrate.step_times._SECONDS", 0.0)
+    monkeypatch.setattr("ladon.calibrate.timing._SECONDS", 0.0)
     assert run([*arguments, "--max-new-tokens", "20", "--simulate", "chain,4,9", "--json"]) == 0
     captured = capsys.readouterr()
     document = json.loads(captured.out.splitlines()[-1])
@@ -174,7 +173,7 @@ def test_heads_that_read_the_path_so_far(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Their calibration is of the joint that decoding then takes, and promises nothing of dynamic trees."""
-    monkeypatch.setattr("ladon.calibrate.step_times._SECONDS", 0.0)
+    monkeypatch.setattr("ladon.calibrate.timing._SECONDS", 0.0)
     shutil.rmtree(tmp_path / "heads")
     new_heads(tiny.model, 3, "hydra").save(tmp_path / "heads")
     assert run([*arguments, "--max-new-tokens", "20", "--simulate", "8"]) == 0

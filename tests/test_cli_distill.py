@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 import torch
 
+from chats import CHAT, TEMPLATE
+from endpoints import KEY, says, serving
 from ladon.cli import distill as command
 from ladon.cli.main import run
-from ladon.train.rows import read_distilled
-from test_train_endpoint import KEY, says, serving
-from test_train_prompts import CHAT, TEMPLATE
+from ladon.train.distill.distill import read_distilled
 from user_side import CONTEXT, Tiny, write_jsonl
 
 TEXTS = ["def read(", "for line in self", "é", "return name:\n", "self.lines"]

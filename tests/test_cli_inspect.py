@@ -19,7 +19,7 @@ from ladon.heads import load_heads, new_heads
 from ladon.heads.calibration import Calibration
 from ladon.heads.early_exit import new_early_exit
 from ladon.trees.fixed_tree import FixedTree, best_fixed_tree
-from ladon.viz.fixed import fixed_view, path_values
+from ladon.viz.fixed_tree import fixed_view, path_values
 from user_side import Tiny
 
 RATES = [[0.5, 0.2, 0.1], [0.4, 0.1], [0.3]]

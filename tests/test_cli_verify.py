@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import ladon.sampling.acceptance
-from ladon.bench.verification import said_from, verify_law
+from ladon.bench.quality.verification import said_from, verify_law
 from ladon.cli.main import run
 from ladon.decoder.decoder import Decoder
 from ladon.sampling.acceptance import Accepted, longest_match

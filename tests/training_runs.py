@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel, TrainerCallback
 
 from ladon.train.config import TrainOptions
-from ladon.train.rows import Example
+from ladon.train.data.rows import Example
 from ladon.train.run import train
 from ladon.train.trainer import HeadsTrainer
 from user_side import make_tokenizer

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from ladon import load_demo, new_heads
 from ladon.drafting.head_chaining import product
 from ladon.heads.calibration import Calibration
-from test_calibrate_simulate import PROMPTS, taught
+from taught_heads import PROMPTS, taught
 from user_side import ROOT
 
 
@@ -176,7 +176,8 @@ def test_acceptance_of_edits_that_are_sampled(
     assert document["workload"]["name"] == "repetitive edits" and document["temperature"] == 1.0
     assert [row["mode"] for row in document["results"]] == ["plain", "chain", "fixed", "dynamic"]
     assert all(row["different"] == 0 for row in document["results"])
-    page = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
+    pages = [ROOT / "docs" / "reference" / name for name in ("metrics.md", "benchmark-files.md")]
+    page = "\n".join(each.read_text(encoding="utf-8") for each in pages)
     assert all(f"`{key}`" in page for key in [*document, *document["results"][0]])
 
 

@@ -57,8 +57,11 @@ def test_masks_at_the_nodes_of_rows():
     first, second = GrammarState(Residues(5, 2, seed=4)), GrammarState(Residues(7, 1, seed=9))
     for grammar in (first, second):
         token = min(grammar.here._state.tokens())
-        grammar.nodes = [grammar.here, grammar.here.after(token), grammar.here.after(token).after(min_after(grammar,
-        token))]
+        grammar.nodes = [
+            grammar.here,
+            grammar.here.after(token),
+            grammar.here.after(token).after(min_after(grammar, token)),
+        ]
     first.nodes = first.nodes[:2]  # its third slot is padding
     grammars = [first, None, second]
     for vocab_size in (VOCAB, 131, 40):

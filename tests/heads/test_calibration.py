@@ -17,7 +17,7 @@ from ladon import Decoder
 from ladon.errors import HeadsError
 from ladon.heads import Heads, load_heads, new_heads
 from ladon.heads.calibration import CALIBRATION_FILE, FORMAT, Calibration, read_calibration
-from ladon.heads.formats.exporting import export_heads
+from ladon.heads.formats.export import export_heads
 from ladon.trees import lattice
 
 BEST = {"layer": 1, "keep": 4, "criterion": "siblings", "weight": 0.5, "top_k": 8, "trained": False}

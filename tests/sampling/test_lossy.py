@@ -15,7 +15,7 @@ from torch import Tensor
 
 import ladon
 from drafts import TableProposer, make_engine
-from ladon.bench.distance import distance_of, step_distance
+from ladon.bench.quality.verification import distance_of, step_distance
 from ladon.cli.main import run
 from ladon.engine.sequence import Row
 from ladon.engine.stats import DecodeStats

@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, T5Confi
 
 from families import FAMILIES, FAST, LIMIT, REFUSED, VOCAB_SIZE, WORKABLE, build, skeleton
 from ladon.errors import UnsupportedModelError
-from ladon.heads.ends import output_projection
+from ladon.heads.model_parts import output_projection
 from ladon.target import self_test
 from ladon.target import target as target_module
 from ladon.target.target import Target

@@ -2,22 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ladon.bench.identity import Difference
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 from ladon.bench.systems import Budget, Run
 from ladon.bench.workloads import Question
+from ladon.heads import Heads
 from ladon.trees.fixed_tree import FixedTree
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from ladon.heads import Heads
 
 Progress = Callable[[str, int, int], None]  # what is being done, how many of how many calls are finished
 Key = tuple[str, Budget, int]  # mode, budget, batch
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Difference:
+    """The first place where an output leaves the reference.
+
+    Attributes:
+        prompt: number of the prompt, from 0.
+        position: index into the new tokens.
+        margin: the best logit there minus the lower of the two tokens'; infinite if the output is cut short.
+        bound: margin below which rounding explains the difference (`near_tie_bound`).
+        deviation: greatest distance between the mode's logits there and the reference's, infinite if the mode did not
+            come to that place again; None if not measured.
+    """
+
+    prompt: int
+    position: int
+    margin: float
+    bound: float
+    deviation: float | None = None
+
+    @property
+    def is_near_tie(self) -> bool:
+        """Whether rounding explains it: a small margin, and equal logits where they were measured."""
+        return self.margin < self.bound and (self.deviation is None or self.deviation < self.bound)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,6 +100,12 @@ class Measured:
     profiled: list[list[Run]]
     fitted_step_ms: list[dict[str, Any]] = field(default_factory=list)
 
+    def answers(self, runs: Sequence[Run]) -> Iterator[tuple[Request, list[int], Run]]:
+        """Each request with its output and the run that gave it, of one repeat's runs."""
+        for group, run in zip(self.groups, runs, strict=True):
+            for request, output in zip(group, run.outputs, strict=True):
+                yield request, output, run
+
     @property
     def label(self) -> str:
         """Mode and, if it has one, budget in one word, as in "dynamic-16"."""
@@ -93,7 +121,7 @@ class Findings:
         measured: one entry per batch size and system, plain decoding among them.
         differences: by mode, budget and batch: outputs that left plain decoding of the timed dtype.
         float32_differences: likewise, float32 outputs that left transformers' `generate`.
-        diagnoses: likewise, where tokens are lost (`ladon.bench.diagnosis`), of the modes that were looked at.
+        diagnoses: likewise, where tokens are lost (`ladon.bench.quality.diagnosis`), of the modes that were looked at.
         unchecked: why not every output could be compared in float32; None if every one was.
     """
 

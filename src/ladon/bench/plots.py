@@ -10,8 +10,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ladon.viz.palette import mode_colour
-
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -23,8 +21,19 @@ _GRID = "#d8dbe0"
 _EXPECTED = "#33373d"
 _FIT_BEYOND = 2  # a fit is drawn up to so many times the largest size that was run: sizes beyond would hide the rest
 _AREA, _LEAST_AREA = 120.0, 6.0  # square points of a dot that stands for all steps, and of one for hardly any
-
 Row = Mapping[str, Any]
+_MODES = {
+    "plain": "#6b7280",
+    "transformers": "#a3a9b3",
+    "chain": "#2b8cbe",
+    "fixed": "#b5563c",
+    "dynamic": "#2f9e77",
+    "auto": "#5b3fa8",
+    "pruned": "#c2447f",
+    "ngrams": "#8a6d1d",
+    "dynamic+ngrams": "#1b6ca8",
+    "auto+ngrams": "#241a52",
+}
 
 
 def pictures(document: Mapping[str, Any]) -> dict[str, bytes]:
@@ -199,3 +208,8 @@ def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=_DPI)
     return buffer.getvalue()
+
+
+def mode_colour(mode: str) -> str:
+    """Colour (#rrggbb) of a decoding mode in plots."""
+    return _MODES[mode]

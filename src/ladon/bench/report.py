@@ -1,21 +1,28 @@
-"""From findings to numbers: what the JSON document holds of each mode. docs/reference/metrics.md defines the terms."""
+"""From findings to files: the numbers of each mode in the JSON document, and answers for FastChat's MT-Bench tools.
+
+Terms are as docs/reference/metrics.md defines them.
+"""
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable, Sequence
+import uuid
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 from ladon.bench.findings import Findings, Key, Measured, Subject
-from ladon.bench.repetition import Repetition
-from ladon.bench.steps import by_size
-from ladon.bench.systems import Budget, Run, merged
+from ladon.bench.quality.repetition import Repetition
+from ladon.bench.systems import Budget, Run, by_size, merged
 from ladon.bench.workloads import Workload, make_workload
 from ladon.config import BenchOptions
 from ladon.engine.stats import DecodeStats
+
+_BASES = ("plain", "transformers")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +41,8 @@ class Result:
         nodes_per_step: node slots verified per row-step, their mean.
         prompts: answers given (turns of all questions).
         acceptance_length: tokens per row-step, bonus included.
-        acceptance_length_non_repeated: the same over steps that repeat nothing (`ladon.bench.repetition`); batch 1.
+        acceptance_length_non_repeated: the same over steps that repeat nothing (`ladon.bench.quality.repetition`);
+            batch 1.
         repeated_share: repeated 8-grams over all 8-grams of the outputs; batch 1.
         tokens_per_second: decode tokens per second of decode time, all rows.
         tokens_per_second_range: least and greatest over repeats.
@@ -49,7 +57,7 @@ class Result:
         prediction_error: mean relative error of the predicted step times; None if none are predicted.
         sizing_share: share of decode time spent deciding on sizes.
         sizes: the histogram of sizes: of each, `nodes`, `steps` of all timed runs, and their mean `tokens`,
-            `expected_tokens`, `step_ms` and `predicted_ms`, as `ladon.bench.steps.by_size` gives them.
+            `expected_tokens`, `step_ms` and `predicted_ms`, as `ladon.bench.systems.by_size` gives them.
         fitted_step_ms: of every size that could be chosen, `nodes` and the `ms` predicted for a step, in the end.
         first_token_ms: milliseconds from the call to the first tokens, one of each row; median over calls.
         speedup_vs_plain: tokens_per_second over plain decoding's.
@@ -61,7 +69,7 @@ class Result:
         different: outputs in the timed dtype that left it elsewhere: wrong ones.
         largest_margin: greatest margin (logits) at which one of either left it; None if none did, or one was cut short.
         categories: acceptance length, tokens per second and prompts of each category.
-        diagnosis: where tokens are lost, if that was asked for (`ladon.bench.diagnosis`).
+        diagnosis: where tokens are lost, if that was asked for (`ladon.bench.quality.diagnosis`).
     """
 
     mode: str
@@ -138,19 +146,15 @@ def baselines(findings: Findings) -> list[dict[str, Any]]:
     ]
 
 
-_BASES = ("plain", "transformers")
-
-
 def _result(findings: Findings, entry: Measured, speeds: dict[tuple[str, int], float]) -> Result:
     assert entry.budget is not None
     key = (entry.system, entry.budget, entry.batch)
     differences = findings.differences[key]
     near_ties = sum(difference.is_near_tie for difference in differences)
-    per_repeat = [merged([run.stats for run in runs]).tokens_per_second for runs in entry.timed]
-    counts = merged([run.stats for runs in entry.timed for run in runs])
+    per_repeat = [stats_of(runs).tokens_per_second for runs in entry.timed]
+    every_run = [run for runs in entry.timed for run in runs]
+    counts, speed = stats_of(every_run), _speed(entry.timed)
     repetition, stages = _repetition(entry), _stages(entry.profiled)
-    steps = [step for runs in entry.timed for run in runs for step in run.steps]
-    speed = _speed(entry.timed)
     return Result(
         mode=entry.system,
         batch=entry.batch,
@@ -173,7 +177,7 @@ def _result(findings: Findings, entry: Measured, speeds: dict[tuple[str, int], f
         pruned_share=finite(counts.pruned_share),
         prediction_error=finite(counts.prediction_error),
         sizing_share=_median(entry.timed, lambda stats: stats.sizing_share),
-        sizes=by_size(steps),
+        sizes=by_size([step for run in every_run for step in run.steps]),
         fitted_step_ms=entry.fitted_step_ms,
         first_token_ms=finite(_first_token_ms(entry.timed)),
         speedup_vs_plain=finite(speed / speeds["plain", entry.batch]),
@@ -206,7 +210,7 @@ def _repetition(entry: Measured) -> Repetition:
 
 def _median(repeats: Sequence[Sequence[Run]], number: Callable[[DecodeStats], float]) -> float | None:
     """The median over repeats of a number of each repeat's counts and times."""
-    return finite(median(number(merged([run.stats for run in runs])) for runs in repeats))
+    return finite(median(number(stats_of(runs)) for runs in repeats))
 
 
 def _stages(profiled: Sequence[Sequence[Run]]) -> dict[str, float | None]:
@@ -218,8 +222,13 @@ def _stages(profiled: Sequence[Sequence[Run]]) -> dict[str, float | None]:
     return {name: _median(profiled, partial(share, name=name)) for name in names}
 
 
+def stats_of(runs: Sequence[Run]) -> DecodeStats:
+    """The sums of the counts and times of some runs."""
+    return merged([run.stats for run in runs])
+
+
 def _speed(timed: Sequence[Sequence[Run]]) -> float:
-    return median(merged([run.stats for run in runs]).tokens_per_second for runs in timed)
+    return median(stats_of(runs).tokens_per_second for runs in timed)
 
 
 def _first_token_ms(timed: Sequence[Sequence[Run]]) -> float:
@@ -234,7 +243,7 @@ def _categories(entry: Measured) -> dict[str, dict[str, float | int | None]]:
         timed = [[runs[place] for place in chosen] for runs in entry.timed]
         found[name] = {
             "prompts": sum(len(entry.groups[place]) for place in chosen),
-            "acceptance_length": finite(merged([run.stats for run in timed[0]]).acceptance_length),
+            "acceptance_length": finite(stats_of(timed[0]).acceptance_length),
             "tokens_per_second": finite(_speed(timed)),
         }
     return found
@@ -243,3 +252,42 @@ def _categories(entry: Measured) -> dict[str, dict[str, float | int | None]]:
 def finite(value: float) -> float | None:
     """The value, or None where JSON has no number for it."""
     return value if math.isfinite(value) else None
+
+
+def answer_files(path: Path, subject: Subject, measured: Sequence[Measured], stamp: float) -> dict[Path, str]:
+    """The text of each answer file: `path` for one system, a file beside it for each of several.
+
+    FastChat takes a model's name from its file's name, and of each question the last row.
+
+    Args:
+        path: what the user named, OUT.jsonl; several systems go to OUT-dynamic-16.jsonl and so on.
+        subject: what was measured.
+        measured: the systems, all at one batch size.
+        stamp: seconds since 1970, for all rows.
+    """
+    names = [path] if len(measured) == 1 else [path.with_stem(f"{path.stem}-{entry.label}") for entry in measured]
+    return {name: "".join(_rows(subject, entry, stamp)) for name, entry in zip(names, measured, strict=True)}
+
+
+def _rows(subject: Subject, entry: Measured, stamp: float) -> Iterator[str]:
+    """JSON lines; `model_id` is the model's name and the mode.
+
+    Of each turn: its text, `idxs` (decode steps), `new_tokens` (all new tokens) and `wall_time` (seconds of the call,
+    prefill included; rows decoded together share it), from the first timed repeat.
+    """
+    turns: dict[int | str, list[tuple[str, int, int, float]]] = {}
+    for request, output, run in entry.answers(entry.timed[0]):
+        text = str(subject.tokenizer.decode(output, skip_special_tokens=True))
+        row = (text, run.stats.forwards, len(output), run.seconds)
+        turns.setdefault(request.question.question_id, []).append(row)
+    for question_id, rows in turns.items():
+        texts, steps, tokens, seconds = (list(column) for column in zip(*rows, strict=True))
+        choice = {"index": 0, "turns": texts, "idxs": steps, "new_tokens": tokens, "wall_time": seconds}
+        row_of_file = {
+            "question_id": question_id,
+            "answer_id": uuid.uuid4().hex[:22],
+            "model_id": f"{subject.name}-{entry.label}",
+            "choices": [choice],
+            "tstamp": stamp,
+        }
+        yield json.dumps(row_of_file, ensure_ascii=False) + "\n"

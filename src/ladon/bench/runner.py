@@ -13,26 +13,25 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any, NamedTuple
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ladon.bench.check import check_float32, leaving_plain
-from ladon.bench.diagnosis import DiagnosedDecoder, Diagnosis
 from ladon.bench.findings import Findings, Measured, Progress, Request, Subject
+from ladon.bench.quality.diagnosis import DiagnosedDecoder, Diagnosis
+from ladon.bench.quality.identity import check_float32, leaving_plain
 from ladon.bench.systems import Budget, LadonSystem, Run, System, TransformersSystem
 from ladon.bench.workloads import Question, Workload, prompt_ids
-from ladon.decoder.decoder import Decoder
+from ladon.calibrate.findings import given_the_truth
+from ladon.calibrate.lattice_trace import hit_rates
+from ladon.calibrate.recording import correction_of, record
+from ladon.config import BenchOptions
 from ladon.decoder.options import OFF
 from ladon.errors import InputError
+from ladon.heads import Heads
 from ladon.target.target import Target
 from ladon.trees.fixed_tree import FixedTree
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from ladon.config import BenchOptions
-    from ladon.heads import Heads
 
 _WARM_UP_TOKENS = 16
 
@@ -76,7 +75,7 @@ def run_bench(
     plan = _plan(subject, options)
 
     def systems_of(model: PreTrainedModel, heads: Heads | None, profile: bool = False) -> list[LadonSystem]:
-        return [entry.system(model, heads, profile) for entry in plan]
+        return [entry.system(model, heads, profile=profile) for entry in plan]
 
     # Everything a mode needs is made before the first long run, so that a mistake shows at once.
     systems = systems_of(subject.model, subject.heads)
@@ -113,8 +112,7 @@ def run_bench(
     return findings
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Entry:
+class _Entry(NamedTuple):
     """A mode at a budget, with its tree if that is fixed."""
 
     mode: str
@@ -127,24 +125,9 @@ class _Entry:
         """Whether heads alone draft."""
         return self.mode != "plain" and not self.mode.endswith("ngrams")
 
-    def system(
-        self,
-        model: PreTrainedModel,
-        heads: Heads | None,
-        profile: bool = False,
-        make: Callable[..., Decoder] = Decoder,
-    ) -> LadonSystem:
+    def system(self, model: PreTrainedModel, heads: Heads | None, **options: Any) -> LadonSystem:
         """The mode for a model."""
-        return LadonSystem(
-            model,
-            heads,
-            mode=self.mode,
-            budget=self.budget,
-            fixed_tree=self.fixed_tree,
-            prune=self.prune,
-            profile=profile,
-            make=make,
-        )
+        return LadonSystem(model, heads, **self._asdict(), **options)
 
 
 def _plan(subject: Subject, options: BenchOptions) -> list[_Entry]:
@@ -251,3 +234,18 @@ def _take_turns(
         if not limit.has_time_for(2 * (limit.clock() - started)):  # another repeat, and the comparison
             break
     return runs
+
+
+def calibrate(
+    model: PreTrainedModel,
+    heads: Heads,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[Question],
+    max_new_tokens: int,
+    progress: Callable[[str, int, int], None],
+) -> list[list[float]]:
+    """Hit rates over the model's own greedy answers to the first turn of each question."""
+    prompts = [torch.tensor(prompt_ids(tokenizer, question, [])) for question in questions]
+    trace = record(model, heads, prompts, max_new_tokens=max_new_tokens, progress=progress)
+    given = given_the_truth(trace, correction_of(heads))
+    return hit_rates(given.ranks(), given.num_candidates)

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from ladon.decoder.decoder import Decoder
 from ladon.drafting.proposer import Proposer, Stateless, TreeBuilder, tree_builder
@@ -25,9 +26,6 @@ from ladon.trees import lattice
 from ladon.trees.lattice import Lattice
 from ladon.trees.token_tree import TokenTree, root_tree
 from ladon.util.observer import SILENT, Observer
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 Prompt = tuple[int, ...]
 

@@ -9,29 +9,149 @@ packing the output.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers import StoppingCriteria, StoppingCriteriaList
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
-from ladon.bench.steps import NotedSizing, StepFacts
 from ladon.decoder.decoder import Decoder
 from ladon.decoder.options import AUTO, OFF
 from ladon.decoder.request import end_ids
 from ladon.engine.stats import DecodeStats
 from ladon.errors import InputError
+from ladon.heads import Heads
+from ladon.tree_size.acceptance_model import Sums
+from ladon.tree_size.adaptive import AutoSizing
+from ladon.tree_size.policy import Size, Sizing, StepRecord
 from ladon.trees.fixed_tree import FixedTree
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from ladon.heads import Heads
-
 Budget = int | str  # nodes per step and row, or "auto"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepFacts:
+    """One decode step; NaN stands for what nobody predicted.
+
+    Attributes:
+        batch: rows it served.
+        context: cached tokens per row before it, their mean.
+        nodes: node slots verified per row, root included.
+        seconds: how long it took.
+        predicted_seconds: what the sizing had predicted for it.
+        tokens: tokens per row: accepted drafts and the bonus token, even where a row ended before.
+        expected_tokens: what the trees' probabilities, uncorrected, had let expect.
+    """
+
+    batch: int
+    context: float
+    nodes: int
+    seconds: float
+    predicted_seconds: float
+    tokens: float
+    expected_tokens: float
+
+
+class NotedSizing:
+    """A sizing whose steps are kept; what it decides stays the same."""
+
+    def __init__(self, sizing: Sizing, steps: list[StepFacts] | None = None) -> None:
+        """`sizing` decides; `steps` are added to, if given."""
+        self._sizing = sizing
+        self._steps: list[StepFacts] = [] if steps is None else steps
+        self.edges: Sequence[int] = sizing.edges
+        self.probes = sizing.probes
+
+    def for_run(self) -> NotedSizing:
+        """One for another run, whose steps are kept with the others."""
+        return NotedSizing(self._sizing.for_run(), self._steps)
+
+    def reach(self, batch: int, context: float) -> int:
+        """As the sizing says."""
+        return self._sizing.reach(batch, context)
+
+    def choose(self, sums: Sums | None, batch: int, context: float, of_heads: Sums | None = None) -> Size:
+        """As the sizing says."""
+        return self._sizing.choose(sums, batch, context, of_heads)
+
+    def observe(self, record: StepRecord) -> float:
+        """Let the sizing learn, and keep what happened."""
+        predicted = self._sizing.observe(record)
+        self.probes = self._sizing.probes
+        known = bool(record.expected)
+        self._steps.append(
+            StepFacts(
+                batch=record.batch,
+                context=record.context,
+                nodes=record.nodes,
+                seconds=record.seconds,
+                predicted_seconds=predicted,
+                tokens=record.tokens / record.batch,
+                expected_tokens=1 + sum(record.expected) / record.batch if known else math.nan,
+            )
+        )
+        return predicted
+
+    def taken(self) -> list[StepFacts]:
+        """The steps since the last call."""
+        steps = list(self._steps)
+        self._steps.clear()
+        return steps
+
+    def fit(self, steps: Sequence[StepFacts]) -> list[dict[str, Any]]:
+        """`nodes` and predicted `ms` of each size, as known by now, at the batch and mean context of `steps`."""
+        if not isinstance(self._sizing, AutoSizing) or not steps:
+            return []
+        batch, cost = steps[0].batch, self._sizing.cost
+        own = [step.context for step in steps if step.batch == batch]
+        context = sum(own) / len(own)
+        seconds = {nodes: cost.predict(batch, nodes, context, drafts=nodes > 1) for nodes in self.edges}
+        return [{"nodes": nodes, "ms": 1e3 * time} for nodes, time in seconds.items() if math.isfinite(time)]
+
+
+def by_size(steps: Sequence[StepFacts]) -> list[dict[str, Any]]:
+    """The histogram of sizes, smallest first, with the means of the steps of each.
+
+    Returns:
+        Of each size `nodes`, `steps`, `tokens` and `expected_tokens` per row-step, `step_ms` and `predicted_ms`; means
+        over the row-steps or steps that have such a number, None if none has.
+    """
+    groups: dict[int, list[StepFacts]] = {}
+    for step in steps:
+        groups.setdefault(step.nodes, []).append(step)
+    return [
+        {
+            "nodes": nodes,
+            "steps": len(group),
+            "tokens": _mean([(step.tokens, step.batch) for step in group]),
+            "expected_tokens": _mean([(step.expected_tokens, step.batch) for step in group]),
+            "step_ms": _mean([(1e3 * step.seconds, 1) for step in group]),
+            "predicted_ms": _mean([(1e3 * step.predicted_seconds, 1) for step in group]),
+        }
+        for nodes, group in sorted(groups.items())
+    ]
+
+
+def prediction_error(steps: Sequence[StepFacts]) -> float:
+    """Mean relative error of the predicted times, as `DecodeStats.prediction_error`; NaN if nothing was predicted."""
+    errors = [
+        abs(step.predicted_seconds - step.seconds) / step.seconds
+        for step in steps
+        if math.isfinite(step.predicted_seconds) and step.seconds > 0.0
+    ]
+    return sum(errors) / len(errors) if errors else math.nan
+
+
+def _mean(weighted: Sequence[tuple[float, int]]) -> float | None:
+    """The weighted mean of the values that are numbers."""
+    known = [(value, weight) for value, weight in weighted if math.isfinite(value)]
+    total = sum(weight for _, weight in known)
+    return sum(value * weight for value, weight in known) / total if total else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,6 +191,7 @@ class LadonSystem:
         name: the mode.
         budget: nodes verified per step and row, root included: what was asked for, or all that the mode can use; "auto"
             where each step has its own size.
+        decoder: the decoder itself.
     """
 
     def __init__(
@@ -106,37 +227,32 @@ class LadonSystem:
             tree, most = fixed_tree, fixed_tree.num_nodes
         options = {"tree": tree, "budget": budget, "prune": prune if mode == "pruned" else OFF, "profile": profile}
         options["ngrams"] = "auto" if mode.endswith("ngrams") else "off"
-        self._decoder = make(model, None if mode in ("plain", "ngrams") else heads, **options)
-        if mode == "pruned" and self._decoder.pruning is None:
+        self.decoder = make(model, None if mode in ("plain", "ngrams") else heads, **options)
+        if mode == "pruned" and self.decoder.pruning is None:
             raise InputError(
                 "mode pruned: no pruning is known to pay; run ladon calibrate --pruning, or say how (4:16)"
             )
-        self._decoder.sizing = self._noted = NotedSizing(self._decoder.sizing)
+        self.decoder.sizing = self._noted = NotedSizing(self.decoder.sizing)
         self.budget = min(budget, most) if isinstance(budget, int) and most is not None else budget
         self._profile = profile
-
-    @property
-    def decoder(self) -> Decoder:
-        """The decoder itself."""
-        return self._decoder
 
     def run(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> Run:
         """Decode a group of prompts together."""
         started = time.perf_counter()
-        sequences = self._decoder.generate(
-            **_inputs(self._decoder.model, prompts),
+        sequences = self.decoder.generate(
+            **_inputs(self.decoder.model, prompts),
             max_new_tokens=max_new_tokens,
             do_sample=False,
         )
         seconds = time.perf_counter() - started
-        outputs, steps = _outputs(self._decoder.model, sequences, prompts), self.taken_steps()
+        outputs, steps = _outputs(self.decoder.model, sequences, prompts), self.taken_steps()
         is_single = self._profile and len(prompts) == 1
         return Run(
             outputs=outputs,
-            stats=self._decoder.stats,
+            stats=self.decoder.stats,
             seconds=seconds,
-            first_token_seconds=seconds - self._decoder.stats.decode_seconds,
-            step_counts=_emitted_by(steps, self._decoder.stats.tokens) if is_single else [],
+            first_token_seconds=seconds - self.decoder.stats.decode_seconds,
+            step_counts=_emitted_by(steps, self.decoder.stats.tokens) if is_single else [],
             steps=steps,
         )
 
@@ -232,19 +348,15 @@ def _wait(device: torch.device) -> None:
 
 def _inputs(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> dict[str, Any]:
     """Prompts padded on the left, as `generate` wants them."""
-    longest = max(len(prompt) for prompt in prompts)
-    ids = torch.zeros(len(prompts), longest, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, longest - len(prompt) :] = torch.tensor(list(prompt))
-        mask[row, longest - len(prompt) :] = 1
-    return {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
+    ids = [torch.tensor(list(prompt)) for prompt in prompts]
+    rows = {"input_ids": ids, "attention_mask": [torch.ones_like(prompt) for prompt in ids]}
+    padded = {name: pad_sequence(parts, batch_first=True, padding_side="left") for name, parts in rows.items()}
+    return {name: table.to(model.device) for name, table in padded.items()}
 
 
 def _outputs(model: PreTrainedModel, sequences: Any, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
     stops = end_ids(model.generation_config.eos_token_id)
-    longest = max(len(prompt) for prompt in prompts)
-    rows: list[list[int]] = sequences[:, longest:].tolist()
+    rows: list[list[int]] = sequences[:, max(map(len, prompts)) :].tolist()
     return [cut(row, stops) for row in rows]
 
 

@@ -10,22 +10,13 @@ from rich.table import Table
 from rich.text import Text
 
 from ladon.bench import report
-from ladon.bench.findings import Findings, Key
-from ladon.bench.identity import Difference
+from ladon.bench.findings import Difference, Findings, Key
 from ladon.bench.report import Result
 from ladon.bench.systems import Budget
 
-_COLUMNS = (
-    "nodes",
-    "tokens\n/step",
-    "not re-\npeated",
-    "tokens\n/s",
-    "vs\nplain",
-    "trans-\nformers",
-    "step\nms",
-    "model\nms",
-    "over-\nhead",
-)
+_COLUMNS: tuple[str, ...] = ("nodes", "tokens\n/step", "not re-\npeated", "tokens\n/s", "vs\nplain", "trans-\nformers")
+_COLUMNS += ("step\nms", "model\nms", "over-\nhead")
+_STYLE: dict[str, Any] = {"header_style": "dim", "pad_edge": False, "box": None, "padding": (0, 1, 0, 0)}
 _IDENTICAL = {True: "yes", False: "[bold red]NO[/]", None: "?"}
 
 
@@ -56,7 +47,7 @@ def several(count: int, noun: str) -> str:
 
 def table(results: Sequence[Result], baselines: Sequence[dict[str, Any]], batch: int) -> Table:
     """The comparison at one batch size, for people: 78 columns wide, transformers first, the fastest in bold."""
-    view = Table(header_style="dim", pad_edge=False, box=None, padding=(0, 1, 0, 0))
+    view = Table(**_STYLE)
     view.add_column("mode" if batch == 1 else f"mode\n(batch {batch})", no_wrap=True)
     for name in _COLUMNS:
         view.add_column(name, justify="right", no_wrap=True)
@@ -65,16 +56,8 @@ def table(results: Sequence[Result], baselines: Sequence[dict[str, Any]], batch:
     base = next(base for base in baselines if base["batch"] == batch)
     plain = next(result for result in chosen if result.mode == "plain")
     ratio = None if plain.speedup_vs_transformers is None else 1 / plain.speedup_vs_transformers
-    cells = [
-        "1",
-        "1.00",
-        "",
-        _number(base["tokens_per_second"], 1),
-        _times(ratio),
-        "1.00x",
-        _number(base["step_ms"], 2),
-    ]
-    view.add_row("transformers", *cells, style="dim")
+    speed, step_ms = _number(base["tokens_per_second"], 1), _number(base["step_ms"], 2)
+    view.add_row("transformers", "1", "1.00", "", speed, _times(ratio), "1.00x", step_ms, style="dim")
     best = max(chosen, key=lambda result: result.tokens_per_second or 0.0)
     for result in chosen:
         view.add_row(
@@ -96,7 +79,7 @@ def table(results: Sequence[Result], baselines: Sequence[dict[str, Any]], batch:
 
 def diagnosis_table(results: Sequence[Result]) -> Table:
     """Where each mode loses tokens, per row-step, for those that were looked at."""
-    view = Table(header_style="dim", pad_edge=False, box=None, padding=(0, 1, 0, 0))
+    view = Table(**_STYLE)
     view.title, view.title_justify = "where tokens are lost (drafts per row-step)", "left"
     view.add_column("mode", no_wrap=True)
     names = ("known", "oracle", "selected", "accepted", "top")

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ladon.calibrate.lattice_trace import LatticeTrace
-from ladon.calibrate.ranks import hit_rates, marginal_hit_rates
+from ladon.calibrate.lattice_trace import LatticeTrace, hit_rates, marginal_hit_rates
 from ladon.calibrate.simulate import SimulatedRun, simulate_budgets, simulate_prefixes
-from ladon.calibrate.step_times import StepTimes
 from ladon.calibrate.temperatures import BINS, CalibrationError, calibration_errors, fit_temperatures
+from ladon.calibrate.timing import StepTimes
 from ladon.config import HIDDEN, MARKOV, PRODUCT
 from ladon.errors import InputError
 from ladon.heads.calibration import Calibration
 from ladon.trees.fixed_tree import FixedTree, best_fixed_tree
 from ladon.trees.lattice import Correction
+from ladon.util.files import rounded
 
 SIZES = (8, 16, 32, 64)
 
@@ -122,7 +121,7 @@ def _errors(halves: Halves) -> dict[str, Any]:
         "positions": [error.positions for error in before],
         "temperatures": halves.temperatures,
         **{
-            name: {"top": [_finite(e.top) for e in errors], "all": [_finite(e.all) for e in errors]}
+            name: rounded({"top": [e.top for e in errors], "all": [e.all for e in errors]})
             for name, errors in (("before", before), ("after", after))
         },
     }
@@ -154,8 +153,8 @@ def _entry(tree: str, temperatures: bool, run: SimulatedRun) -> dict[str, Any]:
         "tree": tree,
         "nodes": run.nodes,
         "temperatures": temperatures,
-        "acceptance_length": _finite(run.acceptance_length),
-        "accepted": [round(share, 4) for share in run.accepted],
+        "acceptance_length": rounded(run.acceptance_length),
+        "accepted": rounded(run.accepted),
     }
 
 
@@ -177,12 +176,8 @@ def _times(halves: Halves, measured: Sequence[StepTimes], place: dict[str, Any])
     gains = [run.acceptance_length / relative for run, relative in zip(runs, times.relative, strict=True)]
     best = max(range(len(gains)), key=lambda i: gains[i])
     projected = {
-        "acceptance_length": [_finite(run.acceptance_length) for run in runs],
-        "speedup": [_finite(gain) for gain in gains],
+        "acceptance_length": rounded([run.acceptance_length for run in runs]),
+        "speedup": rounded(gains),
         "best_budget": times.nodes[best],
     }
     return found | {"projected": projected}
-
-
-def _finite(value: float) -> float | None:
-    return round(value, 4) if math.isfinite(value) else None

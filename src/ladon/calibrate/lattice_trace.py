@@ -4,7 +4,7 @@ Shapes: P positions, R rows (answers), K depths (one per head), C candidates, G 
 
 All that `ladon calibrate` fits or simulates is computed from such a trace, without the model. Probabilities under any
 temperature need the full softmax's normaliser, which the candidates alone do not give: it is kept on a grid of
-temperatures, between which it is smooth.
+temperatures, between which it is smooth. Hit rates, by which fixed trees are chosen, are shares of its ranks.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from torch import Tensor
 from ladon.config import PRODUCT
 from ladon.errors import InputError
 from ladon.trees.lattice import Correction, outside
+from ladon.util.tensors import with_tensors
 
 FORMAT = "ladon-lattice-trace"
 VERSION = "2"
@@ -140,18 +141,8 @@ class LatticeTrace:
         starts = self.row_starts.tolist()
         parts = [torch.arange(starts[row], starts[row + 1]) for row in rows]
         index = torch.cat([torch.arange(0), *parts])
-        return LatticeTrace(
-            tokens=self.tokens[index],
-            logits=self.logits[index],
-            log_normalizers=self.log_normalizers[index],
-            roots=self.roots[index],
-            truth=self.truth[index],
-            row_starts=torch.tensor([0, *map(len, parts)]).cumsum(0),
-            gates=None if self.gates is None else self.gates[index],
-            heads=self.heads,
-            joint=self.joint,
-            about=self.about,
-        )
+        chosen = with_tensors(self, lambda table: table if table is self.row_starts else table[index])
+        return replace(chosen, row_starts=torch.tensor([0, *map(len, parts)]).cumsum(0))
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file; whoever looks sees the old file or the new one."""
@@ -198,3 +189,36 @@ def _cubic_weights(temperature: float) -> Tensor:
     for i in places:
         weights[i] = math.prod((at - j) / (i - j) for j in places if j != i)
     return weights
+
+
+def hit_rates(ranks: Tensor, num_candidates: int) -> list[list[float]]:
+    """How often each rank of each head is right, given that the shallower heads' counted candidates held the truth.
+
+    Args:
+        ranks: [P, K].
+        num_candidates: C.
+
+    Returns:
+        [K][C], each in [0, 1]; 0 where no position counts.
+    """
+    return _shares(ranks, on_true_path(ranks, num_candidates), num_candidates)
+
+
+def marginal_hit_rates(ranks: Tensor, num_candidates: int) -> list[list[float]]:
+    """The same over all positions, whatever the shallower heads guessed."""
+    return _shares(ranks, ranks >= 0, num_candidates)
+
+
+def on_true_path(ranks: Tensor, num_candidates: int) -> Tensor:
+    """Where the truth of a depth is known, and that of each shallower depth is a candidate: [P, K] bool."""
+    held = (ranks >= 0) & (ranks < num_candidates)
+    before = torch.cat([torch.ones_like(held[:, :1]), held[:, :-1]], dim=1).cumprod(1).bool()
+    return before & (ranks >= 0)
+
+
+def _shares(ranks: Tensor, counted: Tensor, num_candidates: int) -> list[list[float]]:
+    rates = []
+    for column, counts in zip(ranks.T, counted.T, strict=True):
+        hits = torch.bincount(column[counts], minlength=num_candidates + 1)[:num_candidates]
+        rates.append([round(rate, 6) for rate in (hits / counts.sum().clamp(min=1)).tolist()])
+    return rates

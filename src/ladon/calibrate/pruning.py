@@ -1,28 +1,42 @@
 """Whether early pruning pays: which layer, criterion and kept size give the most tokens per second, if any.
 
-What pruning loses in acceptance (`ladon.calibrate.survival`) is set against the time it saves net of the early score
-(`ladon.calibrate.layer_times`). It has to beat not only the whole tree but every smaller one: a tree cut by the heads'
-own order costs less than one that is grown, half verified and then dropped.
+What pruning loses in acceptance is set against the time it saves net of the early score (`ladon.calibrate.timing`). It
+has to beat not only the whole tree but every smaller one: a tree cut by the heads' own order costs less than one that
+is grown, half verified and then dropped.
+
+What it loses is counted while the model answers prompts with whole trees: at every step each way of pruning says which
+nodes it would have kept, and accepted nodes that are not among them are what it would have cost at the same roots.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from ladon.calibrate.layer_times import LayerTimes, Trials, measure_layer_times
-from ladon.calibrate.survival import Survival, Survivals, record_survival
+from ladon.calibrate.recording import row_of
+from ladon.calibrate.timing import LayerTimes, Trials, default_proposer, measure_layer_times
+from ladon.engine.engine import Engine
 from ladon.errors import InputError, UnsupportedModelError
 from ladon.heads import Heads
-from ladon.heads.early_exit import EarlyExit, decoder_layers, load_early_exit
+from ladon.heads.early_exit import EarlyExit, load_early_exit
+from ladon.heads.model_parts import decoder_layers
+from ladon.sampling import sampler
+from ladon.sampling.acceptance import longest_match
+from ladon.target.hooks import layer_output
+from ladon.target.kv_cache import TreeCache
+from ladon.target.pruning.node_scores import best_nodes
 from ladon.target.pruning.pruner import Pruning
 from ladon.target.target import Target
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from ladon.target.verify_output import VerifyOutput
+from ladon.tree_size.observer import TreeSizes
+from ladon.trees.token_tree import TokenTree
+from ladon.util.files import rounded
 
 SIZES = (8, 16, 24, 32, 48, 64)
 KEEPS = (1, 2, 4, 8, 12, 16, 24, 32, 48)
@@ -168,14 +182,14 @@ def find_pruning(
         verdicts.append(found)
         measured.append(_document(times, draft_ms, found) | _check(trials, found[0]))
     progress("timing verifications", len(batches), len(batches))
-    return {
-        "place": place or {},
+    document: dict[str, Any] = {
         "row_steps": survivals.row_steps,
-        "unpruned": {str(n): round(length, 4) for n, length in survivals.unpruned.items()},
+        "unpruned": {str(n): length for n, length in survivals.unpruned.items()},
         "survival": [_survival(way, size, survivals) for way in ways for size in sizes],
         "measured": measured,
         "best": best_everywhere(verdicts),
     }
+    return {"place": place or {}, **rounded(document)}
 
 
 def best_everywhere(verdicts: Sequence[Sequence[Verdict]]) -> dict[str, Any] | None:
@@ -186,7 +200,7 @@ def best_everywhere(verdicts: Sequence[Sequence[Verdict]]) -> dict[str, Any] | N
             what = verdict.survival.nodes, verdict.survival.pruning
             least[what] = min(verdict.gain, least.get(what, verdict.gain))
     best = max(least, key=lambda what: least[what])
-    return {"nodes": best[0], **_names(best[1]), "gain": round(least[best], 4)} if least[best] >= PAYS else None
+    return {"nodes": best[0], **_names(best[1]), "gain": rounded(least[best])} if least[best] >= PAYS else None
 
 
 def _names(pruning: Pruning) -> dict[str, Any]:
@@ -198,9 +212,9 @@ def _names(pruning: Pruning) -> dict[str, Any]:
 def _survival(way: Pruning, size: int, survivals: Survivals) -> dict[str, Any]:
     """Tokens per row-step, and the share of accepted paths that survive whole, by kept size."""
     of_way = [survival for survival in survivals.pruned if replace(survival.pruning, keep=way.keep) == way]
-    found = [survival for survival in of_way if survival.nodes == size]
-    lengths = {str(survival.pruning.keep): round(survival.acceptance_length, 4) for survival in found}
-    whole = {str(survival.pruning.keep): round(survival.whole, 4) for survival in found}
+    found = {str(survival.pruning.keep): survival for survival in of_way if survival.nodes == size}
+    lengths = {keep: survival.acceptance_length for keep, survival in found.items()}
+    whole = {keep: survival.whole for keep, survival in found.items()}
     return {**_names(way), "nodes": size, "keep": None, "acceptance_length": lengths, "whole": whole}
 
 
@@ -209,24 +223,148 @@ def _document(times: LayerTimes, draft_ms: float, verdicts: Sequence[Verdict]) -
     best: dict[Pruning, Verdict] = {}
     for verdict in verdicts:  # the best come first
         best.setdefault(replace(verdict.survival.pruning, keep=1), verdict)
-    tables = {
-        name: {str(n): round(ms, 4) for n, ms in getattr(times, name).items()} for name in ("layer_ms", "rest_ms")
-    }
+    tables = {name: {str(n): ms for n, ms in getattr(times, name).items()} for name in ("layer_ms", "rest_ms")}
     rows = [
         {
             "nodes": verdict.survival.nodes,
             **_names(verdict.survival.pruning),
-            "acceptance_length": round(verdict.survival.acceptance_length, 4),
-            "score_ms": round(verdict.score_ms, 4),
-            "verify_ms": round(verdict.ms, 4),
-            "gain": round(verdict.gain, 4),
+            "acceptance_length": verdict.survival.acceptance_length,
+            "score_ms": verdict.score_ms,
+            "verify_ms": verdict.ms,
+            "gain": verdict.gain,
         }
         for verdict in best.values()
     ]
-    return {"batch": times.batch, "context": times.context, **tables, "draft_ms": round(draft_ms, 4), "pruned": rows}
+    return {"batch": times.batch, "context": times.context, **tables, "draft_ms": draft_ms, "pruned": rows}
 
 
 def _check(trials: Trials, best: Verdict) -> dict[str, Any]:
     """The best way in real: the milliseconds of its verifications, and of unpruned ones in turns with them."""
     whole, pruned = trials.compare(best.survival.nodes, best.survival.pruning)
-    return {"check": {"whole_ms": round(whole, 4), "pruned_ms": round(pruned, 4), "predicted_ms": round(best.ms, 4)}}
+    return {"check": {"whole_ms": whole, "pruned_ms": pruned, "predicted_ms": best.ms}}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Survival:
+    """What one way of pruning would have kept.
+
+    Attributes:
+        nodes: N, nodes of the whole trees, root included.
+        pruning: the way; its `keep` is the number of nodes that go on.
+        acceptance_length: tokens per row-step, the bonus token included.
+        whole: share of the row-steps whose accepted path survives to its end.
+    """
+
+    nodes: int
+    pruning: Pruning
+    acceptance_length: float
+    whole: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Survivals:
+    """What all of them would have kept, at the same roots.
+
+    Attributes:
+        row_steps: roots.
+        unpruned: tokens per row-step of the best n nodes at each root, by n.
+        pruned: every way with every size of tree and every kept size.
+    """
+
+    row_steps: int
+    unpruned: dict[int, float]
+    pruned: list[Survival]
+
+
+def record_survival(
+    model: PreTrainedModel,
+    heads: Heads,
+    prompts: Sequence[Tensor],
+    ways: Sequence[Pruning],
+    *,
+    sizes: Sequence[int],
+    keeps: Sequence[int],
+    max_new_tokens: int,
+    batch_size: int = 16,
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+) -> Survivals:
+    """Let `model` answer the prompts greedily with whole trees, and judge the trees in every way.
+
+    Args:
+        model: the target.
+        heads: its heads.
+        prompts: 1-D token ids each, without padding.
+        ways: layers, criteria and their settings; their `keep` is of no effect.
+        sizes: nodes N of the whole trees, root included; the largest is grown, and its best nodes are the others.
+        keeps: sizes M to judge, root included.
+        max_new_tokens: tokens per answer at most.
+        batch_size: prompts decoded together.
+        progress: called with (what, prompts answered, prompts in all).
+
+    Raises:
+        InputError: a prompt is empty or fills the model's context, or nothing was drafted.
+        UnsupportedModelError: the model's trees cannot be pruned in one of these ways.
+    """
+    target = _WatchedTarget(model, ways, sizes, keeps)
+    proposer = default_proposer(target, heads)
+    rows = [row_of(index, prompt, max_new_tokens, target) for index, prompt in enumerate(prompts)]
+    engine = Engine(target, proposer, TreeSizes(max(sizes), target.device), max_rows=batch_size)
+    for _ in engine.run(rows):
+        progress("judging trees", sum(row.finished for row in rows), len(rows))
+    return target.found()
+
+
+class _WatchedTarget(Target):
+    """A target whose verified trees are judged on the way."""
+
+    def __init__(
+        self, model: PreTrainedModel, ways: Sequence[Pruning], sizes: Sequence[int], keeps: Sequence[int]
+    ) -> None:
+        super().__init__(model)
+        self.check()
+        self._ways, self._sizes, self._keeps = list(ways), sorted(set(sizes)), sorted(set(keeps))
+        for way in self._ways:
+            self.pruner(way)
+        self._sums: dict[tuple[int, Pruning], Tensor] = {}  # by N and way: accepted nodes that survive, whole paths
+        self._unpruned: dict[int, Tensor] = {}
+        self._row_steps = 0
+
+    def verify(self, tree: TokenTree, cache: TreeCache, pruning: Pruning | None = None) -> VerifyOutput:
+        """The tree is verified whole; then it is judged."""
+        layers = {way.layer for way in self._ways}
+        with ExitStack() as stack:
+            seen = {layer: stack.enter_context(layer_output(self.model, layer)) for layer in layers}
+            out = super().verify(tree, cache)
+        if tree.num_nodes > 1 and all(len(states) == 1 for states in seen.values()):  # rows have shared one forward
+            self._judge(out, {layer: states[0] for layer, states in seen.items()})
+        return out
+
+    @torch.no_grad()
+    def _judge(self, out: VerifyOutput, states: dict[int, Tensor]) -> None:
+        path = longest_match(out.tree, sampler.greedy(out.logits), out.ancestors).path
+        right = torch.zeros_like(out.tree.tokens, dtype=torch.bool).scatter_(1, path, True)
+        for size in {*self._sizes, *self._keeps}:
+            self._unpruned[size] = self._unpruned.get(size, right.new_zeros(())) + right[:, :size].sum()
+        for size in self._sizes:
+            tree, ancestors, accepted = out.tree.prefix(size), out.ancestors[:, :size, :size], right[:, :size]
+            for way in self._ways:
+                paths = self.pruner(way).score(states[way.layer][:, :size], tree, ancestors)
+                survived = torch.stack([accepted.gather(1, best_nodes(paths, keep)).sum(1) for keep in self._keeps])
+                whole = survived == accepted.sum(1)
+                found = torch.stack([survived.sum(1), whole.sum(1)])
+                self._sums[size, way] = self._sums.get((size, way), torch.zeros_like(found)) + found
+        self._row_steps += out.tree.batch_size
+
+    def found(self) -> Survivals:
+        """Means over all row-steps."""
+        if self._row_steps == 0:
+            raise InputError("no tree was drafted, so there is nothing to prune; ask for more new tokens")
+        pruned = []
+        for (size, way), sums in self._sums.items():
+            lengths, whole = (sums / self._row_steps).tolist()
+            for keep, length, share in zip(self._keeps, lengths, whole, strict=True):
+                if keep < size:
+                    pruning = replace(way, keep=keep)
+                    pruned.append(Survival(nodes=size, pruning=pruning, acceptance_length=length, whole=share))
+        unpruned = {size: float(total) / self._row_steps for size, total in sorted(self._unpruned.items())}
+        return Survivals(row_steps=self._row_steps, unpruned=unpruned, pruned=pruned)

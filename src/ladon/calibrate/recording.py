@@ -1,19 +1,21 @@
 """Records a trace: the target decodes plainly, and at every token of its answers the heads say what they guess.
 
 Heads, or hidden corrections, that read the tokens before their guesses are given the true ones, so they speak when an
-answer has ended.
+answer has ended. `probe` is a quick look at heads by the same means.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ladon.calibrate.lattice_trace import GRID, LatticeTrace
 from ladon.config import HIDDEN, MARKOV, PRODUCT, DecoderOptions
@@ -27,10 +29,17 @@ from ladon.heads import Heads
 from ladon.heads.correction import MarkovCorrection
 from ladon.target.target import Target
 from ladon.tree_size.observer import TreeSizes
+from ladon.trees.lattice import Correction
 from ladon.trees.token_tree import TokenTree, root_tree
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+TOO_FEW = 0.05  # trained heads are right on a third of the tokens or more, heads of another model on next to none
+_TOKENS = 20
+_PROMPTS = (
+    "The capital of France is",
+    "Once upon a time, there was a",
+    "To make a cup of tea, first",
+    "def read_lines(path):\n",
+)
 
 
 def record(
@@ -76,9 +85,9 @@ def record(
         if ended:
             done += ended
             progress("recording the heads' guesses", done, len(rows))
-    place_of = {row: place for place, row in enumerate(rows)}
-    places = torch.tensor([place_of[row] for row in joined])
-    return _assemble(recorder, places, [row.tokens for row in rows], heads, about or {})
+    numbers = {row: number for number, row in enumerate(joined)}
+    answers = [recorder.answers[numbers[row]] for row in rows]
+    return _assemble(answers, [row.tokens for row in rows], heads, about or {})
 
 
 class _Recorder(Stateless):
@@ -88,8 +97,8 @@ class _Recorder(Stateless):
         self._heads, self._num_candidates, self._chunk = heads, min(num_candidates, heads.vocab_size), chunk
         self._rows: list[_Answer] = []
         self._joined = 0
-        # Of each answer: row of each token, tokens, logits, log-normalisers, roots; gates if there are any.
-        self.answers: list[list[Tensor]] = []
+        # Of each answer, by its number: tokens, logits, log-normalisers, roots; gates if there are any.
+        self.answers: dict[int, list[Tensor]] = {}
 
     def join(self, prompts: Sequence[Tensor], hidden: Tensor, states: Sequence[Tensor] = ()) -> None:
         """Rows are numbered in the order in which they join."""
@@ -120,11 +129,10 @@ class _Recorder(Stateless):
             for hidden, tokens in zip(*parts, strict=True)
         ]
         tables = [torch.cat(tables).cpu() for tables in zip(*found, strict=True)]
-        self.answers.append([torch.full((len(roots),), answer.number), *tables, roots.int().cpu()])
         correction = self._heads.correction
         gates = correction.gates(states) if isinstance(correction, MarkovCorrection) else None
-        if gates is not None:
-            self.answers[-1].append(gates.float().cpu())
+        of_gates = [] if gates is None else [gates.float().cpu()]
+        self.answers[answer.number] = [*tables, roots.int().cpu(), *of_gates]
 
 
 @dataclass(eq=False, slots=True)
@@ -178,18 +186,12 @@ def row_of(index: int, prompt: Tensor, max_new_tokens: int, target: Target) -> R
 
 
 def _assemble(
-    recorder: _Recorder, places: Tensor, answers: Sequence[Sequence[int]], heads: Heads, about: Mapping[str, Any]
+    recorded: Sequence[Sequence[Tensor]], answers: Sequence[Sequence[int]], heads: Heads, about: Mapping[str, Any]
 ) -> LatticeTrace:
-    """Sort the answers by row and add what was said; a row's last token had nothing to follow it and is left out.
-
-    `places` says which answer belongs to each row, as the recorder has numbered them.
-    """
-    rows, *tables = (torch.cat(parts) for parts in zip(*recorder.answers, strict=True))
-    rows = places[rows]
-    order = rows.argsort(stable=True)
-    is_last = torch.ones_like(order, dtype=torch.bool)
-    is_last[:-1] = rows[order].diff() > 0
-    tokens, logits, normalizers, roots, *gates = (table[order[~is_last]] for table in tables)
+    """Put what was recorded of each answer together; its last token had nothing to follow it and is left out."""
+    tokens, logits, normalizers, roots, *gates = (
+        torch.cat([table[:-1] for table in tables]) for tables in zip(*recorded, strict=True)
+    )
     return LatticeTrace(
         tokens=tokens,
         logits=logits,
@@ -209,3 +211,31 @@ def _following(answers: Sequence[Sequence[int]], num_heads: int) -> Tensor:
     padded = torch.tensor(list(chain.from_iterable([*answer, *[-1] * num_heads] for answer in answers)))
     windows = padded.unfold(0, num_heads + 1, 1)
     return windows[(windows[:, 0] >= 0) & (windows[:, 1] >= 0), 1:].int()
+
+
+def correction_of(heads: Heads) -> Correction | None:
+    """The heads' Markov correction for traces, which lie on the CPU in float32 and hold its gates; None for none."""
+    correction = heads.correction
+    return copy.deepcopy(correction).cpu().float().among if isinstance(correction, MarkovCorrection) else None
+
+
+def probe(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, heads: Heads) -> float:
+    """How often head 1's best token is what the model goes on to say: a quick look at whether heads belong to it.
+
+    The model continues a few short prompts by 20 tokens each, greedily; head 1 is asked at every position of these
+    answers.
+
+    Args:
+        model: the target, in evaluation mode.
+        tokenizer: its tokenizer.
+        heads: bound to the model.
+
+    Returns:
+        A share, 0 to 1. Under `TOO_FEW` the heads guess next to nothing right.
+
+    Raises:
+        UnsupportedModelError: the model cannot decode with Ladon.
+    """
+    prompts = [tokenizer(text, return_tensors="pt")["input_ids"][0] for text in _PROMPTS]
+    ranks = record(model, heads, prompts, max_new_tokens=_TOKENS).ranks()[:, 0]
+    return float((ranks == 0).double().mean()) if len(ranks) else 0.0

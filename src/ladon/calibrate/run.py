@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ladon.calibrate.drafting import correction_of
 from ladon.calibrate.findings import calibrate
 from ladon.calibrate.lattice_trace import LatticeTrace
 from ladon.calibrate.pruning import find_pruning, usable_ways
-from ladon.calibrate.recording import record
-from ladon.calibrate.step_times import StepTimes, measure_step_times, profile_of
+from ladon.calibrate.recording import correction_of, record
+from ladon.calibrate.timing import StepTimes, measure_step_times, profile_of
 from ladon.errors import InputError
 from ladon.heads import Heads
 from ladon.heads.calibration import Calibration

@@ -14,7 +14,7 @@ from ladon.calibrate.simulate import NOT_SIMULATED
 from ladon.config import HIDDEN, PATHS
 from ladon.heads.calibration import Calibration
 from ladon.trees.fixed_tree import FixedTree
-from ladon.viz.outline import outline
+from ladon.viz.fixed_tree import outline
 
 _RANKS = 5
 _WAYS = 3  # to prune, shown per batch size
@@ -51,11 +51,17 @@ def summary(calibration: Calibration) -> Iterable[RenderableType]:
         yield from _pruning(calibration.pruning)
 
 
+def _table(title: str, columns: Sequence[str], left: Sequence[str] = ()) -> Table:
+    """A table without rows, of numbers but for the columns named by `left`."""
+    table = Table(title=title, title_justify="left")
+    for name in columns:
+        table.add_column(name, justify="left" if name in left else "right")
+    return table
+
+
 def _depths(calibration: Calibration) -> Table:
-    table = Table(title="Heads", title_justify="left")
     columns = ["head", f"right, rank 1-{_RANKS}, all positions", "given the prefix is right", "temperature"]
-    for name in [*columns, "error, best candidate", "error, all candidates"]:
-        table.add_column(name, justify="left" if "right" in name else "right")
+    table = _table("Heads", [*columns, "error, best candidate", "error, all candidates"], left=columns[1:3])
     marginal = calibration.marginal_hit_rates or [[]] * len(calibration.temperatures)
     for depth, temperature in enumerate(calibration.temperatures):
         errors = [_change(calibration.error, kind, depth) for kind in ("top", "all")] if calibration.error else ["", ""]
@@ -76,9 +82,8 @@ def _change(error: Mapping[str, Any], kind: str, depth: int) -> str:
 def _acceptance(simulated: Sequence[Mapping[str, Any]]) -> Table:
     """One line per size: the fixed tree and the dynamic one, the latter without and with temperatures."""
     found = {(entry["tree"], entry["nodes"], entry["temperatures"]): entry for entry in simulated}
-    table = Table(title="Tokens per step, simulated on the prompts left out of the fit", title_justify="left")
-    for name in ("nodes", "chain", "fixed", "dynamic", "dynamic, with temperatures"):
-        table.add_column(name, justify="right")
+    title = "Tokens per step, simulated on the prompts left out of the fit"
+    table = _table(title, ["nodes", "chain", "fixed", "dynamic", "dynamic, with temperatures"])
     columns = [("chain", False), ("fixed", False), ("dynamic", False), ("dynamic", True)]
     for nodes in sorted({entry["nodes"] for entry in simulated}):
         entries = [found.get((tree, nodes, temperatures)) for tree, temperatures in columns]
@@ -96,10 +101,8 @@ def _prefixes(prefixes: Mapping[str, Any]) -> Table:
     stages = [("known", prefixes["known"]), ("oracle", prefixes["oracle"])]
     stages += [(f"selected, {size} nodes", found) for size, found in selected]
     title = f"How far the truth is followed, from {prefixes['positions']} positions left out of the fit"
-    table = Table(title=title, title_justify="left")
     depths = [f"depth {depth}" for depth in range(1, len(prefixes["known"]["shares"]) + 1)]
-    for name in ("prefix", "mean", "lost", *depths):
-        table.add_column(name, justify="left" if name == "prefix" else "right")
+    table = _table(title, ["prefix", "mean", "lost", *depths], left=["prefix"])
     means = [found["mean"] for _, found in stages]
     losses = ["", *(f"{above - mean:.2f}" for above, mean in pairwise(means)), ""]
     for (name, found), lost in zip([*stages, ("top-1", prefixes["top"])], losses, strict=True):
@@ -109,9 +112,8 @@ def _prefixes(prefixes: Mapping[str, Any]) -> Table:
 
 def _times(step_times: Mapping[str, Any]) -> Iterable[RenderableType]:
     measured, projected, place = step_times["measured"][0], step_times.get("projected"), step_times["place"]
-    table = Table(title=f"A decode step at {measured['context']} tokens of context", title_justify="left")
-    for name in ("nodes", "ms", "of a plain step", *(("tokens per step", "projected speed-up") if projected else ())):
-        table.add_column(name, justify="right")
+    columns = ["nodes", "ms", "of a plain step", *(("tokens per step", "projected speed-up") if projected else ())]
+    table = _table(f"A decode step at {measured['context']} tokens of context", columns)
     rows = zip(*(measured[name] for name in ("nodes", "ms", "relative")), strict=True)
     for line, (nodes, ms, relative) in enumerate(rows):
         cells, bold = [str(nodes), f"{ms:.2f}", f"{relative:.2f}x"], ""
@@ -131,23 +133,15 @@ def _times(step_times: Mapping[str, Any]) -> Iterable[RenderableType]:
 
 def _pruning(pruning: Mapping[str, Any]) -> Iterable[RenderableType]:
     """Of each batch size the best few ways to prune, against the best tree that is not pruned."""
-    table = Table(title="Early pruning, against the best tree that is not pruned", title_justify="left")
     names = ["batch", "after layer", "criterion", "nodes", "kept", "tokens per step", "score, ms", "verify, ms"]
-    for name in [*names, "tokens per second"]:
-        table.add_column(name, justify="left" if name == "criterion" else "right")
+    title = "Early pruning, against the best tree that is not pruned"
+    table = _table(title, [*names, "tokens per second"], left=["criterion"])
     for measured in pruning["measured"]:
         for row in measured["pruned"][:_WAYS]:
-            table.add_row(
-                str(measured["batch"]),
-                str(row["layer"]),
-                f"{_criterion(row)}{', trained' if row['trained'] else ''}",
-                str(row["nodes"]),
-                str(row["keep"]),
-                f"{row['acceptance_length']:.2f}",
-                f"{row['score_ms']:.2f}",
-                f"{row['verify_ms']:.2f}",
-                f"{row['gain']:.2f}x",
-            )
+            criterion = f"{_criterion(row)}{', trained' if row['trained'] else ''}"
+            counts = [measured["batch"], row["layer"], criterion, row["nodes"], row["keep"]]
+            means = [f"{row[name]:.2f}" for name in ("acceptance_length", "score_ms", "verify_ms")]
+            table.add_row(*map(str, counts), *means, f"{row['gain']:.2f}x")
     yield table
     best = pruning["best"]
     if best is None:

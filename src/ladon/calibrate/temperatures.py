@@ -22,8 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ladon.calibrate.lattice_trace import GRID, LatticeTrace
-from ladon.calibrate.ranks import on_true_path
+from ladon.calibrate.lattice_trace import GRID, LatticeTrace, on_true_path
 
 BINS = 10
 _CELLS = 1 << 14  # probabilities are sorted to this resolution

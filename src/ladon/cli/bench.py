@@ -151,7 +151,7 @@ def tree_source(
     Hit rates are measured on the model's answers to the prompts of `calibration`. Without such a file, those of the
     bundled heads are known; for others they are measured on the prompts of the benchmark itself, and that is said.
     """
-    from ladon.bench.calibration import calibrate
+    from ladon.bench.runner import calibrate
     from ladon.bench.workloads import read_workload
     from ladon.demo.bundled import demo_fixed_tree
     from ladon.trees.fixed_tree import FixedTree, best_fixed_tree
@@ -187,7 +187,7 @@ def workload_of(loaded: Loaded, prompts: Path | None, limit: int | None) -> Work
 
 def _write_answers(path: Path, subject: Subject, findings: Findings, plan: BenchOptions) -> None:
     """One mode's answers to `path`, or those of all systems to files beside it; of the first batch size."""
-    from ladon.bench.answers import answer_files
+    from ladon.bench.report import answer_files
 
     everyone = [entry for entry in findings.measured if entry.batch == plan.batches[0]]
     asked = [entry for entry in everyone if entry.system in plan.modes]

@@ -22,7 +22,7 @@ from ladon.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from ladon.train.distill import Answer, Answerer, Report, Settings
+    from ladon.train.distill.distill import Answer, Answerer, Report, Settings
 
 _DEFAULTS = DistillOptions()
 _SOME_FAILED = 1
@@ -97,8 +97,8 @@ def distill(
     budget, tree = options.parse_budget(drafting.budget), options.parse_tree(drafting.tree)
     check_writable(out)
     key = endpoint.key(target.heads)
-    from ladon.train.distill import distill as run
-    from ladon.train.prompts import read_prompts
+    from ladon.train.data.prompts import read_prompts
+    from ladon.train.distill.distill import distill as run
 
     common = {**asdict(sampling), "max_new_tokens": max_new_tokens}
     drafts = {"batch": batch, "tree": tree, "budget": budget}
@@ -128,9 +128,9 @@ def _answerer(
 ) -> tuple[Answerer, Settings, PreTrainedTokenizerBase]:
     """Who answers, a server or the model here; what all rows have in common; and the tokenizer."""
     from ladon.cli.loading import dtype_name, load, load_tokenizer
-    from ladon.train.distill import Settings
-    from ladon.train.endpoint import EndpointModel
-    from ladon.train.local import LocalModel, ignored_settings, weights_hash
+    from ladon.train.distill.distill import Settings
+    from ladon.train.distill.endpoint import EndpointModel
+    from ladon.train.distill.local import LocalModel, ignored_settings, weights_hash
 
     if endpoint.endpoint is not None:
         settings = Settings(model=endpoint.endpoint_model or target.model, dtype="unknown", **common)
@@ -183,7 +183,7 @@ def _document(report: Report, acceptance_length: float | None) -> dict[str, Any]
 
 def _lines(document: dict[str, Any], out: Path) -> list[str]:
     """The same for people."""
-    from ladon.train.distill import failed_path
+    from ladon.train.distill.distill import failed_path
 
     speed = f"{document['tokens_per_second']:.0f} tokens/s"
     about = f"{document['rows']} rows written to {out}, {document['tokens']} tokens, {speed}"

@@ -40,7 +40,7 @@ def export(
         ladon export heads --format tensorrt-llm --tree tree.json --out heads-trt
     """
     from ladon.heads.factory import read_heads
-    from ladon.heads.formats.exporting import export_heads
+    from ladon.heads.formats.export import export_heads
 
     base, tokenizer = (None, None) if model is None else _stored(model, trust_remote_code)
     shape = None if tree is None else _rank_paths(tree)

@@ -209,7 +209,7 @@ def _stats_json(stats: DecodeStats) -> dict[str, Any]:
 
 def _stats_lines(stats: DecodeStats) -> list[str]:
     """The same for people."""
-    from ladon.viz.text import NO_STEP
+    from ladon.viz.record import NO_STEP
 
     if not stats.forwards:
         return [NO_STEP]

@@ -44,7 +44,7 @@ def import_heads(
     from ladon.heads.checkpoint import find_heads, is_own
     from ladon.heads.factory import read_heads
     from ladon.heads.formats.detect import detect
-    from ladon.heads.formats.reading import open_checkpoint
+    from ladon.heads.formats.files import open_checkpoint
 
     def loaded(name: str) -> Loaded:
         return load(options.Target(model=name, **asdict(machine)))
@@ -80,7 +80,7 @@ def _write(
     out: Path, found: Found | None, heads: Heads, base: Loaded | None, *, force: bool
 ) -> tuple[Path | None, Path]:
     """Write the heads to a new folder, and beside them the model that they came in, if they did; where each is."""
-    from ladon.heads.formats.folders import new_folder
+    from ladon.heads.formats.files import new_folder
     from ladon.heads.formats.whole import split_model
 
     if base is not None:
@@ -99,7 +99,7 @@ def _write(
 
 def _try_out(heads: Heads, home: Path, base: Loaded, *, force: bool) -> float | None:
     """How often head 1 is right; if it is, the heads are known to be this model's, and that is saved with them."""
-    from ladon.calibrate.probe import TOO_FEW, probe
+    from ladon.calibrate.recording import TOO_FEW, probe
     from ladon.heads import load_heads
 
     with warnings.catch_warnings():

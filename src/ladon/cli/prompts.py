@@ -89,7 +89,7 @@ def asked_of(loaded: Loaded, prompts: str | None, limit: int | None) -> Asked:
         InputError: the data set cannot be read, or there is no prompt.
     """
     from ladon.demo.bundled import demo_prompts
-    from ladon.train.prompts import read_prompts
+    from ladon.train.data.prompts import read_prompts
 
     if prompts is not None:
         found = read_prompts(prompts, loaded.tokenizer, limit=limit)

@@ -54,7 +54,7 @@ def train(
     if settings.init_heads is not None:
         settings = replace(settings, init_heads=str(heads_place(settings.init_heads)))
     placement = _placement(device_map, load_in_4bit, load_in_8bit)
-    from ladon.train.rows import read_rows
+    from ladon.train.data.rows import read_rows
     from ladon.train.run import train as run
 
     dtype = "float32" if settings.precision == "fp32" else "auto"

@@ -15,8 +15,7 @@ from ladon.cli.prompts import asked_of
 from ladon.errors import InputError
 
 if TYPE_CHECKING:
-    from ladon.bench.distance import Distance
-    from ladon.bench.verification import Verdict
+    from ladon.bench.quality.verification import Distance, Verdict
     from ladon.sampling.lossy import Nucleus, Typical
 
 _DIFFERENT = 1  # exit code
@@ -73,8 +72,7 @@ def verify(
     for_decoder, rules = drafting.for_decoder(), _rules(accept or [])
     import torch
 
-    from ladon.bench.distance import distance_of
-    from ladon.bench.verification import is_repeatable, verify_law
+    from ladon.bench.quality.verification import distance_of, is_repeatable, verify_law
     from ladon.cli.loading import dtype_name, load
 
     sampled = sampling.for_generate()

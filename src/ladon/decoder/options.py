@@ -16,7 +16,8 @@ from ladon.drafting.ngram_proposer import NgramProposer, looks_up
 from ladon.drafting.proposer import Proposer, RootProposer, as_chain, check_candidates, check_tree, drafting
 from ladon.errors import HeadsError, InputError, TreeError, UnsupportedModelError
 from ladon.heads import Heads
-from ladon.heads.early_exit import decoder_layers, load_early_exit
+from ladon.heads.early_exit import load_early_exit
+from ladon.heads.model_parts import decoder_layers
 from ladon.heads.mtp import MtpHeads
 from ladon.target.pruning.pruner import Pruning
 from ladon.target.target import Target

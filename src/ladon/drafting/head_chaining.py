@@ -13,8 +13,7 @@ from torch import Tensor
 from ladon.config import HIDDEN, HIDDEN_ROWS, JOINTS, MARKOV, MARKOV_ROWS, MTP, PATH_ROWS, PATHS, PRODUCT
 from ladon.errors import HeadsError, InputError
 from ladon.heads import ConditionedHeads, Heads
-from ladon.heads.correction import MarkovCorrection
-from ladon.heads.hidden_correction import HiddenCorrection
+from ladon.heads.correction import HiddenCorrection, MarkovCorrection
 from ladon.trees.fixed_tree import FixedTree
 from ladon.trees.lattice import (
     Lattice,

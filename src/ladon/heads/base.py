@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -12,11 +13,11 @@ from torch import Tensor, nn
 
 from ladon.errors import HeadsError
 from ladon.heads.calibration import Calibration
-from ladon.heads.checkpoint import HeadsConfig, write_heads
-from ladon.heads.correction import MARKOV_GATE, MarkovCorrection
-from ladon.heads.ends import input_embedding_module, output_projection
+from ladon.heads.checkpoint import FORMAT, WEIGHTS_FILE, write_pair
+from ladon.heads.correction import MARKOV_GATE, HiddenCorrection, MarkovCorrection
 from ladon.heads.fingerprint import Fingerprint, check_same_base, fingerprint
-from ladon.heads.hidden_correction import HiddenCorrection
+from ladon.heads.formats.files import CONFIG_FILE
+from ladon.heads.model_parts import OutputProjection, input_embedding_module, output_projection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -182,18 +183,13 @@ class Heads(nn.Module, ABC):
         """Start values for training on `model`: every head begins as the target's own output projection."""
 
     @property
-    def config(self) -> HeadsConfig:
-        """Everything `save` writes beside the weights."""
-        return HeadsConfig(
-            family=self.family,
-            num_heads=self.num_heads,
-            hidden_size=self.hidden_size,
-            vocab_size=self.vocab_size,
-            options=self.options,
-            base_name=self.base_name,
-            base_fingerprint=self.base_fingerprint,
-            training=self.training_record,
-        )
+    def config(self) -> dict[str, Any]:
+        """Everything `save` writes beside the weights, as JSON values."""
+        return {
+            **{name: getattr(self, name) for name in ("family", "num_heads", "hidden_size", "vocab_size", "options")},
+            "base": {"name": self.base_name, "fingerprint": self.base_fingerprint and asdict(self.base_fingerprint)},
+            "training": self.training_record,
+        }
 
     @property
     def is_bound(self) -> bool:
@@ -238,35 +234,48 @@ class Heads(nn.Module, ABC):
 
         The calibration goes with them as `calibration.json`, unless the weights have changed since it was made.
         """
-        write_heads(Path(path), self.config, self.state_dict())
+        write_pair(Path(path), WEIGHTS_FILE, self.state_dict(), CONFIG_FILE, FORMAT, self.config)
         if self.calibration is not None and self.calibration.heads == self.weights_hash:
             self.calibration.save(path)
 
     def project(self, hidden: Tensor) -> Tensor:
         """The target's own output projection: [..., H] to [..., V]."""
-        if not self._projection:
-            raise HeadsError(
-                f"{self.family} heads use the output projection of their model, and have none yet. Call "
-                "heads.bind(model) or load_heads(path, model)"
-            )
         # Two dimensions: on a strided [T, K, H] torch would copy the projection's weight once per row.
-        logits: Tensor = self._projection[0](hidden.reshape(-1, self.hidden_size))
+        logits: Tensor = self._of_target(self._projection, "output projection")(hidden.reshape(-1, self.hidden_size))
         return logits.view(*hidden.shape[:-1], logits.shape[-1])
 
     def embed(self, tokens: Tensor) -> Tensor:
         """The target's own input embedding: [...] int64 to [..., H]."""
-        if not self._embedding:
-            raise HeadsError(
-                f"{self.family} heads use the input embedding of their model, and have none yet. Call "
-                "heads.bind(model) or load_heads(path, model)"
-            )
-        embedded: Tensor = self._embedding[0](tokens)
+        embedded: Tensor = self._of_target(self._embedding, "input embedding")(tokens)
         if embedded.shape[-1] != self.hidden_size:
             raise HeadsError(
                 f"{self.family} heads of hidden size {self.hidden_size} cannot read the tokens before their guesses: "
                 f"this model's input embedding has width {embedded.shape[-1]}. Use heads that do not read them"
             )
         return embedded
+
+    def _of_target(self, module: tuple[nn.Module, ...], name: str) -> nn.Module:
+        """A module of the target's, which heads that were never bound lack."""
+        if not module:
+            raise HeadsError(
+                f"{self.family} heads use the {name} of their model, and have none yet. Call heads.bind(model) or "
+                "load_heads(path, model)"
+            )
+        return module[0]
+
+    def start_projection(self, model: PreTrainedModel, how: str = "as copies of") -> OutputProjection:
+        """The target's output projection, for heads whose start values are made from its numbers.
+
+        Raises:
+            HeadsError: they cannot be read, because they are packed.
+        """
+        target = output_projection(model)
+        if target.weight.shape != (self.vocab_size, self.hidden_size):
+            raise HeadsError(
+                f"{self.family} heads start {how} the output projection, but this model's is packed to "
+                f"{list(target.weight.shape)} {target.weight.dtype} (quantised). Use family='shared'"
+            )
+        return target
 
     def check_sizes(self, model: PreTrainedModel) -> None:
         """Raise `HeadsError` if hidden size or vocabulary of `model` are others than these heads'."""
@@ -282,6 +291,37 @@ class Heads(nn.Module, ABC):
         """Raise `HeadsError` if `model` is another than these heads' own; warn where that cannot be told."""
         self.check_sizes(model)
         check_same_base(self.base_name, self.base_fingerprint, model)
+
+
+class ConditionedHeads(Heads):
+    """Heads of which the k-th sees the k tokens before its guess: the root, and then k - 1 of the draft.
+
+    `forward` gives the logits of all of them after the true tokens, as training needs it; `after` those of one of them
+    after many partial paths at once, as a tree needs it.
+    """
+
+    is_conditioned = True
+
+    @abstractmethod
+    def after(self, hidden: Tensor, paths: Tensor) -> Tensor:
+        """Logits of one head after partial paths.
+
+        Args:
+            hidden: [B, H], the hidden row of each sequence.
+            paths: [B, R, k] int64, the k tokens before the guesses of head k (from 1), the root first.
+
+        Returns:
+            [B, R, D], with D as in `forward`.
+        """
+
+    def draft(self, hidden: Tensor, root: Tensor) -> Tensor:
+        """Logits [B, K, D] of hidden rows [B, H] and roots [B]; each head reads the best tokens of those before it."""
+        path, logits = root[:, None, None], []
+        for _ in range(self.num_heads):
+            logits.append(self.after(hidden, path))
+            best = logits[-1].argmax(-1, keepdim=True)
+            path = torch.cat([path, best if self.token_ids is None else self.token_ids[best]], dim=-1)
+        return torch.cat(logits, dim=1)
 
 
 def check_count(name: str, value: int) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from ladon.config import JOINTS, PRODUCT
 from ladon.errors import HeadsError
+from ladon.heads.formats.files import read_versioned
 from ladon.util.files import write_whole
 
 CALIBRATION_FILE = "calibration.json"
@@ -85,15 +86,9 @@ def read_calibration(folder: Path) -> Calibration | None:
     if not path.exists():
         return None
     again = "Remove the file, and run `ladon calibrate` again"
+    document = read_versioned(path, FORMAT, VERSION, again)
     try:
-        document: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise HeadsError(f"{path} cannot be read ({error}). {again}") from error
-    if not isinstance(document, dict) or document.get("format") != FORMAT or document.get("version") != VERSION:
-        raise HeadsError(f"{path} is no {FORMAT} file of version {VERSION}. {again}")
-    values = {name: value for name, value in document.items() if name not in ("format", "version")}
-    try:
-        found = Calibration(**values)
+        found = Calibration(**document)
     except TypeError as error:
         raise HeadsError(f"{path} has missing or unknown fields ({error}). {again}") from error
     temperatures, rates = found.temperatures, found.hit_rates

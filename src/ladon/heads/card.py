@@ -14,6 +14,7 @@ from ladon.errors import HeadsError
 from ladon.heads.base import Heads
 from ladon.heads.calibration import Calibration
 from ladon.heads.early_exit import EarlyExit
+from ladon.util.files import write_whole
 
 CARD_FILE = "README.md"
 MARKER = (
@@ -42,14 +43,11 @@ def write_card(
         HeadsError: the folder cannot be written to.
     """
     path = Path(folder) / CARD_FILE
-    partial = path.with_name(f"{path.name}.partial")
     try:
         if path.exists() and MARKER not in path.read_text(encoding="utf-8", errors="replace"):
             return False
-        partial.write_text(model_card(heads, early_exit=early_exit, data=data, licence=licence), encoding="utf-8")
-        partial.replace(path)
+        write_whole(path, model_card(heads, early_exit=early_exit, data=data, licence=licence))
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise HeadsError(f"cannot write {path}: {error.strerror}; make room or give another folder") from error
     return True
 
@@ -111,12 +109,9 @@ def _hub_id(name: str) -> bool:
 
 def _is_report(entry: Mapping[str, Any]) -> bool:
     losses, accuracy = entry.get("loss"), entry.get("accuracy")
-    return (
-        isinstance(losses, list)
-        and isinstance(accuracy, list)
-        and len(losses) == len(accuracy) > 0
-        and all(isinstance(row, list) and row for row in accuracy)
-    )
+    if not isinstance(losses, list) or not isinstance(accuracy, list) or not accuracy:
+        return False
+    return len(losses) == len(accuracy) and all(isinstance(row, list) and row for row in accuracy)
 
 
 def _front_matter(heads: Heads, licence: str) -> str:
@@ -130,28 +125,26 @@ def _front_matter(heads: Heads, licence: str) -> str:
 
 
 def _facts(heads: Heads, early_exit: EarlyExit | None) -> str:
-    count, size, dtype = num_parameters(heads)
     options = ", ".join(f"{name} {value}" for name, value in heads.options.items())
     mark = heads.base_fingerprint
+    own = "" if heads.token_ids is None else f", of which the heads know {len(heads.token_ids):,}"
     rows = [
         ("model", shown_base(heads.base_name) or "not named"),
         ("recognised by", f"samples of its weights, `{mark.body[:_HEX]}…`" if mark and mark.body else "nothing"),
         ("family", f"{heads.family}" + (f" ({options})" if options else "")),
         ("heads", f"{heads.num_heads}, on hidden states of width {heads.hidden_size:,}"),
-        ("vocabulary", f"{heads.vocab_size:,}" + _own_vocabulary(heads)),
-        ("size", f"{count:,} parameters, {in_bytes(size)} in {dtype}"),
+        ("vocabulary", f"{heads.vocab_size:,}{own}"),
+        ("size", _size(heads)),
     ]
     if early_exit is not None:
-        count, size, dtype = num_parameters(early_exit)
-        rows.append(
-            ("early exit", f"after layer {early_exit.layer} of {early_exit.num_layers}: {count:,} parameters, "
-             f"{in_bytes(size)} in {dtype}")
-        )  # fmt: skip
+        where = f"after layer {early_exit.layer} of {early_exit.num_layers}"
+        rows.append(("early exit", f"{where}: {_size(early_exit)}"))
     return _table(["", ""], rows)
 
 
-def _own_vocabulary(heads: Heads) -> str:
-    return "" if heads.token_ids is None else f", of which the heads know {len(heads.token_ids):,}"
+def _size(heads: torch.nn.Module) -> str:
+    count, size, dtype = num_parameters(heads)
+    return f"{count:,} parameters, {in_bytes(size)} in {dtype}"
 
 
 def _training(record: Mapping[str, Any], data: str) -> list[str]:

@@ -11,7 +11,6 @@ import os
 import re
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from torch import Tensor
 from ladon.errors import HeadsError
 from ladon.heads.calibration import CALIBRATION_FILE
 from ladon.heads.fingerprint import SAMPLES, Fingerprint
-from ladon.heads.formats.reading import CONFIG_FILE, HEADS_FILES, INDEX_FILES, read_json
+from ladon.heads.formats.files import CONFIG_FILE, HEADS_FILES, INDEX_FILES, read_json
 
 WEIGHTS_FILE = "heads.safetensors"
 EARLY_EXIT_FILES = ("early_exit.json", "early_exit.safetensors")
@@ -31,60 +30,17 @@ FORMAT = "ladon-heads"
 VERSION = 1
 
 
-@dataclass(frozen=True, kw_only=True)
-class HeadsConfig:
-    """What config.json holds.
-
-    Attributes:
-        family: name of the head family, such as "shared".
-        num_heads: K, how many tokens are guessed beyond the target's own next token.
-        hidden_size: H, width of the hidden state that goes into the target's output projection.
-        vocab_size: V, rows of the target's output projection.
-        options: the family's own settings.
-        base_name: where the target came from; for people, never checked.
-        base_fingerprint: samples of the target's weights, or None when none were taken.
-        training: how the heads were trained, as JSON values; for people.
-    """
-
-    family: str
-    num_heads: int
-    hidden_size: int
-    vocab_size: int
-    options: Mapping[str, int | str] = field(default_factory=dict)
-    base_name: str = ""
-    base_fingerprint: Fingerprint | None = None
-    training: Mapping[str, Any] = field(default_factory=dict)
-
-
-def write_heads(folder: Path, config: HeadsConfig, tensors: Mapping[str, Tensor]) -> None:
-    """Write both files, as `write_pair` does."""
-    document = {
-        "format": FORMAT,
-        "version": VERSION,
-        "family": config.family,
-        "num_heads": config.num_heads,
-        "hidden_size": config.hidden_size,
-        "vocab_size": config.vocab_size,
-        "options": dict(config.options),
-        "base": {
-            "name": config.base_name,
-            "fingerprint": config.base_fingerprint and config.base_fingerprint.as_dict(),
-        },
-        "training": dict(config.training),
-    }
-    write_pair(folder, WEIGHTS_FILE, tensors, CONFIG_FILE, document)
-
-
 def write_pair(
-    folder: Path, weights: str, tensors: Mapping[str, Tensor], config: str, document: Mapping[str, Any]
+    folder: Path, weights: str, tensors: Mapping[str, Tensor], config: str, form: str, document: Mapping[str, Any]
 ) -> None:
-    """Write a safetensors file and its JSON into `folder`, which is made if needed.
+    """Write a safetensors file and its JSON, of the format `form`, into `folder`, which is made if needed.
 
     Both are written beside their places and then renamed, the config last: if there is no room, the old ones stay.
 
     Raises:
         HeadsError: the folder cannot be written to.
     """
+    document = {"format": form, "version": VERSION, **document}
     weights_part, config_part = folder / f"{weights}.partial", folder / f"{config}.partial"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -171,8 +127,8 @@ def _fetch(name: str, revision: str | None, patterns: list[str]) -> Path:
         ) from error
 
 
-def read_config(folder: Path) -> HeadsConfig:
-    """The validated config of the heads in `folder`."""
+def read_config(folder: Path) -> dict[str, Any]:
+    """What config.json says of the heads in `folder`, validated, with the base's `fingerprint` as a `Fingerprint`."""
     path = folder / CONFIG_FILE
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
@@ -185,17 +141,17 @@ def read_config(folder: Path) -> HeadsConfig:
         raise HeadsError(f"{path} has format {found!r}, expected {FORMAT!r}: these are not heads saved by Ladon")
     if document.get("version") != VERSION:
         raise HeadsError(f"{path} has version {document.get('version')!r}, this Ladon reads {VERSION}. Update Ladon")
-    base = _typed(document, "base", dict, path)
-    return HeadsConfig(
-        family=_typed(document, "family", str, path),
-        num_heads=_count(document, "num_heads", path),
-        hidden_size=_count(document, "hidden_size", path),
-        vocab_size=_count(document, "vocab_size", path),
-        options=_typed(document, "options", dict, path),
-        base_name=_typed(base, "name", str, path),
-        base_fingerprint=_fingerprint(base.get("fingerprint"), path),
-        training=_typed(document, "training", dict, path),
-    )
+    _check_type(document, "base", dict, path)
+    _check_type(document, "family", str, path)
+    for name in ("num_heads", "hidden_size", "vocab_size"):
+        value = document.get(name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise HeadsError(f"{path}: {name} is {value!r}, expected an integer >= 1. Save or download the heads again")
+    _check_type(document, "options", dict, path)
+    _check_type(document["base"], "name", str, path)
+    document["base"]["fingerprint"] = _fingerprint(document["base"].get("fingerprint"), path)
+    _check_type(document, "training", dict, path)
+    return document
 
 
 def read_tensors(
@@ -229,18 +185,10 @@ def _check_names_and_shapes(
         raise HeadsError(f"{path} does not fit its {config}: {'; '.join(problems)}. Save or download it again")
 
 
-def _typed(document: Mapping[str, Any], name: str, kind: type, path: Path) -> Any:
+def _check_type(document: Mapping[str, Any], name: str, kind: type, path: Path) -> None:
     value = document.get(name)
     if not isinstance(value, kind):
         raise HeadsError(f"{path}: {name} is {value!r}, expected {kind.__name__}. Save or download the heads again")
-    return value
-
-
-def _count(document: Mapping[str, Any], name: str, path: Path) -> int:
-    value = document.get(name)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise HeadsError(f"{path}: {name} is {value!r}, expected an integer >= 1. Save or download the heads again")
-    return value
 
 
 def _fingerprint(value: object, path: Path) -> Fingerprint | None:

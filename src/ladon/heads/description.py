@@ -11,12 +11,12 @@ from ladon.heads.base import Heads
 from ladon.heads.card import history_of, num_parameters
 from ladon.heads.checkpoint import find_heads, is_own
 from ladon.heads.early_exit import load_early_exit
-from ladon.heads.ends import input_embedding, output_projection
 from ladon.heads.factory import read_heads
 from ladon.heads.fingerprint import MIN_AGREEMENT, agreement, fingerprint
 from ladon.heads.formats.detect import LAYOUTS, detect
+from ladon.heads.formats.files import Checkpoint, open_checkpoint
 from ladon.heads.formats.keys import sort_keys
-from ladon.heads.formats.reading import Checkpoint, open_checkpoint
+from ladon.heads.model_parts import input_embedding, output_projection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

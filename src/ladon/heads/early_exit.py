@@ -6,7 +6,6 @@ finds likely. It sees every node of the tree, so it must be cheap: it shares the
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,17 +13,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ladon.errors import HeadsError, UnsupportedModelError
+from ladon.errors import HeadsError
 from ladon.heads.base import check_count, seeded_normal
-from ladon.heads.checkpoint import EARLY_EXIT_FILES, find_folder, read_tensors, write_pair
-from ladon.heads.ends import output_projection
+from ladon.heads.checkpoint import EARLY_EXIT_FILES, VERSION, find_folder, read_tensors, write_pair
+from ladon.heads.formats.files import read_versioned
+from ladon.heads.model_parts import decoder_layers, final_norm, output_projection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 CONFIG_FILE, WEIGHTS_FILE = EARLY_EXIT_FILES
 FORMAT = "ladon-early-exit"
-VERSION = 1
 EPSILON = 1e-6
 _AGAIN = "Remove the file, or train the heads again"
 
@@ -77,12 +76,10 @@ class EarlyExit(nn.Module):
             HeadsError: the folder cannot be written to.
         """
         document = {
-            "format": FORMAT,
-            "version": VERSION,
             **{name: getattr(self, name) for name in ("layer", "num_layers", "hidden_size", "width", "is_centred")},
             "training": self.training_record,
         }
-        write_pair(Path(folder), WEIGHTS_FILE, self.state_dict(), CONFIG_FILE, document)
+        write_pair(Path(folder), WEIGHTS_FILE, self.state_dict(), CONFIG_FILE, FORMAT, document)
 
 
 def new_early_exit(model: PreTrainedModel, layer: int, *, width: int | None = None, seed: int = 0) -> EarlyExit:
@@ -99,7 +96,7 @@ def new_early_exit(model: PreTrainedModel, layer: int, *, width: int | None = No
         UnsupportedModelError: the model's layers cannot be found.
     """
     layers, hidden_size = decoder_layers(model), output_projection(model).hidden_size
-    scale, shift, is_centred = _final_norm(model, hidden_size)
+    scale, shift, is_centred = final_norm(model, hidden_size)
     made = EarlyExit(
         layer=layer,
         num_layers=len(layers),
@@ -144,68 +141,17 @@ def load_early_exit(path: str | Path, model: PreTrainedModel | None = None) -> E
     return _placed(made, model, layers)
 
 
-def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The decoder layers of any causal language model, first to last.
-
-    Raises:
-        UnsupportedModelError: the model keeps them in no list of their number.
-    """
-    return _decoder_and_layers(model)[1]
-
-
-def _decoder_and_layers(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
-    """The module that holds the layers, and the list of them."""
-    count = model.config.get_text_config(decoder=True).num_hidden_layers
-    decoder: Any = model.get_decoder()  # beside it there may be a vision tower; ModernBert gives its projection
-    for part in (decoder, model.base_model):
-        for module in part.modules() if isinstance(part, nn.Module) else ():
-            for child in module.children():
-                if isinstance(child, nn.ModuleList) and len(child) == count:
-                    return module, child
-    raise UnsupportedModelError(
-        f"{type(model).__name__} has no list of its {count} layers, so there is no place for an early exit; train "
-        "without one"
-    )
-
-
 def _placed(made: EarlyExit, model: PreTrainedModel, layers: nn.ModuleList) -> EarlyExit:
     device = next(layers[made.layer - 1].parameters()).device
     return made.to(model.device if device.type == "meta" else device, model.dtype)
 
 
-@torch.no_grad()
-def _final_norm(model: PreTrainedModel, hidden_size: int) -> tuple[Tensor, Tensor, bool]:
-    """What the target's final norm multiplies by and adds, [H] each, and whether it takes off the mean.
-
-    Families write it in different ways (Gemma multiplies by 1 + weight), so it is asked, not read.
-    """
-    norm: nn.Module | None = None
-    for child in _decoder_and_layers(model)[0].children():  # it comes last, behind a norm of the embedding
-        weight = getattr(child, "weight", None)
-        if isinstance(weight, Tensor) and weight.shape == (hidden_size,) and not weight.is_meta:
-            norm = child
-    if norm is None:
-        return torch.ones(hidden_size), torch.zeros(hidden_size), False
-    weight = next(norm.parameters())
-    signs = torch.ones(hidden_size, dtype=weight.dtype, device=weight.device)
-    signs[1::2] = -1.0  # of mean square 1, and of mean 0 if H is even
-    above, below, lifted = (norm(values[None])[0].float().cpu() for values in (signs, -signs, signs + 1.0))
-    signs = signs.float().cpu()
-    is_centred = bool(torch.allclose(lifted, above, rtol=0.05, atol=0.05))
-    return (above - below) / 2 * signs, (above + below) / 2, is_centred
-
-
 def _read_config(path: Path) -> tuple[EarlyExit, dict[str, Any]]:
     """An empty head of the saved sizes, and its training record."""
+    sizes = read_versioned(path, FORMAT, VERSION, _AGAIN)
     try:
-        document: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise HeadsError(f"{path} cannot be read ({error}). {_AGAIN}") from error
-    if not isinstance(document, dict) or (document.get("format"), document.get("version")) != (FORMAT, VERSION):
-        raise HeadsError(f"{path} is no {FORMAT} file of version {VERSION}. {_AGAIN}")
-    sizes = {name: value for name, value in document.items() if name not in ("format", "version", "training")}
-    try:
+        training = dict(sizes.pop("training"))
         with torch.device("meta"):
-            return EarlyExit(**sizes), dict(document["training"])
+            return EarlyExit(**sizes), training
     except (TypeError, ValueError, KeyError) as error:
         raise HeadsError(f"{path} is damaged ({error}). {_AGAIN}") from error

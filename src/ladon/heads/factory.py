@@ -13,15 +13,13 @@ from ladon.errors import HeadsError
 from ladon.heads.base import Heads
 from ladon.heads.calibration import CALIBRATION_FILE, Calibration, read_calibration
 from ladon.heads.checkpoint import check_token_ids, find_heads, is_own, read_config, read_tensors
-from ladon.heads.correction import MARKOV_GATE, MARKOV_RANK, MARKOV_SUCCESSORS
-from ladon.heads.ends import output_projection
+from ladon.heads.correction import HIDDEN_CORRECTION, MARKOV_GATE, MARKOV_RANK, MARKOV_SUCCESSORS
 from ladon.heads.formats.detect import detect
-from ladon.heads.formats.reading import open_checkpoint
-from ladon.heads.hidden_correction import HIDDEN_CORRECTION
+from ladon.heads.formats.files import open_checkpoint
 from ladon.heads.hydra import HydraHeads
-from ladon.heads.lowrank import LowRankHeads
 from ladon.heads.medusa import MedusaHeads
-from ladon.heads.shared import SharedHeads
+from ladon.heads.mlp import LowRankHeads, SharedHeads
+from ladon.heads.model_parts import output_projection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -111,12 +109,13 @@ def read_heads(
 
 def _read_own(folder: Path) -> Heads:
     config = read_config(folder)
+    sizes = (config[name] for name in ("family", "num_heads", "hidden_size", "vocab_size", "options"))
     with torch.device("meta"):
-        heads = _build(config.family, config.num_heads, config.hidden_size, config.vocab_size, config.options)
+        heads = _build(*sizes)
     tensors = read_tensors(folder, {name: tensor.shape for name, tensor in heads.state_dict().items()})
     heads.load_state_dict(tensors, assign=True)
-    heads.base_name, heads.base_fingerprint = config.base_name, config.base_fingerprint
-    heads.training_record = dict(config.training)
+    heads.base_name, heads.base_fingerprint = config["base"]["name"], config["base"]["fingerprint"]
+    heads.training_record = config["training"]
     return heads
 
 

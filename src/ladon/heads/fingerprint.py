@@ -8,15 +8,15 @@ embedding readable while its layers are not, and a fine-tuned one often keeps it
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ladon.errors import HeadsError
-from ladon.heads.ends import input_embedding, output_projection
+from ladon.heads.model_parts import input_embedding, output_projection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,22 +37,24 @@ class Fingerprint:
         body_matrices: how many matrices `body` was sampled over.
     """
 
-    embedding: str
-    projection: str
-    body: str
-    body_matrices: int
-
-    def as_dict(self) -> dict[str, object]:
-        """As written to config.json."""
-        return asdict(self)
+    embedding: str = ""
+    projection: str = ""
+    body: str = ""
+    body_matrices: int = 0
 
 
-def fingerprint(model: PreTrainedModel) -> Fingerprint:
-    """Fingerprint of `model`. Reads at most 192 numbers from the device."""
+def fingerprint(model: PreTrainedModel, sample: Callable[[Sequence[Tensor]], str] | None = None) -> Fingerprint:
+    """Fingerprint of `model`. Reads at most 192 numbers from the device.
+
+    Args:
+        model: the model.
+        sample: samples some of its matrices, if they lie elsewhere; `samples_of` by default.
+    """
+    sample = sample or samples_of
     embedding, projection = input_embedding(model), output_projection(model).weight
     body = [p for p in model.parameters() if p.ndim >= 2 and p is not embedding and p is not projection]
     return Fingerprint(
-        embedding=_sample([embedding]), projection=_sample([projection]), body=_sample(body), body_matrices=len(body)
+        embedding=sample([embedding]), projection=sample([projection]), body=sample(body), body_matrices=len(body)
     )
 
 
@@ -105,11 +107,6 @@ def _share_of_equal(left: str, right: str) -> float:
     return sum(a == b for a, b in pairs) / SAMPLES
 
 
-def samples_of(matrix: Tensor) -> str:
-    """The samples of one matrix, such as a copy of the embedding that lies beside heads."""
-    return _sample([matrix])
-
-
 def places(sizes: Sequence[int]) -> list[tuple[int, int]]:
     """Where the samples lie: which of the matrices of these numbers of entries, and the place in it, flattened."""
     matrices = [i * len(sizes) // SAMPLES for i in range(SAMPLES)]
@@ -122,7 +119,7 @@ def digits(values: Sequence[Tensor]) -> str:
     return "".join(f"{value & 0xFFFF:04x}" for value in bits)
 
 
-def _sample(matrices: Sequence[Tensor]) -> str:
+def samples_of(matrices: Sequence[Tensor]) -> str:
     """`SAMPLES` weights spread over the matrices, or "" when any of them cannot be read as plain numbers."""
     readable = all(m.dtype in PLAIN_DTYPES and not m.is_meta and m.numel() > 0 for m in matrices)
     if not matrices or not readable:

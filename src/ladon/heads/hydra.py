@@ -9,9 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ladon.errors import HeadsError
-from ladon.heads.base import check_count
-from ladon.heads.conditioned import ConditionedHeads
-from ladon.heads.ends import output_projection
+from ladon.heads.base import ConditionedHeads, check_count
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -54,12 +52,7 @@ class HydraHeads(ConditionedHeads):
     @torch.no_grad()
     def initialise(self, model: PreTrainedModel, seed: int) -> None:
         """Blocks that pass the hidden state on, and copies of the target's projection; `seed` is not used."""
-        target = output_projection(model)
-        if target.weight.shape != (self.vocab_size, self.hidden_size):
-            raise HeadsError(
-                f"hydra heads start as copies of the output projection, but this model's is packed to "
-                f"{list(target.weight.shape)} {target.weight.dtype} (quantised). Use family='shared'"
-            )
+        target = self.start_projection(model)
         for parameter in self.parameters():
             parameter.zero_()
         for weight in self.residual_weight:

@@ -10,7 +10,6 @@ from torch.nn import functional
 
 from ladon.errors import HeadsError
 from ladon.heads.base import Heads, check_count
-from ladon.heads.ends import output_projection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -83,12 +82,7 @@ class MedusaHeads(Heads):
     @property
     def own_options(self) -> dict[str, int | str]:
         """The family's own settings, as its constructor takes them."""
-        return {
-            "num_blocks": self.num_blocks,
-            "projection": "shared" if self.projection is None else "own",
-            "draft_vocab_size": self.draft_vocab_size,
-            "projection_bias": self.projection_bias,
-        }
+        return super().own_options | {"projection": "shared" if self.projection is None else "own"}
 
     @property
     def token_ids(self) -> Tensor | None:
@@ -98,16 +92,11 @@ class MedusaHeads(Heads):
     @torch.no_grad()
     def initialise(self, model: PreTrainedModel, seed: int) -> None:
         """Zero blocks and copies of the target's projection; nothing random, `seed` is not used."""
-        target = output_projection(model)
         self.block_weight.zero_()
         self.block_bias.zero_()
         if self.projection is None:
             return
-        if target.weight.shape != (self.vocab_size, self.hidden_size):
-            raise HeadsError(
-                f"medusa heads start as copies of the output projection, but this model's is packed to "
-                f"{list(target.weight.shape)} {target.weight.dtype} (quantised). Use family='shared'"
-            )
+        target = self.start_projection(model)
         rows = slice(None) if self.token_map is None else self.token_map.to(target.weight.device)
         self.projection.copy_(target.weight[rows])
         if self.own_bias is not None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from ladon.config import MTP, MTP_DEPTH
 from ladon.errors import HeadsError
 from ladon.heads.base import Heads
-from ladon.heads.ends import output_projection
+from ladon.heads.model_parts import output_projection
 
 if TYPE_CHECKING:
     from pathlib import Path

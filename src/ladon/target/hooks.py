@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ladon.errors import UnsupportedModelError
-from ladon.heads.early_exit import decoder_layers
+from ladon.heads.model_parts import decoder_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

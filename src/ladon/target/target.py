@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ladon.errors import UnsupportedModelError
-from ladon.heads.ends import output_projection
+from ladon.heads.model_parts import output_projection
 from ladon.target.attention_masks import Sight, localities, model_masks, tree_mask
 from ladon.target.hooks import lock_of, projection_inputs
 from ladon.target.kv_cache import TreeCache

@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers.trainer_utils import get_last_checkpoint
 
 from ladon.errors import InputError
 
@@ -61,12 +62,8 @@ def read_state(folder: Path, module: nn.Module) -> None:
 
 def latest(out: Path) -> Path | None:
     """The checkpoint with the most updates; None if there is none."""
-    found = [(int(match[1]), path) for path in out.glob("checkpoint-*") if (match := _numbered(path.name))]
-    return max(found)[1] if found else None
-
-
-def _numbered(name: str) -> re.Match[str] | None:
-    return re.fullmatch(r"checkpoint-(\d+)", name)
+    found = get_last_checkpoint(str(out))
+    return None if found is None else Path(found)
 
 
 def to_resume(out: Path, settings: dict[str, Any]) -> Path | None:
@@ -94,7 +91,7 @@ def to_resume(out: Path, settings: dict[str, Any]) -> Path | None:
 def remove_checkpoints(out: Path, but: Path | None = None) -> None:
     """Remove all checkpoints in `out` except one."""
     for path in out.glob("checkpoint-*"):
-        if _numbered(path.name) and path != but:
+        if re.fullmatch(r"checkpoint-\d+", path.name) and path != but:
             shutil.rmtree(path)
     shutil.rmtree(out / PARTIAL, ignore_errors=True)
 

@@ -7,29 +7,27 @@ import math
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+from transformers import PreTrainedModel
 
-from ladon.calibrate.step_times import measure_step_times
+from ladon.calibrate.timing import measure_step_times
 from ladon.config import AUTO_BUDGET, HIDDEN_ROWS, MARKOV_ROWS, PATH_ROWS, DecoderOptions
 from ladon.drafting.head_chaining import hidden_rows, paths
 from ladon.heads import ConditionedHeads, Heads
-from ladon.heads.correction import MarkovCorrection
-from ladon.heads.ends import input_embedding_module, output_projection
-from ladon.heads.hidden_correction import HiddenCorrection
+from ladon.heads.correction import HiddenCorrection, MarkovCorrection
+from ladon.heads.model_parts import input_embedding_module, output_projection
 from ladon.sampling.acceptance import longest_match
 from ladon.train.losses import rows_per_chunk
-from ladon.train.modules import hidden_states
+from ladon.train.modules import evaluating, hidden_states
 from ladon.trees import lattice
 from ladon.trees.grow import grow_chain, grow_dynamic
 from ladon.trees.lattice import best_rows
 from ladon.trees.token_tree import ancestor_mask, node_depths
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from ladon.util.files import rounded
 
 TOP = 5  # accuracies are given for the best 1 to 5 candidates
 # Vicuna-7B with MEDUSA-1, from the authors' files: the training log of five heads on ShareGPT, and tokens per step over
@@ -65,7 +63,8 @@ class HeldOutReport:
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON values: rounded to 4 places, None for NaN."""
-        return {name: _as_json(value) for name, value in asdict(self).items()}
+        found: dict[str, Any] = rounded(asdict(self))
+        return found
 
 
 class _Sums:
@@ -112,19 +111,12 @@ def evaluate(
     sums = _Sums(heads.num_heads, next(heads.parameters()).device)
     rows_per_head = HIDDEN_ROWS if isinstance(heads.correction, HiddenCorrection) else 1
     chunk = rows_per_chunk(heads.num_heads * rows_per_head, heads.vocab_size)
-    was_training = model.training, heads.training
-    model.eval()
-    heads.eval()
-    try:
-        with _common_dtype(model, heads):
-            for batch in batches:
-                hidden = hidden_states(model, dict(batch), "position_ids" in batch).flatten(0, 1)
-                for start in range(0, len(batch["rows"]), chunk):
-                    part = {name: batch[name][start : start + chunk] for name in _OF_POSITIONS}
-                    _add(sums, heads, hidden[part["rows"]], part, budget)
-    finally:
-        model.train(was_training[0])
-        heads.train(was_training[1])
+    with evaluating(model, heads), _common_dtype(model, heads):
+        for batch in batches:
+            hidden = hidden_states(model, dict(batch), "position_ids" in batch).flatten(0, 1)
+            for start in range(0, len(batch["rows"]), chunk):
+                part = {name: batch[name][start : start + chunk] for name in _OF_POSITIONS}
+                _add(sums, heads, hidden[part["rows"]], part, budget)
     return sums.report(budget)
 
 
@@ -241,11 +233,3 @@ def _reference(values: tuple[float, ...], place: int) -> str:
 
 def _shown(value: float) -> str:
     return f"{value:.3f}" if math.isfinite(value) else "-"
-
-
-def _as_json(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return [_as_json(part) for part in value]
-    if isinstance(value, float):
-        return round(value, 4) if math.isfinite(value) else None
-    return value

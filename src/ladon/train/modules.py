@@ -1,29 +1,42 @@
-"""What the Trainer trains: the heads (and, for MEDUSA-2, the model), as one module whose output is a loss."""
+"""What the Trainer trains: the heads, or model and heads together, as one module whose output is a loss.
+
+Together is MEDUSA-2 (arXiv 2401.10774, section 2.2.2). The heads first learn alone; then the model joins, at a smaller
+learning rate, with the loss L = L_model + w L_heads: its hidden states learn to hold what comes after the next token.
+The result is another model.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+import copy
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ladon.errors import InputError
 from ladon.heads import Heads
 from ladon.heads.card import write_card
 from ladon.heads.checkpoint import EARLY_EXIT_FILES
 from ladon.heads.correction import MarkovCorrection
 from ladon.heads.early_exit import EarlyExit
-from ladon.heads.ends import output_projection
+from ladon.heads.model_parts import output_projection
 from ladon.target.hooks import layer_output, lock_of, projection_inputs
+from ladon.train.config import TrainOptions
 from ladon.train.losses import Labels, Outcome, SoftLabels, TokenLabels, chunked_loss, rows_per_chunk
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
 Batch = dict[str, Tensor]
+_PROBE = 6  # tokens of each of the probe's documents
+_SAME = (
+    1e-3  # relative change that a document may show when its neighbour changes; experts that share a batch show some
+)
+_ALIKE = 0.05  # relative difference to the document alone; half precision shows 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,16 +194,31 @@ class HeadsModule(nn.Module):
         """The mean divergence of the early exit from what the model says at the same place, from [B T, H] of both."""
         assert self.early_exit is not None
         rows, head, project = batch["next_rows"], self.early_exit, self.heads.project
+        labels = SoftLabels(project, hidden, rows[:, None])
+        return self.next_token_loss(
+            "exit", lambda part: project(head(part)), early[rows], labels, counts, [*head.parameters()]
+        )
+
+    def next_token_loss(
+        self,
+        name: str,
+        logits_of: Callable[[Tensor], Tensor],
+        hidden: Tensor,
+        labels: Labels,
+        counts: Tensor,
+        parameters: Sequence[nn.Parameter],
+    ) -> Tensor:
+        """The mean loss, logged as `name`, of what guesses the next token from hidden rows [N, H], as heads do not."""
         with self.autocast():
             outcome = chunked_loss(
-                lambda part, _: project(head(part))[:, None],
-                early[rows],
-                SoftLabels(project, hidden, rows[:, None]),
-                torch.ones_like(rows, dtype=self._depth_weights.dtype)[:, None] / counts[-1].clamp(min=1),
-                list(head.parameters()),
+                lambda part, _: logits_of(part)[:, None],
+                hidden,
+                labels,
+                self._depth_weights.new_ones(len(hidden), 1) / counts[-1].clamp(min=1),
+                parameters,
                 self.chunk_rows(1),
             )
-        self.count("exit", outcome, torch.tensor([len(rows)], device=rows.device))
+        self.count(name, outcome, torch.tensor([len(hidden)], device=hidden.device))
         return outcome.loss
 
     def chunk_rows(self, num_heads: int) -> int:
@@ -225,6 +253,19 @@ def group(name: str, parameters: Any, rate: float) -> dict[str, Any]:
     return {"name": name, "lr": rate, "names": [key for key, _ in trained], "params": [value for _, value in trained]}
 
 
+@contextmanager
+def evaluating(*modules: nn.Module) -> Iterator[None]:
+    """While this lasts, modules are in evaluation mode."""
+    were_training = [module.training for module in modules]
+    for module in modules:
+        module.eval()
+    try:
+        yield
+    finally:
+        for module, was_training in zip(modules, were_training, strict=True):
+            module.train(was_training)
+
+
 def hidden_states(model: PreTrainedModel, batch: Batch, packed: bool) -> Tensor:
     """What the model's output projection receives at each token, [B, T, H]; it maps only the first of each row.
 
@@ -246,3 +287,172 @@ def learned_counts(batches: Sequence[Batch]) -> Tensor:
     heads = torch.stack([batch["mask"].sum(0) for batch in batches]).sum(0)
     following = sum(len(batch["next_rows"]) for batch in batches)
     return torch.cat([heads, heads.new_tensor([following])]).float()
+
+
+@torch.no_grad()
+def keeps_apart(model: PreTrainedModel) -> bool:
+    """Whether position ids that start anew keep two documents in one row from seeing each other.
+
+    transformers masks packed documents by their position ids, but not for every architecture and attention; a
+    recurrent layer cannot. So it is tried: the second document must not change with the first, and be as it is alone.
+    """
+    with evaluating(model):
+        try:
+            return _second_is_alone(model)
+        except (TypeError, ValueError):  # a forward that takes no position ids
+            return False
+
+
+def _second_is_alone(model: PreTrainedModel) -> bool:
+    vocab_size = output_projection(model).vocab_size
+    ids = torch.randint(vocab_size, (3, _PROBE), generator=torch.Generator().manual_seed(0)).to(model.device)
+    apart = torch.arange(_PROBE, device=ids.device)[None]
+    places = torch.cat([apart, apart], dim=1)
+
+    def second(first: int) -> torch.Tensor:
+        row = torch.cat([ids[first], ids[2]])[None]
+        return hidden_states(model, {"input_ids": row, "position_ids": places}, packed=True)[0, _PROBE:].double()
+
+    one, other = second(0), second(1)
+    alone = hidden_states(model, {"input_ids": ids[2:], "position_ids": apart}, packed=True)[0].double()
+    changed, differs = (one - other).norm() / one.norm(), (one - alone).norm() / alone.norm()
+    return bool(changed < _SAME and differs < _ALIKE)
+
+
+class JointModule(HeadsModule):
+    """Heads and the model, or LoRA adapters in it.
+
+    Args:
+        model: the target; it is trained in place, with weights in `master`. The checkpoint it came from stays as it is.
+        heads: bound to it, in their training dtype.
+        loss_options: how the heads' losses are made.
+        options: how both are trained together.
+        early_exit: as for `HeadsModule`.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        heads: Heads,
+        loss_options: LossOptions,
+        options: TrainOptions,
+        early_exit: EarlyExit | None = None,
+    ) -> None:
+        check_trainable(model)
+        super().__init__(model, heads, loss_options, early_exit)
+        self._options, self._stored = options, model.dtype
+        self._teacher: tuple[PreTrainedModel, ...] = ()
+        self._adapted: tuple[Any, ...] = ()
+        if options.joint == "lora":
+            self._adapted = (with_adapters(model, options),)
+        else:
+            if options.base_loss == "distill":
+                self._teacher = (copy.deepcopy(model).eval(),)
+            model.to(next(heads.parameters()).dtype).requires_grad_(True)
+        self.base = model
+
+    def groups(self, *, heads: float, base: float) -> list[dict[str, Any]]:
+        """See `HeadsModule`."""
+        return [*super().groups(heads=heads, base=base), group("base", self.base.named_parameters(), base)]
+
+    def train(self, mode: bool = True) -> JointModule:
+        """The model's own dropout, and that of adapters, is for when it is trained."""
+        super().train(mode)
+        self.base.train(mode and self.has_joined)
+        return self
+
+    @property
+    def has_joined(self) -> bool:
+        """Whether the model is trained yet."""
+        return self._step >= self._options.heads_warmup_steps
+
+    def forward(self, counts: Tensor | None = None, **batch: Tensor) -> Tensor:
+        """See `HeadsModule`."""
+        self.base.train(self.training and self.has_joined)
+        if not self.has_joined:
+            frozen: Tensor = super().forward(counts, **batch)
+            return frozen
+        counts = learned_counts([batch]) if counts is None else counts
+        hidden, early = self.read(batch)
+        batch, counts = self.beside_heads(batch), counts.to(hidden.device)
+        loss = self.base_loss(hidden, batch, counts)
+        loss = loss + self.heads_weight() * self.heads_loss(hidden, batch, counts)
+        return loss if early is None else loss + self.exit_loss(early.detach(), hidden.detach(), batch, counts)
+
+    def projection_parameters(self) -> list[nn.Parameter]:
+        """See `HeadsModule`; nothing of the model is trained before it joins."""
+        return super().projection_parameters() if self.has_joined else []
+
+    def heads_weight(self) -> float:
+        """What the heads' loss counts beside the model's, at this update."""
+        options = self._options
+        if options.heads_ramp == "none":
+            return options.heads_weight
+        start = options.heads_warmup_steps
+        done = (self._step - start + 1) / max(1, self.total_steps - start)
+        return options.heads_weight * math.sin(0.5 * math.pi * min(1.0, done))
+
+    def base_loss(self, hidden: Tensor, batch: Batch, counts: Tensor) -> Tensor:
+        """The model's mean loss: cross-entropy, or its divergence from the original model."""
+        rows = batch["next_rows"]
+        labels: Labels = TokenLabels(batch["next_labels"][:, None])
+        if self._options.base_loss == "distill":
+            labels = self._original(batch, rows)
+        return self.next_token_loss(
+            "model", self.heads.project, hidden[rows], labels, counts, self.projection_parameters()
+        )
+
+    @torch.no_grad()
+    def _original(self, batch: Batch, rows: Tensor) -> SoftLabels:
+        """What the original model says at some rows."""
+        packed = self.loss_options.packed
+        with self.autocast(), self._as_it_was() as teacher:
+            hidden = hidden_states(teacher, batch, packed).flatten(0, 1)[rows]
+        places = torch.arange(len(rows), device=rows.device)[:, None]
+        return SoftLabels(output_projection(teacher).module, hidden, places)
+
+    @contextmanager
+    def _as_it_was(self) -> Iterator[PreTrainedModel]:
+        """The original model: a copy of it, or this one without its adapters and dropout."""
+        if self._teacher:
+            yield self._teacher[0]
+            return
+        with evaluating(self.base), self._adapted[0].disable_adapter():
+            yield self.model
+
+    def finish(self, out: Path, tokenizer: PreTrainedTokenizerBase, record: dict[str, Any]) -> None:
+        """Save the tuned model in `out`/model, adapters in `out`/adapter, and the heads, now the tuned model's."""
+        model = self.base.eval()
+        if self._adapted:
+            self._adapted[0].save_pretrained(out / "adapter")
+            model = self._adapted[0].merge_and_unload()
+        model.to(self._stored)
+        model.save_pretrained(out / "model")
+        tokenizer.save_pretrained(out / "model")
+        self.heads.remember_base(model)
+        self.heads.base_name = str(out / "model")
+        super().finish(out / "heads", tokenizer, record)
+
+
+def check_trainable(model: PreTrainedModel) -> None:
+    """Raise `InputError` if the model is quantised: it would neither be trained nor be saved whole."""
+    if getattr(model, "is_quantized", False) or any(p.dtype.itemsize < 2 for p in model.parameters()):
+        raise InputError("the model is quantised and cannot be trained itself; load it whole, or leave --joint off")
+
+
+def with_adapters(model: PreTrainedModel, options: TrainOptions) -> Any:
+    """Put LoRA adapters into all linear layers of the model but its output projection; peft's own handle on it."""
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise InputError("--joint lora needs peft; install it with pip install 'ladon-llm[train]'") from error
+    config = LoraConfig(
+        r=options.lora_rank,
+        lora_alpha=options.lora_alpha,
+        lora_dropout=options.lora_dropout,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about names of checkpoints that are not on a hub
+        return get_peft_model(model, config)

@@ -54,17 +54,16 @@ def make_optimizer(
     is_muon = kind == "muon"
     split = []
     for group in groups:
+        parameters = list(group["params"])
         parts: dict[bool, list[Tensor]] = {True: [], False: []}
-        for parameter, name in _named(group):
+        for parameter, name in zip(parameters, group.get("names", [""] * len(parameters)), strict=True):
             is_matrix = _is_matrix(name, parameter) and not (is_muon and vocab_size in parameter.shape[-2:])
             parts[is_matrix].append(parameter)
-        rest_rate = group["lr"] * (vector_ratio if is_muon else 1.0)
+        rest_rate, name = group["lr"] * (vector_ratio if is_muon else 1.0), group.get("name", "")
         split += [
-            {"params": parts[True], "lr": group["lr"], "weight_decay": weight_decay, "is_stack": True},
-            {"params": parts[False], "lr": rest_rate, "weight_decay": 0.0, "is_stack": False},
+            {"params": parts[True], "lr": group["lr"], "weight_decay": weight_decay, "is_stack": True, "name": name},
+            {"params": parts[False], "lr": rest_rate, "weight_decay": 0.0, "is_stack": False, "name": name},
         ]
-        for part in split[-2:]:
-            part["name"] = group.get("name", "")
     split = [part for part in split if part["params"]]
     if not split:
         raise InputError("there is no parameter to train; give heads whose parameters require gradients")
@@ -146,11 +145,6 @@ def orthogonal(stack: Tensor) -> Tensor:
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         matrices = torch.baddbmm(matrices, polynomial, matrices, beta=a)
     return (matrices.mT if is_tall else matrices).reshape(stack.shape)
-
-
-def _named(group: Mapping[str, Any]) -> list[tuple[Tensor, str]]:
-    parameters = list(group["params"])
-    return list(zip(parameters, group.get("names", [""] * len(parameters)), strict=True))
 
 
 def _is_matrix(name: str, parameter: Tensor) -> bool:

@@ -4,32 +4,30 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
-from transformers import set_seed
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from ladon.errors import HeadsError, InputError
 from ladon.heads import Heads, load_heads, new_heads
+from ladon.heads.correction import MarkovCorrection
 from ladon.heads.early_exit import new_early_exit
-from ladon.heads.ends import output_projection
 from ladon.heads.factory import CORRECTION_OPTIONS
-from ladon.train.batches import Collator, RowOrder
-from ladon.train.bigrams import start_from_bigrams
+from ladon.heads.model_parts import output_projection
 from ladon.train.checkpoints import remove_checkpoints, to_resume
 from ladon.train.config import TrainOptions
-from ladon.train.documents import Document, data_hash, documents_from, shown, split
-from ladon.train.joint import JointModule
-from ladon.train.modules import HeadsModule, LossOptions
-from ladon.train.packing import keeps_apart, rows_of
-from ladon.train.reports import Reports, batches_of, history
-from ladon.train.rows import Example, read_rows
-from ladon.train.trainer import HeadsTrainer, LossLines, training_arguments
+from ladon.train.data.batches import Collator, RowOrder, batches_of, rows_of
+from ladon.train.data.rows import Document, Example, data_hash, documents_from, read_rows, shown, split
+from ladon.train.modules import HeadsModule, JointModule, LossOptions, keeps_apart
+from ladon.train.trainer import HeadsTrainer, LossLines, Reports, history, rows_per_update, training_arguments
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+_POWER_ITERATIONS = 4
 
 
 def train(
@@ -84,7 +82,7 @@ def train(
     collator = Collator(heads.num_heads, heads.vocab_size, heads.token_ids)
     looked_at = batches_of(held_out, length if share_rows else 0, collator, options.batch_size)
     reports = Reports(looked_at, options.eval_every, options.speedup, say)
-    order = RowOrder(learning, rows, _rows_of_run(arguments), options.seed)
+    order = RowOrder(learning, rows, arguments.max_steps * rows_per_update(arguments), options.seed)
     trainer = HeadsTrainer(module, arguments, options, settings, order, collator, [LossLines(say), reports])
     reports.trainer = trainer
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -107,10 +105,76 @@ def _settings(
         "updates": arguments.max_steps,
         "processes": arguments.world_size,
         "dtype": str(dtype).removeprefix("torch."),
-        "model": heads.base_fingerprint and heads.base_fingerprint.as_dict(),
+        "model": heads.base_fingerprint and asdict(heads.base_fingerprint),
         "heads": heads.weights_hash,
         "data": data_hash(documents),
     }
+
+
+def _documents(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    options: TrainOptions,
+    field: str | None,
+    length: int,
+) -> tuple[list[Document], list[Document], dict[str, int]]:
+    """Documents to learn from and for the reports, and what became of the other rows."""
+    vocab_size = output_projection(model).vocab_size
+    documents, notes = documents_from(examples, vocab_size, length)
+    try:
+        share = float(options.held_out)
+    except ValueError:
+        rows = read_rows(options.held_out, tokenizer, field=field)
+        held_out, _ = documents_from(rows, vocab_size, length)
+    else:
+        if not 0 <= share < 1:
+            raise InputError(f"held_out is {options.held_out}; give a share of the rows, below 1, or a file")
+        documents, held_out = split(documents, share)
+    if options.learn == "all":  # the reports stay about answers
+        documents = [document.all_learned() for document in documents]
+    return documents, held_out, notes
+
+
+def _checkpoint(options: TrainOptions, out: Path, settings: dict[str, Any]) -> Path | None:
+    """The checkpoint to go on from. `out` is there afterwards."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write to {out}: {error.strerror}; give another --out") from error
+    if not options.resume:
+        if os.environ.get("RANK", "0") == "0":
+            remove_checkpoints(out)
+        return None
+    return to_resume(out, settings)
+
+
+def _skipped(module: HeadsModule, say: Callable[[str], None]) -> dict[str, int]:
+    """What was left out of the training because it was not finite."""
+    found = {"skipped_rows": int(module.skipped_rows), "skipped_steps": int(module.skipped_steps)}
+    for name, count in found.items():
+        if count:
+            say(f"{name.replace('_', ' ')}: {count}, because something in them was not finite")
+    return found
+
+
+def _finish(module: HeadsModule, out: Path, tokenizer: PreTrainedTokenizerBase, record: dict[str, Any]) -> None:
+    """Save what was trained."""
+    try:
+        module.finish(out, tokenizer, record)
+    except (OSError, SafetensorError, HeadsError) as error:
+        raise InputError(
+            f"cannot write to {out}: {error}; the checkpoint is intact. Make room and run the same command again"
+        ) from error
+
+
+def _longest(model: PreTrainedModel) -> int:
+    """The most tokens that the model reads."""
+    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 2**20
+
+
+def _silent(_: str) -> None:
+    """Take a line of a process that does not speak."""
 
 
 def make_module(model: PreTrainedModel, options: TrainOptions, documents: Sequence[Document] = ()) -> HeadsModule:
@@ -122,12 +186,9 @@ def make_module(model: PreTrainedModel, options: TrainOptions, documents: Sequen
         )
     losses = LossOptions(
         soft=options.labels == "target",
-        label_temperature=options.label_temperature,
-        variation=options.variation,
-        decay=options.decay,
         autocast=_autocast(options, model),
-        chunk_rows=options.chunk_rows,
         packed=share_rows,
+        **{name: getattr(options, name) for name in ("label_temperature", "variation", "decay", "chunk_rows")},
     )
     set_seed(options.seed)
     model.requires_grad_(False).eval()
@@ -197,73 +258,37 @@ def _autocast(options: TrainOptions, model: PreTrainedModel) -> torch.dtype | No
     return torch.bfloat16
 
 
-def _documents(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[Example],
-    options: TrainOptions,
-    field: str | None,
-    length: int,
-) -> tuple[list[Document], list[Document], dict[str, int]]:
-    """Documents to learn from and for the reports, and what became of the other rows."""
-    vocab_size = output_projection(model).vocab_size
-    documents, notes = documents_from(examples, vocab_size, length)
-    try:
-        share = float(options.held_out)
-    except ValueError:
-        rows = read_rows(options.held_out, tokenizer, field=field)
-        held_out, _ = documents_from(rows, vocab_size, length)
-    else:
-        if not 0 <= share < 1:
-            raise InputError(f"held_out is {options.held_out}; give a share of the rows, below 1, or a file")
-        documents, held_out = split(documents, share)
-    if options.learn == "all":  # the reports stay about answers
-        documents = [document.all_learned() for document in documents]
-    return documents, held_out, notes
+@torch.no_grad()
+def start_from_bigrams(correction: MarkovCorrection, documents: Sequence[Document], seed: int) -> None:
+    """Set a correction to what its documents' pairs of neighbouring tokens say.
+
+    The products <W1[u], W2[v]> come as near as their rank allows to the pointwise mutual information of u and v,
+    log(count(u, v) total / (count(u) count(v))), taken as 0 where it is negative or the pair never occurs.
+
+    Args:
+        correction: its numbers are set, strengths to 1.
+        documents: whose pairs are counted.
+        seed: of the search for the best approximation.
+    """
+    vocab_size = correction.before.shape[0]
+    pairs, shares = _information(documents, vocab_size)
+    matrix = torch.sparse_coo_tensor(pairs, shares, (vocab_size, vocab_size), check_invariants=True)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        left, sizes, right = torch.svd_lowrank(matrix, q=correction.rank, niter=_POWER_ITERATIONS)
+    correction.before.copy_(left * sizes.sqrt())
+    correction.after.copy_(right * sizes.sqrt())
+    correction.strength.fill_(1.0)
 
 
-def _checkpoint(options: TrainOptions, out: Path, settings: dict[str, Any]) -> Path | None:
-    """The checkpoint to go on from. `out` is there afterwards."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot write to {out}: {error.strerror}; give another --out") from error
-    if not options.resume:
-        if os.environ.get("RANK", "0") == "0":
-            remove_checkpoints(out)
-        return None
-    return to_resume(out, settings)
-
-
-def _skipped(module: HeadsModule, say: Callable[[str], None]) -> dict[str, int]:
-    """What was left out of the training because it was not finite."""
-    found = {"skipped_rows": int(module.skipped_rows), "skipped_steps": int(module.skipped_steps)}
-    for name, count in found.items():
-        if count:
-            say(f"{name.replace('_', ' ')}: {count}, because something in them was not finite")
-    return found
-
-
-def _finish(module: HeadsModule, out: Path, tokenizer: PreTrainedTokenizerBase, record: dict[str, Any]) -> None:
-    """Save what was trained."""
-    try:
-        module.finish(out, tokenizer, record)
-    except (OSError, SafetensorError, HeadsError) as error:
-        raise InputError(
-            f"cannot write to {out}: {error}; the checkpoint is intact. Make room and run the same command again"
-        ) from error
-
-
-def _longest(model: PreTrainedModel) -> int:
-    """The most tokens that the model reads."""
-    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 2**20
-
-
-def _rows_of_run(arguments: Any) -> int:
-    """Rows that all processes see together in the whole run."""
-    per_update = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
-    return int(arguments.max_steps * per_update)
-
-
-def _silent(_: str) -> None:
-    """Take a line of a process that does not speak."""
+def _information(documents: Sequence[Document], vocab_size: int) -> tuple[Tensor, Tensor]:
+    """The pairs [2, P] int64 that occur oftener than by chance, and their mutual information [P] float32."""
+    before = np.concatenate([document.tokens[:-1] for document in documents]).astype(np.int64)
+    after = np.concatenate([document.tokens[1:] for document in documents]).astype(np.int64)
+    pairs, counts = np.unique(before * vocab_size + after, return_counts=True)
+    first, second = np.divmod(pairs, vocab_size)
+    before_counts, after_counts = (np.bincount(tokens, minlength=vocab_size) for tokens in (before, after))
+    by_chance = before_counts[first] / len(before) * after_counts[second]
+    information = np.log(counts / by_chance)
+    kept = information > 0
+    return torch.from_numpy(np.stack([first, second])[:, kept]), torch.from_numpy(information[kept]).float()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,15 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from ladon.errors import InputError
-from ladon.train.batches import Collator, RowOrder
+from ladon.errors import InputError, UnsupportedModelError
 from ladon.train.checkpoints import read_state, whole, write_state
-from ladon.train.config import TrainOptions
+from ladon.train.config import REPORT_SHARES, TrainOptions
+from ladon.train.data.batches import Collator, RowOrder
+from ladon.train.evaluate import HeldOutReport, evaluate, lines, measure_cost, projected_speedup
 from ladon.train.modules import HeadsModule, learned_counts
 from ladon.train.optimizer import make_optimizer
+
+_COST_CONTEXT = 256  # tokens before the decode step that is timed
 
 
 class HeadsTrainer(Trainer):
@@ -206,9 +210,14 @@ def training_arguments(options: TrainOptions, out: Path, num_rows: int, device: 
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs in one process hold a model's parts, no copies of it
     if options.steps is None:
-        per_update = options.batch_size * options.accumulation * arguments.world_size
-        arguments.max_steps = max(1, math.ceil(options.epochs * num_rows / per_update))
+        arguments.max_steps = max(1, math.ceil(options.epochs * num_rows / rows_per_update(arguments)))
     return arguments
+
+
+def rows_per_update(arguments: TrainingArguments) -> int:
+    """Rows that all processes see together in one update."""
+    per_process = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
+    return int(per_process * arguments.world_size)
 
 
 def schedule(options: TrainOptions, steps: int, start: int = 0) -> Callable[[int], float]:
@@ -231,3 +240,87 @@ def schedule(options: TrainOptions, steps: int, start: int = 0) -> Callable[[int
         return 1.0 - done if options.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
 
     return share
+
+
+class Reports(TrainerCallback):
+    """Looks at held-out rows at some updates; what it finds is in the trainer's log and thereby in its checkpoints.
+
+    Args:
+        batches: held-out rows, on the CPU.
+        every: updates between further reports, 0 for none.
+        with_cost: whether to measure what a decode step costs, for the projected speed-up.
+        say: takes a line.
+    """
+
+    def __init__(
+        self, batches: Sequence[dict[str, Tensor]], every: int, with_cost: bool, say: Callable[[str], None]
+    ) -> None:
+        self._batches, self._every, self._with_cost, self._say = batches, every, with_cost, say
+        self._reports: dict[str, HeldOutReport] = {}
+        self._cost: float | None = None
+        self.trainer: HeadsTrainer | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Remember what a resumed run had found."""
+        for entry in history(state.log_history):
+            self._cost = entry.get("step_cost")
+            self._reports[entry["after"]] = HeldOutReport(
+                **{f.name: _as_report(entry[f.name]) for f in fields(HeldOutReport)}
+            )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        """Report if it is time."""
+        marks = {max(1, math.ceil(share * state.max_steps)): f"{share:.0%}" for share in REPORT_SHARES}
+        step = state.global_step
+        name = marks.get(step) or (f"step {step}" if self._every and step % self._every == 0 else None)
+        if name is None or not self._batches or not state.is_world_process_zero or self.trainer is None:
+            return
+        report = self._look(model)
+        self._reports[name] = report
+        entry: dict[str, Any] = {"after": name, "rows_seen": step * rows_per_update(args), **report.as_dict()}
+        if self._cost is not None:
+            entry |= {"step_cost": round(self._cost, 3), "speedup": round(projected_speedup(report, self._cost), 3)}
+        should_log = control.should_log
+        self.trainer.log(_scalars(entry))
+        control.should_log = should_log  # which a log clears, and the loss of this update is not yet logged
+        state.log_history.append({"held_out": entry, "step": step})
+        for line in lines(self._reports, self._cost):
+            self._say(line)
+
+    def _look(self, module: HeadsModule) -> HeldOutReport:
+        if self._with_cost and self._cost is None:
+            self._cost = self._measured_cost(module)
+        left_out = () if module.loss_options.packed else ("position_ids",)
+        told = ({name: table for name, table in batch.items() if name not in left_out} for batch in self._batches)
+        with module.autocast():
+            return evaluate(module.model, module.heads, (module.beside_heads(batch) for batch in told))
+
+    def _measured_cost(self, module: HeadsModule) -> float | None:
+        self._with_cost = False
+        context = self._batches[0]["input_ids"][0, :_COST_CONTEXT]
+        try:
+            return measure_cost(module.model, module.heads, context.to(next(module.heads.parameters()).device))
+        except UnsupportedModelError as error:
+            self._say(f"no projected speed-up: {error}")
+            return None
+
+
+def history(log_history: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The reports in a trainer's log."""
+    return [{"step": entry["step"], **entry["held_out"]} for entry in log_history if "held_out" in entry]
+
+
+def _as_report(value: Any) -> Any:
+    """A JSON value as a report holds it."""
+    if isinstance(value, list):
+        return tuple(_as_report(part) for part in value)
+    return math.nan if value is None else value
+
+
+def _scalars(entry: dict[str, Any]) -> dict[str, float]:
+    """What TensorBoard and others draw."""
+    found = {f"held_out_{name}": entry[name] for name in ("chain_length", "tree_length", "speedup") if entry.get(name)}
+    for head, (loss, accuracy) in enumerate(zip(entry["loss"], entry["accuracy"], strict=True), start=1):
+        found |= {f"held_out_loss_head_{head}": loss, f"held_out_top1_head_{head}": accuracy[0]}
+        found |= {f"held_out_top5_head_{head}": accuracy[-1]}
+    return {name: value for name, value in found.items() if value is not None}

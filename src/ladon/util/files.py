@@ -1,14 +1,16 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and numbers as JSON files have them."""
 
 from __future__ import annotations
 
 import errno
+import math
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 def write_whole(path: Path, data: bytes | str) -> None:
@@ -50,3 +52,14 @@ def _beside(target: Path) -> Iterator[Path]:
     """A name for the unfinished `target`, in a new folder beside it that goes away with all it holds."""
     with tempfile.TemporaryDirectory(prefix=".ladon-", dir=target.parent) as folder:
         yield Path(folder, target.name)
+
+
+def rounded(value: Any) -> Any:
+    """A value, or tables and lists of values: numbers to 4 places, None where JSON has no number for one."""
+    if isinstance(value, dict):
+        return {name: rounded(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [rounded(part) for part in value]
+    if isinstance(value, float):
+        return round(value, 4) if math.isfinite(value) else None
+    return value

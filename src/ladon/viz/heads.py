@@ -13,7 +13,7 @@ from rich.text import Text
 
 from ladon.heads.card import in_bytes, shown_base
 from ladon.trees.fixed_tree import FixedTree, TreeSize, best_fixed_tree
-from ladon.viz.fixed import fixed_view, path_values
+from ladon.viz.fixed_tree import fixed_view, path_values
 
 _TOP = 5
 

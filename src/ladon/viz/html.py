@@ -3,44 +3,26 @@
 from __future__ import annotations
 
 from html import escape
+from pathlib import Path
 
-from ladon.viz.palette import origin_colour, origin_name
-from ladon.viz.record import BONUS, Node, Record, Step, rows_of, with_bonus
-from ladon.viz.text import NO_STEP
+from ladon.viz.record import (
+    BONUS,
+    NO_STEP,
+    Node,
+    Record,
+    Step,
+    clipped,
+    origin_colour,
+    origin_name,
+    rows_of,
+    with_bonus,
+)
 
 _COLUMN, _ROW, _BOX_WIDTH, _BOX_HEIGHT = 178, 25, 148, 20  # pixels of the tree drawing
 _PREFIX = 76  # pixels of the mask drawing's bar that stands for the cached tokens
 _TAIL = 600  # characters of earlier text shown at each step
 
-_STYLE = """
-:root { --ground: #fbfaf7; --card: #ffffff; --ink: #22252a; --soft: #767b84; --line: #d9dbe0; --faint: #eceef1; }
-@media (prefers-color-scheme: dark) {
-  :root { --ground: #16181c; --card: #1e2126; --ink: #e6e7ea; --soft: #969ca6; --line: #3a3e46; --faint: #2a2d33; }
-}
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--ground); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
-main { max-width: 1240px; margin: 0 auto; padding: 28px 24px 80px; }
-h1 { font-size: 22px; margin: 0 0 4px; } h2 { font-size: 15px; margin: 0 0 10px; font-weight: 600; }
-p { margin: 4px 0; } .soft { color: var(--soft); font-weight: 400; }
-.numbers { display: flex; flex-wrap: wrap; gap: 8px 32px; margin: 18px 0; }
-.numbers b { display: block; font-size: 24px; line-height: 1.2; }
-.legend { display: flex; flex-wrap: wrap; gap: 4px 18px; margin: 14px 0; font-size: 13px; }
-.legend i { display: inline-block; width: 11px; height: 11px; border-radius: 3px; margin-right: 6px; }
-section { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 16px 18px;
-  margin: 16px 0; scroll-margin-top: 12px; }
-section:target { outline: 2px solid #e07b00; }
-.scroll { overflow-x: auto; } .pair { display: flex; flex-wrap: wrap; gap: 20px 32px; align-items: flex-start; }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0;
-  font: 13px/1.6 ui-monospace, Menlo, Consolas, monospace; }
-pre a { text-decoration: none; color: inherit; border-radius: 2px; }
-pre a:hover, pre .new { background: var(--faint); }
-.new { font-weight: 700; } .prompt { color: var(--soft); }
-svg { display: block; } svg text { font: 12px ui-monospace, Menlo, Consolas, monospace; fill: var(--ink); }
-svg .soft { fill: var(--soft); } svg .small { font-size: 10px; }
-.box { fill: var(--card); stroke: var(--line); } .edge { fill: none; stroke: var(--line); stroke-width: 1.2; }
-.grid { fill: var(--faint); } .bar { fill: var(--line); }
-figcaption { color: var(--soft); font-size: 12px; margin-top: 6px; } figure { margin: 0; max-width: 100%; }
-"""
+_STYLE = Path(__file__).with_name("trace.css")
 
 
 def page(record: Record) -> str:
@@ -49,7 +31,7 @@ def page(record: Record) -> str:
     return (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>Ladon trace</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n"
+        f"<title>Ladon trace</title>\n<style>\n{_STYLE.read_text(encoding='utf-8')}</style>\n</head>\n<body>\n<main>\n"
         f'<h1>Ladon trace</h1>\n<p class="soft">{escape(record.title)}</p>\n{_overview(record)}\n'
         f'<section><h2>The text <span class="soft">each coloured token links to the step that gave it</span></h2>'
         f"<pre>{_text(record)}</pre></section>\n{steps}\n</main>\n</body>\n</html>\n"
@@ -150,14 +132,13 @@ def _box(node: Node, row: float, *, is_bonus: bool) -> str:
         shape += f'fill="{colour}" fill-opacity="0.16" stroke="{colour}" stroke-width="1.6"{dash}/>'
     else:
         shape += 'class="box"/>'
-    value = "bonus" if is_bonus else "root" if node.depth == 0 else f"{node.probability:.3f}"
-    name = node.label if len(node.label) <= 13 else node.label[:12] + "…"
     weight = ' font-weight="700"' if node.accepted else ""
     tip = f"node {node.index}: {node.label}" if not is_bonus else f"bonus: {node.label}"
     return (
         f"<g><title>{escape(tip)}</title>{shape}"
-        f'<text x="{left + 7}" y="{baseline:.1f}"{weight}>{escape(name)}</text>'
-        f'<text x="{left + _BOX_WIDTH - 6}" y="{baseline:.1f}" text-anchor="end" class="soft small">{value}</text></g>'
+        f'<text x="{left + 7}" y="{baseline:.1f}"{weight}>{escape(clipped(node.label, 13))}</text>'
+        f'<text x="{left + _BOX_WIDTH - 6}" y="{baseline:.1f}" text-anchor="end" class="soft small">{node.value}</text>'
+        "</g>"
     )
 
 

@@ -7,9 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ladon.config import PICTURE_STEPS
 from ladon.errors import InputError
-from ladon.viz.palette import origin_colour
-from ladon.viz.record import BONUS, Record, Step, rows_of, with_bonus
-from ladon.viz.text import NO_STEP
+from ladon.viz.record import BONUS, NO_STEP, Record, Step, clipped, origin_colour, rows_of, with_bonus
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,12 +36,10 @@ def draw_tree(axes: Axes, step: Step) -> None:
     for node in nodes:
         is_bonus = node is nodes[-1]
         colour = origin_colour(BONUS if is_bonus else node.depth) if node.accepted and node.depth else "#8a8f98"
-        name = node.label if len(node.label) <= _MAX_LABEL else node.label[: _MAX_LABEL - 1] + "…"
-        value = "bonus" if is_bonus else "root" if node.depth == 0 else f"{node.probability:.3f}"
         box = axes.text(
             node.depth,
             rows[node.index],
-            f"{name}  {value}".replace("$", r"\$"),
+            f"{clipped(node.label, _MAX_LABEL)}  {node.value}".replace("$", r"\$"),
             fontsize=7,
             family="monospace",
             va="center",
@@ -100,7 +96,7 @@ def png(record: Record, max_steps: int = PICTURE_STEPS) -> bytes:
     for step, (left, right) in zip(steps, grid, strict=True):
         draw_tree(left, step)
         emitted = "".join(piece for piece, _ in step.emitted)
-        shown = repr(emitted if len(emitted) <= 60 else emitted[:59] + "…").replace("$", r"\$")
+        shown = repr(clipped(emitted, 60)).replace("$", r"\$")
         left.set_title(f"step {step.index} emits {len(step.emitted)}: {shown}", fontsize=8, loc="left")
         draw_mask(right, step)
     buffer = io.BytesIO()

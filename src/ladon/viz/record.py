@@ -1,8 +1,13 @@
-"""What the pictures draw: a decode run as plain Python values, with every token's text and origin."""
+"""What the pictures draw: a decode run as plain Python values, with every token's text, origin and colour.
+
+Colours are readable on light and dark grounds. Files have exact ones; a terminal has the user's own sixteen, which fit
+its ground and which every kind has.
+"""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -11,7 +16,6 @@ import torch
 
 from ladon.decoder.detokenizer import Detokenizer
 from ladon.trees.token_tree import ancestor_mask
-from ladon.viz.text import label
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -19,6 +23,12 @@ if TYPE_CHECKING:
     from ladon.decoder.trace import TraceStep
 
 BONUS = 0  # the origin of a bonus token; a drafted token's origin is its depth, 1 or more
+NO_STEP = "the answer ended with the prefill's token: no decode step"
+_VISIBLE = str.maketrans({"\n": "⏎", "\t": "⇥", "\r": "␍", " ": "·"})
+_DEPTHS = ("#2f9e77", "#2b8cbe", "#6a6fd1", "#a855b8", "#c2447f", "#b5563c", "#8a7a2b")
+_BONUS = "#e07b00"
+_ANSI_DEPTHS = ("green", "cyan", "blue", "magenta", "red", "bright_green", "bright_cyan")
+_ANSI_BONUS = "yellow"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,6 +50,13 @@ class Node:
     depth: int
     probability: float
     accepted: bool
+
+    @property
+    def value(self) -> str:
+        """What stands beside the label: the probability, or what else the node is."""
+        if self.depth == 0:
+            return "root"
+        return "bonus" if math.isnan(self.probability) else f"{self.probability:.3f}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -179,3 +196,32 @@ def rows_of(nodes: Sequence[Node]) -> list[float]:
         inner = [places[child.index] for child in below.get(index, [])]
         places[index] = (inner[0] + inner[-1]) / 2 if inner else float(next(leaves))
     return places
+
+
+def clipped(text: str, most: int) -> str:
+    """A text of so many characters at most."""
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def label(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
+    """One token as a short visible label: spaces and line ends become signs, repeats are counted."""
+    text = str(tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False))
+    if not text.strip("\N{REPLACEMENT CHARACTER}"):
+        return f"<{token}>"
+    text = re.sub(" {4,}", lambda run: f"·×{len(run[0])}", text).translate(_VISIBLE)
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
+
+
+def origin_colour(origin: int) -> str:
+    """Colour (#rrggbb) of a token by its origin: the bonus token, or drafted at a depth of 1 or more."""
+    return _BONUS if origin == BONUS else _DEPTHS[(origin - 1) % len(_DEPTHS)]
+
+
+def ansi_colour(origin: int) -> str:
+    """The same for a terminal: the name of one of its colours."""
+    return _ANSI_BONUS if origin == BONUS else _ANSI_DEPTHS[(origin - 1) % len(_ANSI_DEPTHS)]
+
+
+def origin_name(origin: int) -> str:
+    """The origin in words."""
+    return "bonus token" if origin == BONUS else f"drafted, depth {origin}"

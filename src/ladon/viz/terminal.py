@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 from rich.console import Group, RenderableType
 from rich.padding import Padding
@@ -14,9 +14,7 @@ from rich.tree import Tree
 
 from ladon.decoder.detokenizer import Detokenizer
 from ladon.decoder.trace import Trace
-from ladon.viz.palette import ansi_colour, origin_name
-from ladon.viz.record import BONUS, Node, Record, Step, children, origins
-from ladon.viz.text import NO_STEP
+from ladon.viz.record import BONUS, NO_STEP, Node, Record, Step, ansi_colour, children, origin_name, origins, with_bonus
 
 _HALF_BLOCKS = {(False, False): " ", (True, False): "▀", (False, True): "▄", (True, True): "█"}
 
@@ -76,21 +74,15 @@ def run_view(record: Record) -> Iterator[RenderableType]:
 
 
 def _tree(step: Step) -> Tree:
-    below = children(step.nodes)
+    nodes = with_bonus(step)
+    below = children(nodes)
 
-    def grow(branch: Tree, nodes: Iterable[Node]) -> None:
-        for node in nodes:
-            child = branch.add(_node_text(node), guide_style=_guide(node))
-            grow(child, below.get(node.index, []))
-            if node.index == step.last:
-                child.add(_bonus_text(step))
+    def grow(branch: Tree, node: Node) -> Tree:
+        for child in below.get(node.index, []):
+            grow(branch.add(_node_text(child), guide_style=_guide(child)), child)
+        return branch
 
-    root = step.nodes[0]
-    tree = Tree(_node_text(root), guide_style=_guide(root))
-    grow(tree, below.get(0, []))
-    if step.last == 0:
-        tree.add(_bonus_text(step))
-    return tree
+    return grow(Tree(_node_text(nodes[0]), guide_style=_guide(nodes[0])), nodes[0])
 
 
 def _guide(node: Node) -> str:
@@ -98,6 +90,9 @@ def _guide(node: Node) -> str:
 
 
 def _node_text(node: Node) -> Text:
+    if node.value == "bonus":
+        colour = ansi_colour(BONUS)
+        return Text(node.label, Style(color=colour, bold=True)).append(" bonus", Style(color=colour))
     text = Text(no_wrap=True)
     text.append(f"{node.index:<3}", "dim")
     if node.depth == 0:
@@ -109,11 +104,6 @@ def _node_text(node: Node) -> Text:
         return text.append(" ✔", Style(color=ansi_colour(node.depth)))
     text.append(node.label)
     return text.append(f" {node.probability:.3f}", "dim")
-
-
-def _bonus_text(step: Step) -> Text:
-    colour = ansi_colour(BONUS)
-    return Text(step.bonus, Style(color=colour, bold=True)).append(" bonus", Style(color=colour))
 
 
 def _mask(step: Step) -> Text:

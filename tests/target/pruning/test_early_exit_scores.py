@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ladon.heads.ends import OutputProjection
+from ladon.heads.model_parts import OutputProjection
 from ladon.target.pruning.node_scores import CRITERIA, EarlyView, evidence, siblings, top_k
 from ladon.trees.token_tree import TokenTree
 

@@ -10,8 +10,8 @@ from ladon.errors import HeadsError
 from ladon.heads.base import Heads
 from ladon.heads.fingerprint import agreement, differing, fingerprint
 from ladon.heads.formats import hydra, medusa
+from ladon.heads.formats.files import Checkpoint
 from ladon.heads.formats.keys import Layout, Parts, some, sort_keys
-from ladon.heads.formats.reading import Checkpoint
 from ladon.heads.formats.whole import whole_fingerprint
 
 if TYPE_CHECKING:

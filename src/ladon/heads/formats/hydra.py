@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ladon.errors import HeadsError
 from ladon.heads.fingerprint import Fingerprint, samples_of
+from ladon.heads.formats.files import Checkpoint
 from ladon.heads.formats.keys import HEAD, KIND, LAYER, Layout, Parts, check_shapes, counts, some
-from ladon.heads.formats.reading import Checkpoint
 from ladon.heads.hydra import HydraHeads
 
 LAYOUT = Layout(
@@ -53,38 +53,33 @@ def build(checkpoint: Checkpoint, layout: Layout, parts: Parts, vocab_size: int 
             f"{checkpoint.name} holds Hydra heads that are not grounded (they read no tokens: there is no "
             "res_connection); supported is 'mlp' with grounded heads"
         )
-    kinds = ("weight", "bias")
+    projection = checkpoint.slots.get("hydra_lm_head.0.weight")
+    vocab_size, hidden_size = projection.shape if projection is not None and len(projection.shape) == 2 else (0, 0)
+    heads_in = [(head, (head + 2) * hidden_size) for head in range(num_heads)]
+    blocks = {
+        f"hydra_mlp.{head}.{layer}.linear": (hidden_size, hidden_size if layer else width)
+        for head, width in heads_in
+        for layer in range(num_blocks)
+    }
+    residuals = {f"hydra_mlp.{head}.0.res_connection": (hidden_size, width) for head, width in heads_in}
+    projections = {f"hydra_lm_head.{head}": (vocab_size, hidden_size) for head, _ in heads_in}
     wanted = {
-        **{parts.blocks.get((h, n, k), f"hydra_mlp.{h}.{n}.linear.{k}"): (h, n, k, "block")
-           for h in range(num_heads) for n in range(num_blocks) for k in kinds},
-        **{parts.residuals.get((h, 0, k), f"hydra_mlp.{h}.0.res_connection.{k}"): (h, 0, k, "block")
-           for h in range(num_heads) for k in kinds},
-        **{parts.projections.get((h, -1, k), f"hydra_lm_head.{h}.{k}"): (h, 0, k, "projection")
-           for h in range(num_heads) for k in kinds},
-    }  # fmt: skip
+        f"{name}.{kind}": shape[:dims]
+        for name, shape in (blocks | residuals | projections).items()
+        for kind, dims in (("weight", 2), ("bias", 1))
+    }
     missing = [key for key in wanted if key not in checkpoint.slots]
     extra = sorted({*parts.residuals.values(), *parts.projections.values()} - wanted.keys())
     if missing or extra:
         problems = [f"lacks {some(missing)}"] * bool(missing) + [f"should not hold {some(extra)}"] * bool(extra)
         raise HeadsError(f"{checkpoint.name} {' and '.join(problems)}; the file is incomplete or of another layout")
-    projection = checkpoint.slots["hydra_lm_head.0.weight"].shape
-    vocab_size, hidden_size = projection if len(projection) == 2 else (0, 0)
-    check_shapes(
-        checkpoint,
-        {
-            key: (
-                vocab_size if role == "projection" else hidden_size,
-                (h + 2) * hidden_size if role == "block" and n == 0 else hidden_size,
-            )[: 2 if kind == "weight" else 1]
-            for key, (h, n, kind, role) in wanted.items()
-        },
-    )
+    check_shapes(checkpoint, wanted)
     with torch.device("meta"):
         heads = HydraHeads(num_heads=num_heads, hidden_size=hidden_size, vocab_size=vocab_size, num_blocks=num_blocks)
     heads.load_state_dict(_tensors(checkpoint, heads), assign=True)
     if "embedding" in parts.single:
         copy = checkpoint.read(parts.single["embedding"])
-        heads.base_fingerprint = Fingerprint(embedding=samples_of(copy), projection="", body="", body_matrices=0)
+        heads.base_fingerprint = Fingerprint(embedding=samples_of([copy]))
     return heads
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ladon.errors import HeadsError
-from ladon.heads.formats.reading import Checkpoint
+from ladon.heads.formats.files import Checkpoint
 
 HEAD, LAYER, KIND = r"(?P<head>\d+)", r"(?P<layer>\d+)", r"(?P<kind>weight|bias)"
 Place = tuple[int, int, str]  # head and layer, from 0, and "weight" or "bias"

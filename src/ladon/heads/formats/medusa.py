@@ -10,8 +10,8 @@ from torch import Tensor
 from ladon.errors import HeadsError
 from ladon.heads.checkpoint import check_token_ids
 from ladon.heads.fingerprint import Fingerprint, samples_of
+from ladon.heads.formats.files import Checkpoint
 from ladon.heads.formats.keys import HEAD, KIND, LAYER, Layout, Parts, check_shapes, counts, some
-from ladon.heads.formats.reading import Checkpoint
 from ladon.heads.medusa import MedusaHeads
 
 _VLLM = r"(?:medusa_heads\.)?"
@@ -94,7 +94,7 @@ def build(checkpoint: Checkpoint, layout: Layout, parts: Parts, vocab_size: int 
     heads.load_state_dict(_tensors(checkpoint, parts, heads, token_map), assign=True)
     if "shared" in parts.single and not is_own:
         copy = checkpoint.read(parts.single["shared"])
-        heads.base_fingerprint = Fingerprint(embedding="", projection=samples_of(copy), body="", body_matrices=0)
+        heads.base_fingerprint = Fingerprint(projection=samples_of([copy]))
     return heads
 
 

@@ -15,10 +15,8 @@ import torch
 from safetensors.torch import save_file
 
 from ladon.errors import HeadsError
-from ladon.heads.ends import input_embedding, output_projection
-from ladon.heads.fingerprint import PLAIN_DTYPES, Fingerprint, digits, places
-from ladon.heads.formats.folders import write_json
-from ladon.heads.formats.reading import CONFIG_FILE, PICKLED, SAFE, Checkpoint
+from ladon.heads.fingerprint import PLAIN_DTYPES, Fingerprint, digits, fingerprint, places
+from ladon.heads.formats.files import CONFIG_FILE, PICKLED, SAFE, Checkpoint, write_json
 
 _NOT_COPIED = (SAFE, *PICKLED, ".index.json", ".md", ".gitattributes")
 
@@ -33,15 +31,8 @@ def whole_fingerprint(checkpoint: Checkpoint) -> Fingerprint | None:
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError):  # no such model class here, or one that is code in the folder
         return None
-    embedding, projection = input_embedding(model), output_projection(model).weight
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    body = [p for p in model.parameters() if p.ndim >= 2 and p is not embedding and p is not projection]
-    return Fingerprint(
-        embedding=_sample(checkpoint, [names[id(embedding)]]),
-        projection=_sample(checkpoint, [names[id(projection)]]),
-        body=_sample(checkpoint, [names[id(parameter)] for parameter in body]),
-        body_matrices=len(body),
-    )
+    return fingerprint(model, lambda matrices: _sample(checkpoint, [names[id(matrix)] for matrix in matrices]))
 
 
 def split_model(

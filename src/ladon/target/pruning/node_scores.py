@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ladon.heads.ends import OutputProjection
+from ladon.heads.model_parts import OutputProjection
 from ladon.trees.token_tree import TokenTree
 
 LOWEST = -1e4  # the score of a real node, however unlikely: padding is below it, and a sum of them is finite

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from ladon.errors import InputError
-from ladon.heads.early_exit import EarlyExit, decoder_layers, new_early_exit
-from ladon.heads.ends import output_projection
+from ladon.heads.early_exit import EarlyExit, new_early_exit
+from ladon.heads.model_parts import decoder_layers, output_projection
 from ladon.target.pruning.dropping import Dropping, Slots
 from ladon.target.pruning.node_scores import CRITERIA, EarlyView, best_nodes, is_accepted, node_scores, path_scores
 from ladon.trees.token_tree import TokenTree
