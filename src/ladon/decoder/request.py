@@ -235,7 +235,10 @@ def make_rows(
             constraint = constraint.for_model(vocab_size, rules.end_ids)
         prompt = ids if attention_mask is None else ids[attention_mask[index].bool()]
         if len(prompt) == 0:
-            raise InputError(f"prompt {index} is empty; give at least one token")
+            raise InputError(
+                f"prompt {index} is empty: its attention mask is 0 everywhere; give at least one token, and a mask if "
+                "the prompt holds the padding token"
+            )
         limit = max_new_tokens
         if context_limit is not None:
             limit = min(limit, context_limit - len(prompt))
