@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from synthetic import SyntheticDecoder, SyntheticDrafts
 from tasks import edit_of
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ladon import new_heads
-from ladon.bench.synthetic import SyntheticDecoder, SyntheticDrafts
 from ladon.bench.systems import LadonSystem
 from ladon.demo.bundled import demo_prompts, load_demo
 from ladon.heads import load_heads

@@ -39,9 +39,17 @@ API = [
         (),
     ),
     (
+        "drafters",
+        "Drafters",
+        "What a drafter of your own must have; [the guide](../../guides/own-drafter.md) has an example.",
+        ("drafting",),
+        (),
+    ),
+    (
         "trees",
         "Trees",
-        "Trees of a fixed shape, and files of trees; [how a tree works](../../how-it-works.md).",
+        "The trees that are verified, trees of a fixed shape, and files of those; [how a tree "
+        "works](../../how-it-works.md).",
         ("trees",),
         (),
     ),

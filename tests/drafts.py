@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from ladon.decoder.decoder import Decoder
 from ladon.drafting.head_chaining import product
-from ladon.drafting.proposer import HeadsProposer, Proposer, RootProposer, Stateless, tree_builder
+from ladon.drafting.proposer import HeadsProposer, Proposer, RootProposer, tree_builder
 from ladon.engine.engine import Engine
 from ladon.engine.recorder import Recorder
 from ladon.engine.sequence import Row
@@ -39,7 +39,7 @@ Truth = Sequence[Sequence[int]] | Mapping[tuple[int, ...], Sequence[int]]
 PROPOSERS = ("root", "oracle", "adversary", "random", "heads")
 
 
-class DraftedLattice(Stateless):
+class DraftedLattice(Proposer):
     """Fills each depth with candidates that hold the true next token (oracle), never do (adversary), or may.
 
     The truth is what the reference decoding emitted: after each prompt, or of each row in the order in which the rows
@@ -86,7 +86,7 @@ class DraftedLattice(Stateless):
         return self._build(Lattice(tokens=tokens[:, :, None], log_probs=log_probs[:, :, None]), root, max_nodes)
 
 
-class TableProposer(Stateless):
+class TableProposer(Proposer):
     """Drafts the same tree after the same root: tokens by root, [V, N] (the first is the root's own), and one shape.
 
     Small vocabularies only. What a tree holds then follows from the text alone, and laws can be enumerated.

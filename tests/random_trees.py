@@ -57,13 +57,25 @@ def draw(rng: random.Random, caps: list[int | None], num_nodes: int, vocab_size:
         parents.append(row_parents)
         real.append(row_real)
     shape = (len(caps), num_nodes)
+    tokens = [[rng.randrange(3, vocab_size) for _ in range(num_nodes)] for _ in caps]
+    for row_tokens, row_parents in zip(tokens, parents, strict=True):
+        _make_siblings_differ(row_tokens, row_parents, vocab_size)
     tree = TokenTree(
-        tokens=torch.tensor([[rng.randrange(3, vocab_size) for _ in range(num_nodes)] for _ in caps]),
+        tokens=torch.tensor(tokens),
         parents=torch.tensor(parents),
         log_probs=torch.zeros(shape).masked_fill(~torch.tensor(real), -torch.inf),
         max_depth=num_nodes - 1,
     )
     return Drawn(tree, parents, real)
+
+
+def _make_siblings_differ(tokens: list[int], parents: list[int], vocab_size: int) -> None:
+    """The next token that is free takes the place of one that a sibling has."""
+    taken: set[tuple[int, int]] = set()
+    for node, parent in enumerate(parents):
+        while (parent, tokens[node]) in taken:
+            tokens[node] = tokens[node] + 1 if tokens[node] + 1 < vocab_size else 3
+        taken.add((parent, tokens[node]))
 
 
 def pad_paths(paths: list[list[int]]) -> tuple[Tensor, Tensor]:

@@ -192,7 +192,7 @@ def test_make_targets_run_what_the_readme_promises() -> None:
 def test_ci_installs_and_tests_as_the_readme_says() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
-    install, test = "pip install -c constraints.txt -e '.[dev]'", "pytest"
+    install, test = "pip install -c constraints.txt -e '.[dev]'", "pytest -n auto"
     assert f"{install}\n{test}\n" in readme
     assert "-c constraints.txt -e '.[dev]'" in ci and ci.rstrip().endswith(test)
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ladon.decoder.decoder import Decoder
     from ladon.decoder.trace import TraceStep
     from ladon.demo.bundled import load_demo
+    from ladon.drafting.proposer import Proposer
     from ladon.engine.sequence import Row
     from ladon.engine.stats import DecodeStats
     from ladon.errors import (
@@ -27,9 +28,11 @@ if TYPE_CHECKING:
     )
     from ladon.heads import Heads, load_heads, new_heads
     from ladon.heads.mtp import load_mtp
+    from ladon.sampling.acceptance import Accepted
     from ladon.sampling.lossy import Nucleus, Typical
     from ladon.target.pruning.pruner import Pruning
     from ladon.trees.fixed_tree import FixedTree, TreeSize, best_fixed_tree, read_tree
+    from ladon.trees.token_tree import TokenTree
 
 _NAMES = {  # where the public names live
     "constraints.llguidance_backend": "grammar json_schema regex",
@@ -37,19 +40,23 @@ _NAMES = {  # where the public names live
     "decoder.decoder": "Decoder",
     "decoder.trace": "TraceStep",
     "demo.bundled": "load_demo",
+    "drafting.proposer": "Proposer",
     "engine.sequence": "Row",
     "engine.stats": "DecodeStats",
     "errors": "ConstraintError HeadsError InputError LadonError LogitsError TreeError UnsupportedModelError",
     "heads": "Heads load_heads new_heads",
     "heads.mtp": "load_mtp",
+    "sampling.acceptance": "Accepted",
     "sampling.lossy": "Nucleus Typical",
     "target.pruning.pruner": "Pruning",
     "trees.fixed_tree": "FixedTree TreeSize best_fixed_tree read_tree",
+    "trees.token_tree": "TokenTree",
 }
 _HOME = {name: f"ladon.{module}" for module, names in _NAMES.items() for name in names.split()}
 
 __version__ = "0.1.0"
 __all__ = [
+    "Accepted",
     "ConstraintError",
     "DecodeStats",
     "Decoder",
@@ -60,8 +67,10 @@ __all__ = [
     "LadonError",
     "LogitsError",
     "Nucleus",
+    "Proposer",
     "Pruning",
     "Row",
+    "TokenTree",
     "TraceStep",
     "TreeError",
     "TreeSize",

@@ -26,6 +26,7 @@ ACCEPT = {  # which drafted tokens are kept, and what each name means
 
 NGRAMS = {  # the n-gram options, and what each means
     "auto": "what followed the last tokens where they stood before is guessed too, in dynamic trees and without heads",
+    "on": "the same, and in the dynamic trees of your own proposer",
     "off": "heads alone guess",
 }
 PRODUCT, MARKOV, HIDDEN, PATHS = "product", "markov", "hidden", "paths"
@@ -91,7 +92,7 @@ class DecoderOptions:
     def __post_init__(self) -> None:
         """Raise `TreeError` for n-grams that are no option, or a number of candidates that is none of 1 or more."""
         if self.ngrams not in NGRAMS:
-            names = " or ".join(f'"{name}"' for name in NGRAMS)
+            names = ", ".join(f'"{name}"' for name in NGRAMS)
             raise TreeError(f"ngrams is {self.ngrams!r}; give {names}")
         count = self.num_candidates
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:

@@ -32,7 +32,8 @@ from ladon.heads.calibration import CALIBRATION_FILE
 from ladon.heads.early_exit import EarlyExit
 from ladon.target.pruning.pruner import Pruner
 from ladon.target.target import Target
-from ladon.trees.token_tree import TokenTree, check_tree
+from ladon.trees.check import check_tree
+from ladon.trees.token_tree import TokenTree
 from toys import Packed, deep_llama
 from user_side import Tiny, write_jsonl
 

@@ -15,7 +15,8 @@ from ladon.engine.recorder import Recorder
 from ladon.engine.sequence import Row
 from ladon.engine.stats import DecodeStats
 from ladon.tree_size.observer import TreeSizes
-from ladon.trees.token_tree import TokenTree, check_tree
+from ladon.trees.check import check_tree
+from ladon.trees.token_tree import TokenTree
 from ladon.trees.transfer import flat, on_host
 from toys import Residues, Script
 

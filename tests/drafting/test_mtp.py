@@ -28,7 +28,7 @@ from ladon.sampling.lossy import Typical
 from ladon.sampling.sampling_params import GREEDY, TemperatureSampling
 from ladon.target.pruning.pruner import Pruning
 from ladon.target.target import Target
-from ladon.trees.token_tree import check_tree
+from ladon.trees.check import check_tree
 from user_side import make_tokenizer
 
 modeling_layers = pytest.importorskip("transformers.modeling_layers")
@@ -299,7 +299,8 @@ def test_rows_that_join_when_nothing_is_drafted_know_their_first_token(name):
     proposer.mirror([])
     last = torch.stack([states_of(model, text[:-1])[-1:] for text in texts])
     zeros, tokens = torch.zeros(len(texts), 1, dtype=torch.long), torch.stack([text[-1:] for text in texts])
-    accepted = Accepted(path=zeros, tokens=tokens, count=zeros[:, 0] + 1, last=zeros[:, 0], bonus=tokens[:, 0])
+    none, new = zeros[:, 0], tokens[:, 0]
+    accepted = Accepted(root=new, path=zeros, tokens=tokens, count=none + 1, last=none, bonus=new)
     proposer.observe(accepted, last)
     tree = proposer.propose(last[:, 0], tokens[:, 0], 12)
     fresh = drafts(proposer_of(heads, model), model, texts)

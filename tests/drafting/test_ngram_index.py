@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ladon.drafting.ngram_index import MOST_GUESSED, Draft, Rates, TokenIndex, draft
-from ladon.trees.token_tree import TokenTree, check_tree
+from ladon.trees.check import check_tree
+from ladon.trees.token_tree import TokenTree
 
 texts = st.lists(st.integers(0, 3), max_size=60)  # few tokens, so that much occurs again
 

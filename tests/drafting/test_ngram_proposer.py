@@ -157,5 +157,5 @@ def test_sums_of_merged_trees_reach_the_sizing(model, decoder):
 
 
 def test_unknown_option(model):
-    with pytest.raises(TreeError, match='ngrams is \'on\'; give "auto" or "off"'):
-        ladon.Decoder(model, ngrams="on")
+    with pytest.raises(TreeError, match='ngrams is \'yes\'; give "auto", "on", "off"'):
+        ladon.Decoder(model, ngrams="yes")

@@ -140,7 +140,7 @@ def reads(monkeypatch):
 
 
 def make(name, monkeypatch):
-    """A model by its family's name, one of the cases of test_spans, or a family with eager attention."""
+    """A model by its family's name, one of the cases of rope_cases, or a family with eager attention."""
     family, _, attention = name.partition(" with ")
     if family in CASES:
         family, options = CASES[family]
@@ -285,6 +285,30 @@ def test_one_read_per_step_of_every_kind_of_model(name, reads, monkeypatch):
 def test_one_read_per_step_with_mtp_modules(tree, reads):
     model, heads = random_mtp("glm4_moe", 2)
     check_one_read_per_step(model, tree, reads, heads=heads)
+
+
+@pytest.mark.parametrize("is_checked", [True, False])
+def test_a_drafter_of_the_users_costs_the_read_of_its_check(tiny_llama, is_checked, reads):
+    """One for each draft; none if it is not checked."""
+
+    class Repeating(ladon.Proposer):
+        drafts = 0
+
+        def propose(self, hidden, root, max_nodes):
+            self.drafts += 1
+            return ladon.TokenTree.chain(root, root[:, None].expand(-1, 3))
+
+    drafter = Repeating()
+    drafter.is_checked = is_checked
+    decoder = ladon.Decoder(tiny_llama, proposer=drafter, budget=16)
+    rows = [Row(prompt=torch.arange(3, n), max_new_tokens=n, is_stop=lambda _: False) for n in (9, 20)]
+    run, num_steps = decoder.engine().run(rows), 0
+    reads.forbidden.clear()
+    reads.allowed, reads.in_flight = 0, False
+    with Net(reads), Copies(reads):
+        num_steps = sum(1 for _ in run)
+    assert reads.forbidden == [] and drafter.drafts == num_steps > 3
+    assert reads.allowed == num_steps + (drafter.drafts if is_checked else 0)
 
 
 @pytest.mark.parametrize("name", ["llama", "longrope recomputed", "indexer", "mtp"])

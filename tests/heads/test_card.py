@@ -144,10 +144,10 @@ def test_no_room_leaves_the_old_card(heads: Heads, tmp_path: Path, monkeypatch: 
     write_card(tmp_path, heads)
     before = (tmp_path / "README.md").read_text()
 
-    def full(path: Path, text: str, **options: str) -> int:
+    def full(path: Path, data: bytes) -> int:
         raise OSError(28, os.strerror(28))
 
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(HeadsError, match="No space left on device; make room"):
         write_card(tmp_path, heads)
     assert (tmp_path / "README.md").read_text() == before

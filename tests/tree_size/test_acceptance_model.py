@@ -83,3 +83,14 @@ def test_edges_that_were_not_grown_keep_what_is_known() -> None:
     expectation.learn_trees([[0.0, 0.5, 0.9]], 1, 3)
     expectation.learn_trees([[0.0, 0.3, 0.3]], 1, 2)  # grown to the second edge only
     assert expectation.typical_tokens(10) == pytest.approx([10.0, 14.0, 19.0])
+
+
+def test_depths_that_trees_do_not_reach_count_as_nothing() -> None:
+    """A drafter of the user's may have much to say at one step, and little or nothing at the next."""
+    expectation = AcceptanceModel(2)
+    expectation.learn_trees([[0.0, 0.8], [0.0, 0.4]], 1, 2)
+    expectation.learn_trees([[0.0, 0.8]], 1, 2)
+    assert expectation.typical_tokens(1) == pytest.approx([1.0, 1.0 + 0.8 + 0.2])
+    for _ in range(200):
+        expectation.learn_trees([], 1, 2)
+    assert expectation.typical_tokens(1) == pytest.approx([1.0, 1.0], abs=1e-3)

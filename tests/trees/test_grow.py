@@ -9,10 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ladon.trees.check import check_tree
 from ladon.trees.fixed_tree import FixedTree
 from ladon.trees.grow import grow_chain, grow_dynamic, grow_fixed
 from ladon.trees.lattice import Lattice, from_logits
-from ladon.trees.token_tree import ancestor_mask, check_tree, node_depths
+from ladon.trees.token_tree import ancestor_mask, node_depths
 from lattices import brute_force, random_lattice, tree_paths
 
 

@@ -9,8 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ladon.trees.check import check_tree
 from ladon.trees.merge import merge
-from ladon.trees.token_tree import TokenTree, ancestor_mask, check_tree, node_depths, root_tree
+from ladon.trees.token_tree import TokenTree, ancestor_mask, node_depths, root_tree
 
 ROOT = 7
 Path = tuple[int, ...]

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from ladon.trees.check import check_tree
 from ladon.trees.fixed_tree import FixedTree
 from ladon.trees.grow import grow_chain, grow_dynamic, grow_fixed
 from ladon.trees.lattice import After, along_paths, best_rows, rows_with_children
-from ladon.trees.token_tree import check_tree
 from lattices import tree_paths
 
 ROOTS = (4, 1)

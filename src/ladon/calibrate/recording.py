@@ -21,7 +21,7 @@ from ladon.calibrate.lattice_trace import GRID, LatticeTrace
 from ladon.config import HIDDEN, MARKOV, PRODUCT, DecoderOptions
 from ladon.decoder.request import end_ids
 from ladon.drafting.head_chaining import own_joint
-from ladon.drafting.proposer import Stateless
+from ladon.drafting.proposer import Proposer
 from ladon.engine.engine import Engine
 from ladon.engine.sequence import Row
 from ladon.errors import InputError
@@ -90,7 +90,7 @@ def record(
     return _assemble(answers, [row.tokens for row in rows], heads, about or {})
 
 
-class _Recorder(Stateless):
+class _Recorder(Proposer):
     """A proposer that drafts nothing, and keeps the heads' candidates at every token of the answers."""
 
     def __init__(self, heads: Heads, num_candidates: int, chunk: int) -> None:

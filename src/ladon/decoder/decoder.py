@@ -28,6 +28,7 @@ from ladon.decoder.request import (
     refuse_unsupported,
 )
 from ladon.decoder.trace import Trace
+from ladon.drafting.own_proposer import OwnDrafter
 from ladon.drafting.proposer import Proposer, RootProposer
 from ladon.engine.engine import Engine
 from ladon.engine.recorder import Recorder
@@ -79,13 +80,14 @@ class Decoder:
         accept: str | Typical | Nucleus = _DEFAULTS.accept,
         profile: bool = False,
         ngrams: str = _DEFAULTS.ngrams,
+        proposer: OwnDrafter | None = None,
     ) -> None:
         """Check the model and the options.
 
         Args:
             model: any causal language model of transformers whose cache can roll back.
-            heads: decoding heads for it; None: n-grams alone draft. Decoders of several models may share heads if they
-                run one after the other.
+            heads: decoding heads for it; None: the proposer or n-grams draft. Decoders of several models may share
+                heads if they run one after the other.
             tree: "dynamic" (grown anew at each step from the heads' joint probabilities), "chain" (each head's best
                 token), "off" (plain decoding), a `FixedTree` or a `TreeSize`. A model that verifies chains but no trees
                 (its self-test says so) gets the chain instead of the dynamic tree.
@@ -101,16 +103,20 @@ class Decoder:
                 and the nodes to keep, such as "4:16".
             accept: "exact"; or, NOT exact where tokens are sampled, "typical" or "nucleus", a `Typical` or a `Nucleus`.
             profile: measure time by stage (waits for the device at each stage).
-            ngrams: "auto": what followed the last tokens earlier joins dynamic trees, and without heads is all; "off".
+            ngrams: "auto": what followed the last tokens earlier joins dynamic trees, and without heads is all; not
+                those of a `proposer`. "on": those too. "off".
+            proposer: a drafter of your own in place of heads: a `Proposer` or any object with its methods, which serves
+                one engine at a time, or a class or function without arguments that makes one for each. With
+                `tree="chain"`, and for a model that verifies chains only, its trees must not branch.
 
         Raises:
-            InputError: an unknown rule of acceptance, or joint.
+            InputError: an unknown rule of acceptance, or joint; heads beside a proposer, or one that lacks methods.
             UnsupportedModelError: the model cannot verify a tree exactly.
             HeadsError: the heads do not belong to the model.
-            TreeError: an unknown tree or n-gram option, a budget below 1, or a fixed tree that the heads cannot fill or
-                that branches where the model verifies chains only.
+            TreeError: an unknown tree or n-gram option, a budget below 1, or a fixed tree that the heads cannot fill,
+                that branches where the model verifies chains only, or that is beside a proposer.
         """
-        plan = DraftPlan.of(heads, tree, budget, num_candidates, ngrams, joint)
+        plan = DraftPlan.of(heads, tree, budget, num_candidates, ngrams, joint, proposer)
         self._profile, self._prune, self._rule = profile, prune, rule_of(accept)
         self.model = model
         self.heads = None if heads is None else heads.bind(model)
@@ -234,8 +240,11 @@ class Decoder:
         """An engine for rows that come and go, with statistics of its own, which are `stats` from now on.
 
         Args:
-            max_rows: rows in flight at most, 1 or more (else `InputError`), the others wait; None for no bound.
+            max_rows: rows in flight at most, 1 or more, the others wait; None for no bound.
             is_plain: draft nothing.
+
+        Raises:
+            InputError: `max_rows` is below 1, or the proposer drafts for sequences of another engine.
         """
         self._target.check()  # first of all: the model may have changed since the last call
         self.pruning = still_chosen(self.pruning, self._prune, self._target)

@@ -13,6 +13,7 @@ from ladon.config import AUTO_BUDGET, MOST_NGRAM_NODES, MOST_NODES, DecoderOptio
 from ladon.drafting.head_chaining import joint_of
 from ladon.drafting.mtp import MtpProposer
 from ladon.drafting.ngram_proposer import NgramProposer, looks_up
+from ladon.drafting.own_proposer import OwnDrafter, OwnProposer, check_methods
 from ladon.drafting.proposer import Proposer, RootProposer, as_chain, check_candidates, check_tree, drafting
 from ladon.errors import HeadsError, InputError, TreeError, UnsupportedModelError
 from ladon.heads import Heads
@@ -69,6 +70,7 @@ def make_sizing(
     *,
     deterministic: bool,
     ngrams: bool,
+    has_own: bool = False,
 ) -> Sizing:
     """Who chooses the sizes of a decoder's trees.
 
@@ -82,17 +84,18 @@ def make_sizing(
             else trees are always pruned.
         deterministic: whether no clock may enter; the environment variable LADON_DETERMINISTIC=1 asks for it too.
         ngrams: whether n-grams draft too.
+        has_own: whether a drafter of the user's drafts.
     """
     if tree == "off":
         return FixedSizing(1)
     if budget != "auto":
         return FixedSizing(int(budget))
-    most = largest_budget(tree, heads, num_candidates, ngrams=ngrams)
+    most = MOST_NODES if has_own else largest_budget(tree, heads, num_candidates, ngrams=ngrams)
     if most == 1 or isinstance(tree, FixedTree):
         return FixedSizing(most)
     times = read_profile(place_of(model, heads)) if heads is not None else []
     if not deterministic and os.environ.get(DETERMINISTIC_VARIABLE, "0") in ("", "0"):
-        return AutoSizing(most, times, _pruned_steps(pruning, model), has_heads=heads is not None)
+        return AutoSizing(most, times, _pruned_steps(pruning, model), has_heads=has_own or heads is not None)
     if heads is None or not times:
         return FixedSizing(min(AUTO_BUDGET, most))
     return FrozenSizing(LatencyModel(times), most, heads.num_heads)
@@ -193,6 +196,7 @@ class DraftPlan:
         num_candidates: kept per head.
         joint: as `joint_of` gives it, "paths" with its rows, if any were named: "paths:16".
         ngrams: whether n-grams draft too.
+        own: the drafter of the user's, or what makes it; None: heads draft, or nobody.
     """
 
     tree: str | FixedTree
@@ -200,6 +204,7 @@ class DraftPlan:
     num_candidates: int
     joint: str
     ngrams: bool
+    own: OwnDrafter | None = None
 
     @classmethod
     def of(
@@ -210,41 +215,49 @@ class DraftPlan:
         num_candidates: int,
         ngrams: str,
         joint: str,
+        own: OwnDrafter | None = None,
     ) -> DraftPlan:
         """The options checked; see `Decoder`.
 
         Raises:
             TreeError: an option that is none, more candidates than tokens, or a fixed tree that the heads cannot fill.
-            InputError: an unknown joint.
+            InputError: an unknown joint, heads beside a proposer, or a proposer that lacks methods.
             HeadsError: a joint that the heads are not made for.
         """
+        if own is not None:
+            _check_own(own, heads, tree)
         if isinstance(tree, TreeSize):
             tree, budget, num_candidates = tree.options(budget)
         DecoderOptions(num_candidates=num_candidates, ngrams=ngrams)  # checks them
         check_candidates(num_candidates, heads)
         tree, budget = check_tree(tree, heads, num_candidates), check_budget(budget)
-        with_ngrams = ngrams != "off" and looks_up(tree, heads, budget)
+        drafter, wanted = (heads, ("auto", "on")) if own is None else (own, ("on",))
+        with_ngrams = ngrams in wanted and looks_up(tree, drafter, budget)
         joint = joint_of(heads, joint)
-        return cls(tree=tree, budget=budget, num_candidates=num_candidates, joint=joint, ngrams=with_ngrams)
+        return cls(tree=tree, budget=budget, num_candidates=num_candidates, joint=joint, ngrams=with_ngrams, own=own)
 
     def fitting(self, target: Target, heads: Heads | None) -> DraftPlan:
-        """The plan for this target: heads draft chains where it verifies nothing else.
+        """The plan for this target: heads, and drafters of the user's, draft chains where it verifies nothing else.
 
         Raises:
             TreeError: a fixed tree that branches, where the target verifies chains only.
         """
-        if heads is None or target.supports_trees:
+        drafter = heads if self.own is None else self.own
+        if drafter is None or target.supports_trees:
             return self
         tree = as_chain(self.tree)
-        return replace(self, tree=tree, ngrams=self.ngrams and looks_up(tree, heads, self.budget))
+        return replace(self, tree=tree, ngrams=self.ngrams and looks_up(tree, drafter, self.budget))
 
     def sizing(self, target: Target, heads: Heads | None, pruning: Pruning | None, *, deterministic: bool) -> Sizing:
         """Who chooses the sizes."""
-        has = {"ngrams": self.ngrams, "deterministic": deterministic}
+        has = {"ngrams": self.ngrams, "deterministic": deterministic, "has_own": self.own is not None}
         return make_sizing(self.budget, self.tree, target.model, heads, self.num_candidates, pruning, **has)
 
     def proposer(self, target: Target, heads: Heads | None, observer: Observer) -> Proposer:
         """What drafts on the device."""
+        if self.own is not None and self.tree != "off":
+            is_chain = self.fitting(target, None).tree == "chain"
+            return OwnProposer(self.own, _vocab_size(target), is_chain=is_chain, observer=observer)
         if heads is None or self.tree == "off":
             return RootProposer()
         heads.bind(target.model, force=True)  # since then another decoder may have bound them to its own model
@@ -258,3 +271,20 @@ class DraftPlan:
         if not self.ngrams:
             return None
         return NgramProposer(is_chain=self.tree == "chain" or not target.supports_trees)
+
+
+def _check_own(own: OwnDrafter, heads: Heads | None, tree: object) -> None:
+    check_methods(own)
+    if heads is not None:
+        raise InputError("there are both heads and a proposer, and one of them drafts; leave the other out")
+    if isinstance(tree, FixedTree | TreeSize):
+        raise TreeError(
+            f"tree is a {type(tree).__name__}, but a proposer of your own decides what its trees look like; give "
+            'tree="dynamic", or "chain" if they must not branch'
+        )
+
+
+def _vocab_size(target: Target) -> int:
+    """How many tokens the model can both read and say."""
+    readable = getattr(target.model.get_input_embeddings(), "num_embeddings", target.vocab_size)
+    return min(int(readable), target.vocab_size)

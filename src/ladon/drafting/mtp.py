@@ -21,7 +21,7 @@ from torch.nn.functional import pad
 
 from ladon.config import MOST_NODES, PATHS
 from ladon.drafting.head_chaining import rows_and_depth
-from ladon.drafting.proposer import candidates_needed, tree_builder
+from ladon.drafting.proposer import Proposer, candidates_needed, tree_builder
 from ladon.heads.mtp import MtpHeads
 from ladon.sampling.acceptance import Accepted
 from ladon.target.attention_masks import Locality, Sight, localities, model_masks, tree_mask
@@ -207,7 +207,7 @@ class Waiting:
 _MOST_WAITING = 64  # tokens of each row that may wait to be read while nothing is drafted
 
 
-class MtpProposer:
+class MtpProposer(Proposer):
     """Drafts with MTP modules. At each depth the likeliest partial paths get candidates, given all their tokens."""
 
     reads_prompts = True

@@ -23,7 +23,6 @@ from ladon.trees.token_tree import TokenTree
 from ladon.trees.transfer import to_host
 
 if TYPE_CHECKING:
-    from ladon.heads import Heads
     from ladon.trees.fixed_tree import FixedTree
 
 
@@ -73,9 +72,9 @@ class NgramProposer:
         self._drafts = [self._drafts[row] for row in rows]
 
 
-def looks_up(tree: str | FixedTree, heads: Heads | None, budget: int | str) -> bool:
-    """Whether n-grams have a place in such trees: in those that grow, and in chains that no head drafts."""
-    return budget != 1 and (tree == "dynamic" or (tree == "chain" and heads is None))
+def looks_up(tree: str | FixedTree, drafter: object | None, budget: int | str) -> bool:
+    """Whether n-grams have a place in such trees: in those that grow, and in chains that nobody else drafts."""
+    return budget != 1 and (tree == "dynamic" or (tree == "chain" and drafter is None))
 
 
 def _tree_of(drafts: Sequence[Draft | None], roots: Sequence[int]) -> tuple[TokenTree, Tensor]:

@@ -1,13 +1,8 @@
-"""Proposers: whatever drafts a tree. The decoding heads, and nothing at all (plain decoding).
-
-A proposer serves one engine and holds per-row state only. Rows are named by their place: those that join come behind
-the others, and `keep` says who is where when rows have left.
-"""
+"""Proposers: whatever drafts a tree. What one must be able to do, the decoding heads, and none (plain decoding)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 from torch import Tensor
 
@@ -25,56 +20,107 @@ from ladon.util.observer import SILENT, Observer
 TreeBuilder = Callable[[Lattice, Tensor, int], TokenTree]
 
 
-class Proposer(Protocol):
-    """What the engine asks of a proposer. None of these may read the device.
+class Proposer:
+    """What drafts for one engine: derive your own from this class, and write `propose`; all else may stay as it is.
+
+    A step of the engine admits sequences, verifies the trees drafted before, samples, accepts, commits, drafts and
+    delivers. These methods are called in it:
+
+    | stage   | method    | when |
+    |---------|-----------|------|
+    | admit   | `keep`    | sequences have left |
+    | commit  | `observe` | trees were verified |
+    | draft   | `join`    | prompts have been read to their end |
+    | draft   | `propose` | always, unless nothing is to be drafted |
+    | deliver | `mirror`  | after each draft |
+
+    A sequence goes by its place: those in flight are numbered 0 to B - 1, and row i of every tensor is that of place i.
+    Those that `join` get the next places; `keep` numbers anew those that stay.
+
+    Tensors are on the device of the model. Whoever reads one on the host (`tolist`, `item`, an `if`) waits until the
+    device has done all it was given. On a CPU that costs nothing; on a GPU it idles meanwhile, and the steps take
+    longer. All methods run without gradients. Tensors that you are given, and trees that you have returned, must not
+    be written to.
+
+    Shapes: B sequences in flight, b of them new, N nodes verified, H the model's hidden width.
 
     Attributes:
-        reads_prompts: whether `join` is to get the hidden states of whole prompts; they are kept for no other.
+        reads_prompts: whether `join` is to get the hidden states of whole prompts. They are kept for no other, and
+            prompts are then read whole, even where a kept prefix has part of them.
+        is_checked: whether the trees of a drafter that was given as `proposer=` are looked at before they are verified,
+            which reads the device once a step. False is for a drafter that is known to be right: a tree that is none
+            may then change the output. Shapes, types and sizes are looked at in any case, and branches where only
+            chains can be verified.
     """
 
-    reads_prompts: bool
+    reads_prompts: bool = False
+    is_checked: bool = True
 
     def join(self, prompts: Sequence[Tensor], hidden: Tensor, states: Sequence[Tensor] = ()) -> None:
-        """Rows come behind those there are.
+        """Sequences join behind those there are. Does nothing unless overridden.
+
+        The first new token of each is not among its prompt; it is the root that the next `propose` gets, or, if none
+        comes, the `root` of the next `observe`.
 
         Args:
-            prompts: their token ids, [T] each, read to the end.
-            hidden: hidden state of the last token of each, [b, H].
-            states: those of all its tokens, [T, H] each, for a proposer that `reads_prompts`.
+            prompts: their token ids, [T] int64 each, read to the end; on whatever device the caller had them.
+            hidden: the model's hidden state after the final norm at the last token of each prompt, [b, H] in its dtype.
+            states: the same at all tokens of each prompt, [T, H] each, if the class has `reads_prompts = True`.
         """
 
     def propose(self, hidden: Tensor, root: Tensor, max_nodes: int) -> TokenTree:
-        """A tree of at most `max_nodes` nodes, best first, after the rows `hidden` [B, H] and the roots [B]."""
+        """Draft a tree for every sequence in flight.
+
+        `TokenTree.from_paths` and `TokenTree.chain` make trees of lists and of tensors. Nodes should come with the
+        likeliest first: a step may verify the first few alone. Log-probabilities are of the path from the root; with
+        budget="auto" they decide, corrected by what was accepted, how many nodes are verified. Who knows none gives
+        each token the same, such as log 0.5, so that a node at depth d has d x log 0.5.
+
+        Args:
+            hidden: the model's hidden state after the final norm at the last token before each root, [B, H] in its
+                dtype.
+            root: the newest token of each sequence, [B] int64. The target has not read it yet.
+            max_nodes: nodes that a tree may have at most, root included. A drafter given as `proposer=` is not asked
+                for the root alone: this is 2 or more.
+
+        Returns:
+            The trees, on the device of `root`, each with its root as node 0.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no propose")
 
     def observe(self, accepted: Accepted, hidden: Tensor) -> None:
-        """A step's outcome, before rows join: the accepted paths, and hidden rows of all verified nodes [B, N, H]."""
+        """The trees of all sequences in flight were verified. Does nothing unless overridden.
+
+        What was verified may be less than what was proposed, or more, if n-grams were merged in or a constraint has
+        changed it: go by `accepted.tokens`. A sequence may end within them; it is gone with the next `keep`. A drafter
+        given as `proposer=` gets 0 for a token that there is none of, where the sequence ends for want of it.
+
+        Args:
+            accepted: the accepted paths and what was said after them. Sequence i has gone on from `root[i]` with
+                `tokens[i, : count[i]]`, the last of which is the next root. All int64, on the device.
+            hidden: the model's hidden state after the final norm at each verified node, [B, N, H];
+                `hidden[i, accepted.last[i]]` is what the next `propose` gets for sequence i.
+        """
 
     def mirror(self, counts: Sequence[int]) -> None:
-        """After the step's transfer: how many tokens each row that was observed has got."""
+        """The host has got the tokens of the step. Does nothing unless overridden.
+
+        Args:
+            counts: how many tokens each sequence that was observed has got in it, `accepted.count` on the host; those
+                that have joined in it are not among them.
+        """
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Only the rows at these places stay, in this order; there may be none."""
+        """Sequences have left: only those at these places stay, in this order. Does nothing unless overridden.
+
+        Args:
+            rows: their old places; `rows[i]` is at place i from now on. None at all means that the last one has left,
+                or that a step has failed: forget everything. A drafter given as `proposer=` is told so before its first
+                sequence joins, too.
+        """
 
 
-class Stateless:
-    """A proposer for which only `propose` matters, unless more is said."""
-
-    reads_prompts = False
-
-    def join(self, prompts: Sequence[Tensor], hidden: Tensor, states: Sequence[Tensor] = ()) -> None:
-        """Nothing to remember."""
-
-    def observe(self, accepted: Accepted, hidden: Tensor) -> None:
-        """Nothing to learn."""
-
-    def mirror(self, counts: Sequence[int]) -> None:
-        """Nothing to count."""
-
-    def keep(self, rows: Sequence[int]) -> None:
-        """Nothing to drop."""
-
-
-class RootProposer(Stateless):
+class RootProposer(Proposer):
     """Drafts nothing: the tree is the root alone, and decoding is plain."""
 
     def propose(self, hidden: Tensor, root: Tensor, max_nodes: int) -> TokenTree:
@@ -82,7 +128,7 @@ class RootProposer(Stateless):
         return root_tree(root)
 
 
-class HeadsProposer(Stateless):
+class HeadsProposer(Proposer):
     """Drafts with decoding heads: one hidden row per sequence -> lattice -> tree.
 
     Attributes:

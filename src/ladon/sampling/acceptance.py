@@ -19,6 +19,7 @@ class Accepted:
     """The accepted path of each row.
 
     Attributes:
+        root: token id of the tree's root, [B]: what stands before `tokens`.
         path: node indices, root first, [B, D + 1]; slots past `count` repeat the last accepted node.
         count: number of accepted nodes, root included, [B]: 1 to D + 1. Also the number of tokens emitted.
         tokens: what is said after each node of the path, [B, D + 1]: the accepted tokens after the root, then the bonus
@@ -27,6 +28,7 @@ class Accepted:
         bonus: the pick after it, [B]: the next root.
     """
 
+    root: Tensor
     path: Tensor
     count: Tensor
     tokens: Tensor
@@ -65,7 +67,7 @@ def longest_match(tree: TokenTree, picks: Tensor, ancestors: Tensor | None = Non
         The accepted paths; no host transfer.
     """
     if tree.num_nodes == 1:
-        return _root_alone(picks)
+        return _root_alone(tree.tokens, picks)
     if ancestors is None:
         ancestors = ancestor_mask(tree.parents, tree.max_depth)
     said = picks.gather(1, tree.parents[:, 1:])
@@ -75,6 +77,7 @@ def longest_match(tree: TokenTree, picks: Tensor, ancestors: Tensor | None = Non
     last = (accepted * nodes).amax(1, keepdim=True)
     path = torch.where(accepted, nodes, last).topk(tree.max_depth + 1, largest=False).values
     return Accepted(
+        root=tree.tokens[:, 0],
         path=path,
         count=accepted.sum(1),
         tokens=picks.gather(1, path),
@@ -105,6 +108,7 @@ def longest_admitted(tree: TokenTree, picks: Tensor, admitted: Admitted, ancesto
     following = torch.cat([path[:, 1:], last], dim=1)
     tokens = torch.where(path == last, picks.gather(1, path), tree.tokens.gather(1, following))
     return Accepted(
+        root=tree.tokens[:, 0],
         path=path,
         count=longest[:, 0] + 1,
         tokens=tokens,
@@ -113,7 +117,14 @@ def longest_admitted(tree: TokenTree, picks: Tensor, admitted: Admitted, ancesto
     )
 
 
-def _root_alone(picks: Tensor) -> Accepted:
+def _root_alone(root: Tensor, picks: Tensor) -> Accepted:
     """Plain decoding's case, where there is nothing to compare: its steps are short, and 15 small operations show."""
     first = torch.zeros_like(picks)
-    return Accepted(path=first, count=torch.ones_like(picks[:, 0]), tokens=picks, last=first[:, 0], bonus=picks[:, 0])
+    return Accepted(
+        root=root[:, 0],
+        path=first,
+        count=torch.ones_like(picks[:, 0]),
+        tokens=picks,
+        last=first[:, 0],
+        bonus=picks[:, 0],
+    )

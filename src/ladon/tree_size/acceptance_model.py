@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from operator import mul
 
 _PRIOR = 2.0  # expected acceptances that count for the heads' own word before any evidence
@@ -72,8 +73,9 @@ class AcceptanceModel:
         """The new trees of a step, verified or not, which were grown up to the first `num_edges` edges."""
         self._typical_rows = min(self._typical_rows + rows, _TYPICAL_ROWS)
         share = min(rows / self._typical_rows, 1.0)
-        self._typical += [[0.0] * self._num_edges for _ in range(len(sums) - len(self._typical))]
-        for old, new in zip(self._typical, sums, strict=False):
+        nothing = [0.0] * self._num_edges  # a depth that these trees do not reach
+        self._typical += [list(nothing) for _ in range(len(sums) - len(self._typical))]
+        for old, new in zip_longest(self._typical, sums, fillvalue=nothing):
             for edge in range(num_edges):
                 old[edge] += share * (new[edge] / rows - old[edge])
             for edge in range(num_edges, self._num_edges):  # not grown: at least what fewer nodes have

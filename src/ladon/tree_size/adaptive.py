@@ -242,6 +242,8 @@ class AutoSizing:
         with self._learnt.lock:
             if sums is None:
                 self._last, self._is_trial = 0, False
+                if self._grown > 0 and self._stands == 0:  # the drafter ran, and had nothing to say
+                    self._learnt.expectation.learn_trees([], batch, self._grown + 1)
             elif self._grown == 0:
                 self._last = self._best_place_of_ngrams(sums, batch, context)
             else:

@@ -158,7 +158,7 @@ class TreeSizes:
                 context=self._context,
                 nodes=nodes,
                 kept=nodes - pruned,
-                grown=grown,
+                grown=max(grown, min(self._most, 2)),  # who was asked for nodes and had none took its time too
                 seconds=seconds,
                 by_heads=self._drafted,
                 tokens=sum(counts),

@@ -8,13 +8,17 @@ whatever its token says, and is never accepted.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ladon.errors import TreeError
+
+DraftedPath = Sequence[tuple[int, float]]  # token ids, each with its probability given those before it
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,6 +40,69 @@ class TokenTree:
     log_probs: Tensor
     max_depth: int
     depths: Tensor | None = None
+
+    @classmethod
+    def from_paths(cls, root: Tensor, paths: Sequence[Sequence[DraftedPath]], max_nodes: int) -> TokenTree:
+        """Trees of paths that the host knows, their likeliest nodes first.
+
+        Example: `[[(5, 0.8), (7, 0.5)], [(5, 0.8), (9, 0.3)]]` of one sequence has 5 below the root, 7 and 9 below 5.
+
+        Args:
+            root: token id of each root, [B] int64. The trees go to its device; it is not read.
+            paths: of each sequence, any number of paths; of each path, its (token id, probability given the tokens
+                before it), 0 < probability <= 1. What paths of a sequence have in common at their beginning is one
+                node, as probable as the first of them says.
+            max_nodes: nodes kept of each tree, root included.
+
+        Raises:
+            TreeError: not as many lists of paths as roots, or a probability that is none.
+        """
+        if len(paths) != len(root):
+            raise TreeError(f"there are paths for {len(paths)} sequences and {len(root)} roots; give a list for each")
+        rows = [_merged(own, max_nodes, place) for place, own in enumerate(paths)]
+        width = max((len(row.tokens) for row in rows), default=1)
+        padding = [width - len(row.tokens) for row in rows]
+        numbers = [
+            [row.tokens + [0] * missing for row, missing in zip(rows, padding, strict=True)],
+            [row.parents + [0] * missing for row, missing in zip(rows, padding, strict=True)],
+        ]
+        log_probs = [row.log_probs + [-math.inf] * missing for row, missing in zip(rows, padding, strict=True)]
+        tokens, parents = torch.tensor(numbers, dtype=torch.long, device=root.device).reshape(2, len(root), width)
+        return cls(
+            tokens=torch.cat([root[:, None], tokens[:, 1:]], dim=1),
+            parents=parents,
+            log_probs=torch.tensor(log_probs, device=root.device).reshape(len(root), width),
+            max_depth=max((row.depth for row in rows), default=0),
+        )
+
+    @classmethod
+    def chain(cls, root: Tensor, tokens: Tensor, log_probs: Tensor | None = None) -> TokenTree:
+        """Trees that do not branch, from tensors on the device; nothing is read.
+
+        Args:
+            root: token id of each root, [B] int64.
+            tokens: the tokens after it, [B, D] int64.
+            log_probs: of each token given those before it, [B, D], 0 at most; -inf ends a sequence's chain before that
+                token. None: log 0.5 for each, if you know nothing better.
+
+        Raises:
+            TreeError: shapes that do not match.
+        """
+        if tokens.ndim != 2 or len(tokens) != len(root) or (log_probs is not None and log_probs.shape != tokens.shape):
+            shapes = f"{list(tokens.shape)}, log_probs {None if log_probs is None else list(log_probs.shape)}"
+            raise TreeError(f"tokens have shape {shapes}, there are {len(root)} roots; give [B, D] for both")
+        depth = tokens.shape[1]
+        if depth == 0:
+            return root_tree(root)
+        if log_probs is None:
+            log_probs = torch.full(tokens.shape, math.log(0.5), device=root.device)
+        sums = log_probs.float().cumsum(1).cummin(1).values  # a sum that is made in parts may rise by its rounding
+        return cls(
+            tokens=torch.cat([root[:, None], tokens], dim=1),
+            parents=torch.arange(-1, depth, device=root.device).expand(len(root), -1),
+            log_probs=torch.cat([torch.zeros_like(sums[:, :1]), sums], dim=1),
+            max_depth=depth,
+        )
 
     @property
     def batch_size(self) -> int:
@@ -104,6 +171,42 @@ class TokenTree:
         )
 
 
+class _Nodes(NamedTuple):
+    """A tree on the host, slot by slot, and its depth."""
+
+    tokens: list[int]
+    parents: list[int]
+    log_probs: list[float]
+    depth: int
+
+
+def _merged(paths: Sequence[DraftedPath], max_nodes: int, place: int) -> _Nodes:
+    """The likeliest nodes of a sequence's paths; the root's own token is left 0."""
+    found: dict[tuple[int, int], int] = {}  # a node by its parent and its token
+    tokens, parents, log_probs, depths = [0], [-1], [0.0], [0]
+    for path in paths:
+        node = 0
+        for token, probability in path:
+            if not 0.0 < probability <= 1.0:
+                raise TreeError(
+                    f"sequence {place}: token {token} has probability {probability}; give more than 0 and 1 at most"
+                )
+            above, node = node, found.setdefault((node, token), len(tokens))
+            if node == len(tokens):
+                tokens.append(token)
+                parents.append(above)
+                log_probs.append(log_probs[above] + math.log(probability))
+                depths.append(depths[above] + 1)
+    order = sorted(range(len(tokens)), key=lambda node: -log_probs[node])[:max_nodes]  # parents stay before children
+    slots = {-1: -1, **{node: slot for slot, node in enumerate(order)}}
+    return _Nodes(
+        tokens=[tokens[node] for node in order],
+        parents=[slots[parents[node]] for node in order],
+        log_probs=[log_probs[node] for node in order],
+        depth=max(depths[node] for node in order),
+    )
+
+
 def root_tree(root: Tensor) -> TokenTree:
     """The tree of plain decoding: the root alone. `root` is [B] int64."""
     return TokenTree(
@@ -151,22 +254,3 @@ def node_depths(mask: Tensor) -> Tensor:
 def position_ids(depths: Tensor, lengths: Tensor) -> Tensor:
     """Position of each node, [B, N]: rows with `lengths` [B] cached tokens put the root at position `lengths`."""
     return lengths[:, None] + depths
-
-
-def check_tree(tree: TokenTree) -> None:
-    """Raise `TreeError` at the first slot that breaks the definition. Reads the device: for tests and builders."""
-    parents, log_probs = tree.parents.cpu(), tree.log_probs.cpu()
-    for row, (row_parents, row_log_probs) in enumerate(zip(parents.tolist(), log_probs.tolist(), strict=True)):
-        if row_parents[0] != -1:
-            raise TreeError(f"row {row}: node 0 has parent {row_parents[0]}, but the root's parent must be -1")
-        for node, parent in enumerate(row_parents[1:], start=1):
-            if not 0 <= parent < node:
-                raise TreeError(
-                    f"row {row}: node {node} has parent {parent}, but a parent must come before its child (0 to "
-                    f"{node - 1}). Sort the nodes by depth"
-                )
-            if row_log_probs[node] > row_log_probs[parent]:
-                raise TreeError(
-                    f"row {row}: node {node} has log-probability {row_log_probs[node]:g}, above its parent's "
-                    f"{row_log_probs[parent]:g}; a longer path can only be less likely"
-                )

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ladon.target.pruning.node_scores import LOWEST, best_nodes, cut_tree, is_accepted, node_scores, path_scores
-from ladon.trees.token_tree import ancestor_mask, check_tree
+from ladon.trees.check import check_tree
+from ladon.trees.token_tree import ancestor_mask
 from random_trees import Drawn, draw
 
 STRANGE = [0.0, -0.0, 0.5, -1e-30, -3.0, -1e30, float("-inf"), float("nan"), float("inf")]

@@ -232,7 +232,7 @@ def test_threshold_decodes_the_same(model: PreTrainedModel, criterion: str) -> N
 def test_rows_in_several_spans_are_verified_whole() -> None:
     model = build("llama4_text")
     target = Target(model)
-    target._spans.parts = lambda lengths: _split(type(target._spans).parts(target._spans, lengths))  # type: ignore
+    target._regimes.parts = lambda lengths: _split(type(target._regimes).parts(target._regimes, lengths))  # type: ignore
     cache = target.new_cache(2)
     target.prefill([torch.arange(3, 9), torch.arange(3, 20)], cache)
     drawn = draw(random.Random(0), [None, None], 8, VOCAB_SIZE)

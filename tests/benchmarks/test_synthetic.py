@@ -7,16 +7,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from synthetic import SyntheticDecoder, SyntheticDrafts, SyntheticProposer
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from ladon import Decoder, new_heads
-from ladon.bench.synthetic import SyntheticDecoder, SyntheticDrafts, SyntheticProposer
 from ladon.errors import InputError
 from ladon.sampling.acceptance import Accepted
+from ladon.trees.check import check_tree
 from ladon.trees.fixed_tree import FixedTree
 from ladon.trees.grow import grow_dynamic
-from ladon.trees.token_tree import check_tree
 
 RATES = [[0.5, 0.2, 0.1, 0.0], [0.3, 0.25, 0.05, 0.05], [0.1, 0.1, 0.1, 0.1]]
 VOCAB = 97
@@ -120,7 +120,8 @@ def test_a_chain_is_accepted_as_often_as_the_rates_say(model: PreTrainedModel) -
 def moved(counts: list[int]) -> Accepted:
     """An outcome of which only the counts matter."""
     none = torch.zeros(len(counts), dtype=torch.long)
-    return Accepted(path=none[:, None], count=torch.tensor(counts), tokens=none[:, None], last=none, bonus=none)
+    counted = torch.tensor(counts)
+    return Accepted(root=none, path=none[:, None], count=counted, tokens=none[:, None], last=none, bonus=none)
 
 
 def test_rows_come_and_go() -> None:

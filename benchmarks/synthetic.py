@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ladon.decoder.decoder import Decoder
-from ladon.drafting.proposer import Proposer, Stateless, TreeBuilder, tree_builder
+from ladon.drafting.proposer import Proposer, TreeBuilder, tree_builder
 from ladon.errors import InputError
 from ladon.heads import Heads
 from ladon.sampling.acceptance import Accepted
@@ -123,7 +123,7 @@ def _drafted(prompt: Prompt, answer: Sequence[int], rates: Tensor, places: int, 
     return (truth[:, :, None] + torch.arange(num_candidates) - rank[:, :, None]) % vocab_size
 
 
-class SyntheticProposer(Stateless):
+class SyntheticProposer(Proposer):
     """Drafts what the imagined heads say; rows join and leave as with any proposer.
 
     Attributes:
