@@ -37,8 +37,9 @@ PROMPTS = {
 }
 PAIRS, SEED = 400, 20270214
 ENDS = list(range(0, 97, 6))  # so that rows end at different places
-# Where Ladon does what transformers refuses, or cannot do here: greedy copies, offloading without a GPU, padding by -1.
-BEYOND = {"num_return_sequences", "cache_implementation", "pad_token_id"}
+# Where Ladon does what transformers refuses, or cannot do here: greedy copies, offloading without a GPU, padding by -1,
+# prompts in chunks (its 5.0).
+BEYOND = {"num_return_sequences", "cache_implementation", "pad_token_id", "prefill_chunk_size"}
 DRAWN, DICT = {"do_sample": True, "seed": 7}, {"return_dict_in_generate": True}
 
 # Each option's values. What else a value needs is given beside it, as in `(value, {other option: its value})`.
