@@ -63,8 +63,14 @@ WITHOUT_EFFECT = {
     "low_memory": "it belonged to methods that transformers has dropped",
 }
 
+
+def _is_healed_too(name: str, neutral: float) -> Callable[[Get, int], bool]:
+    return lambda get, _: bool(get("token_healing")) and get(name) not in (None, neutral)
+
+
 _ASSISTED = "it asks for transformers' own drafting in place of Ladon's"
 _MOVED = "it is a decoding method of its own, which transformers keeps on the hub"
+_OLD_PROMPT = "it reads the prompt as it was before it was healed; leave one of them out"
 _IN_STEP = "its processor keeps state from call to call, and rows are not decoded in step: give one prompt at a time"
 
 REFUSED = (
@@ -119,6 +125,18 @@ REFUSED = (
         values='="paged"',
         reason="it is transformers' continuous batching, another loop; Decoder.decode is Ladon's",
         applies=lambda get, _: get("cache_implementation") == "paged",
+    ),
+    Refusal(
+        option="encoder_repetition_penalty",
+        values=" together with token_healing",
+        reason=_OLD_PROMPT,
+        applies=_is_healed_too("encoder_repetition_penalty", 1.0),
+    ),
+    Refusal(
+        option="encoder_no_repeat_ngram_size",
+        values=" together with token_healing",
+        reason=_OLD_PROMPT,
+        applies=_is_healed_too("encoder_no_repeat_ngram_size", 0),
     ),
     Refusal(
         option="output_attentions",

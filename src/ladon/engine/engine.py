@@ -249,10 +249,9 @@ class Engine:
         emitted = []
         kept = [(outcome.kept, place) for outcome in outcomes for place in range(len(outcome.places))]
         for row, (count, *tokens), (found, place) in zip(self._scheduler.decoding, table, kept, strict=True):
-            taken = row.take(tokens[:count])
-            emitted.append(taken)
-            if row.keeps:
-                row.keep({name: values[place] for name, values in found.items()}, len(taken))
+            if row.keeps:  # first of all: stop rules may read it
+                row.keep({name: values[place] for name, values in found.items()}, count)
+            emitted.append(row.take(tokens[:count]))
         return emitted
 
     @torch.no_grad()

@@ -35,6 +35,8 @@ from ladon.trees.token_tree import TokenTree, ancestor_mask, node_depths, positi
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_ROUNDING = {torch.float64: 1e-10, torch.float32: 1e-4}  # of logits, relative, where another mask does the same
+
 
 class Target:
     """A model made ready for tree verification.
@@ -85,6 +87,7 @@ class Target:
         self._regimes, self._layer_inputs = RopeRegimes(model), layer_inputs_of(model)
         self._verdict = None if self._self_test else Verdict(trees=True)
         self._pruners: dict[Pruning, Pruner] = {}
+        self._zeros: dict[str, bool] = {}
         self._made_for = state
 
     def check(self) -> Verdict:
@@ -105,6 +108,25 @@ class Target:
     def supports_trees(self) -> bool:
         """Whether any tree can be verified; False when only chains can. Checks the model first, as `check` does."""
         return self.check().trees
+
+    @torch.no_grad()
+    def ignores_zeros(self, name: str) -> bool:
+        """Whether an input of this name, all zeros, changes nothing in what the model says of a few tokens, asked once.
+
+        Token types are such an input in some models; others add an embedding, or see further with them.
+        """
+        self._follow_model()
+        if name not in self._zeros:
+            ids = torch.arange(4, device=self.device).remainder(self.vocab_size)[None]
+            with self._lock:
+                without = self.model(input_ids=ids, use_cache=False).logits
+                try:
+                    given = self.model(input_ids=ids, use_cache=False, **{name: torch.zeros_like(ids)}).logits
+                except Exception:  # whatever it lacks: that is no call of text alone
+                    given = torch.full_like(without, torch.nan)
+            least = _ROUNDING.get(without.dtype, 5e-2) * without.abs().max()
+            self._zeros[name] = bool((given - without).abs().max() <= least)
+        return self._zeros[name]
 
     def pruner(self, pruning: Pruning) -> Pruner:
         """`pruning` made ready for the model, each layer tested once. Raises what `Pruner` and `check_pruning` do."""
