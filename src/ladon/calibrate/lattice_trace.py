@@ -131,7 +131,7 @@ class LatticeTrace:
         scores = given + (added if self.gates is None else added * self.gates[..., None])
         logits, order = scores.sort(dim=-1, descending=True, stable=True)
         rest, most = outside(given), logits[:, :, 0]
-        grid = torch.tensor(GRID)
+        grid = torch.tensor(GRID, dtype=torch.float32, device="cpu")
         apart = (logits - most[..., None])[..., None] / grid
         normalizers = torch.logaddexp(apart.logsumexp(-2), (rest - most)[..., None] / grid)
         return replace(self, tokens=self.tokens.gather(-1, order), logits=logits, log_normalizers=normalizers)
@@ -139,10 +139,10 @@ class LatticeTrace:
     def of_rows(self, rows: Sequence[int]) -> LatticeTrace:
         """The trace of some rows, in the order given."""
         starts = self.row_starts.tolist()
-        parts = [torch.arange(starts[row], starts[row + 1]) for row in rows]
-        index = torch.cat([torch.arange(0), *parts])
+        parts = [torch.arange(starts[row], starts[row + 1], device="cpu") for row in rows]
+        index = torch.cat([torch.arange(0, device="cpu"), *parts])
         chosen = with_tensors(self, lambda table: table if table is self.row_starts else table[index])
-        return replace(chosen, row_starts=torch.tensor([0, *map(len, parts)]).cumsum(0))
+        return replace(chosen, row_starts=torch.tensor([0, *map(len, parts)], device="cpu").cumsum(0))
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file; whoever looks sees the old file or the new one."""
@@ -185,7 +185,7 @@ def _cubic_weights(temperature: float) -> Tensor:
     at = math.log2(temperature / GRID[0]) / math.log2(GRID[1] / GRID[0])
     first = min(max(math.floor(at) - 1, 0), len(GRID) - 4)
     places = range(first, first + 4)
-    weights = torch.zeros(len(GRID))
+    weights = torch.zeros(len(GRID), dtype=torch.float32, device="cpu")
     for i in places:
         weights[i] = math.prod((at - j) / (i - j) for j in places if j != i)
     return weights

@@ -72,7 +72,7 @@ def record(
         InputError: a prompt is empty or fills the model's context.
         UnsupportedModelError: the model cannot decode with Ladon.
     """
-    heads.bind(model, force=True)
+    heads = heads.bound(model, force=True)
     target = Target(model)
     rows = [row_of(index, prompt, max_new_tokens, target) for index, prompt in enumerate(prompts)]
     recorder = _Recorder(heads, num_candidates, batch_size)
@@ -198,7 +198,7 @@ def _assemble(
         log_normalizers=normalizers,
         roots=roots,
         truth=_following(answers, heads.num_heads),
-        row_starts=torch.tensor([0, *(len(answer) - 1 for answer in answers)]).cumsum(0),
+        row_starts=torch.tensor([0, *(len(answer) - 1 for answer in answers)], device="cpu").cumsum(0),
         gates=gates[0] if gates else None,
         heads=heads.weights_hash,
         joint=PRODUCT if own_joint(heads) == MARKOV else own_joint(heads),
@@ -208,7 +208,7 @@ def _assemble(
 
 def _following(answers: Sequence[Sequence[int]], num_heads: int) -> Tensor:
     """The `num_heads` tokens after each token but the last of every answer, [P, K] int32; -1 where there is none."""
-    padded = torch.tensor(list(chain.from_iterable([*answer, *[-1] * num_heads] for answer in answers)))
+    padded = torch.tensor(list(chain.from_iterable([*answer, *[-1] * num_heads] for answer in answers)), device="cpu")
     windows = padded.unfold(0, num_heads + 1, 1)
     return windows[(windows[:, 0] >= 0) & (windows[:, 1] >= 0), 1:].int()
 

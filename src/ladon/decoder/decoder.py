@@ -84,7 +84,8 @@ class Decoder:
         Args:
             model: any causal language model of transformers whose cache can roll back.
             heads: decoding heads for it; None: the proposer or n-grams draft. Decoders of several models may share
-                heads if they run one after the other.
+                heads: each uses a copy, which shares what is in its model's dtype and on its device, and holds the rest
+                twice.
             tree: "dynamic" (grown anew at each step from the heads' joint probabilities), "chain" (each head's best
                 token), "off" (plain decoding), a `FixedTree` or a `TreeSize`. A model that verifies chains but no trees
                 (its self-test says so) gets the chain instead of the dynamic tree.
@@ -116,7 +117,8 @@ class Decoder:
         plan = DraftPlan.of(heads, tree, budget, num_candidates, ngrams, joint, proposer)
         self._profile, self._prune, self._rule = profile, prune, rule_of(accept)
         self.model = model
-        self.heads = None if heads is None else heads.bind(model)
+        self.heads = None if heads is None else heads.bound(model)
+        self._given_heads = heads
         self._target = Target(model)
         self._plan = plan.fitting(self._target, self.heads)
         self.pruning = chosen_pruning(prune, heads, self._target)
@@ -341,4 +343,6 @@ class Decoder:
         return pack_output(request, results)
 
     def _proposer(self, observer: Observer) -> Proposer:
+        if self._given_heads is not None:  # they, or the model, may have changed since the last call
+            self.heads = self._given_heads.bound(self.model, force=True, known=self.heads)
         return self._plan.proposer(self._target, self.heads, observer)

@@ -100,13 +100,20 @@ def pack_output(request: Request, results: CallResults) -> Tensor | DecodeOutput
 
 
 def _kept(rows: list[Row], name: str) -> tuple[Tensor, ...] | None:
-    """What rows have kept, for each new token [B, V]; 0 where a row had ended before. None if they keep no such."""
+    """What rows have kept, for each new token [B, V]; 0 where a row had ended before. None if they keep no such.
+
+    Several rows hold nothing of it afterwards.
+    """
     if name not in rows[0].keeps:
         return None
-    longest = max((row.kept[name] for row in rows), key=len)
-    nothing = torch.zeros_like(longest[0])
-    padded = [[*row.kept[name], *[nothing] * (len(longest) - len(row.tokens))] for row in rows]
-    return tuple(torch.stack(values) for values in zip(*padded, strict=True))
+    kept = [row.kept[name] for row in rows]
+    if len(rows) == 1:
+        return tuple(one[None] for one in kept[0])
+    longest = max(kept, key=len)
+    nothing, steps = torch.zeros_like(longest[0]), []
+    for place in reversed(range(len(longest))):  # rows let go of what is stacked: there is never all of it twice
+        steps.append(torch.stack([own.pop() if len(own) > place else nothing for own in kept]))
+    return tuple(reversed(steps))
 
 
 def stream(request: Request, steps: Generator[Step, None, None], streamer: Any) -> None:
@@ -130,7 +137,7 @@ def stream(request: Request, steps: Generator[Step, None, None], streamer: Any) 
         for step in steps:
             if streamer is not None and step.emitted:  # none while a long prompt is read
                 for token in step.emitted[0]:
-                    streamer.put(torch.tensor([token]))
+                    streamer.put(torch.tensor([token], device="cpu"))
 
 
 def ends_streamer(generate: Callable[P, R]) -> Callable[P, R]:

@@ -17,6 +17,7 @@ from ladon.engine.stats import RowStats
 from ladon.errors import ConstraintError, InputError, LogitsError
 from ladon.sampling.sampling_params import GREEDY, NO_TOKEN, SamplingParams
 from ladon.target.prefix_cache import KeptPrefix
+from ladon.util.devices import is_out_of_memory
 
 
 @dataclass(kw_only=True, eq=False)
@@ -42,8 +43,9 @@ class Row:
         tokens: what has been emitted so far.
         finished: whether it has ended, in whatever way.
         cancelled: whether `cancel` has ended it.
-        error: what its stop rule or a callback has raised, that nothing could be said, or the `ConstraintError` of a
-            constraint that lets it go no further, upon which it was cancelled.
+        error: what its stop rule or a callback has raised, that nothing could be said, that there was no memory to
+            read its prompt, or the `ConstraintError` of a constraint that lets it go no further, upon which it was
+            cancelled.
         stats: its own counts and times.
     """
 
@@ -98,7 +100,7 @@ class Row:
         taken: list[int] = []
         for token in tokens:
             if token == NO_TOKEN and not self.finished:
-                self._fail(self.failure or self._nothing_to_say())
+                self.fail(self.failure or self._nothing_to_say())
             with self._lock:  # not while the stop rule runs: it may cancel, or wait for who does
                 if self.finished or not self._follow(token):
                     break
@@ -157,7 +159,7 @@ class Row:
         try:
             return self.is_stop(token)
         except Exception as error:
-            self._fail(error)
+            self.fail(error)
             return False
 
     def _nothing_to_say(self) -> LogitsError:
@@ -167,7 +169,8 @@ class Row:
             "fewer constraints"
         )
 
-    def _fail(self, error: Exception) -> None:
+    def fail(self, error: Exception) -> None:
+        """End the row with an error."""
         self.error = error
         self.cancel()
 
@@ -181,7 +184,8 @@ class Row:
         What belongs to tokens that it does not take is dropped then.
         """
         for name in self.keeps:
-            self.kept.setdefault(name, []).extend(found[name][:count].unbind())
+            # copies: a view would hold the whole step's table, of all rows and of drafts in vain
+            self.kept.setdefault(name, []).extend(one.clone() for one in found[name][:count])
 
     def cancel(self) -> None:
         """End the row, from any thread: when this returns, it gets no further token. No effect once it has ended."""
@@ -204,11 +208,16 @@ class Row:
             )
 
 
-def raise_error_of(rows: Sequence[Row]) -> None:
-    """Raise what has ended one of the rows before its time, if anything has; a dead end is its row's own affair."""
+def raise_error_of(rows: Sequence[Row], *, at_end: bool = False) -> None:
+    """Raise what has ended one of the rows before its time, if anything has; a dead end is its row's own affair.
+
+    A row for which there was no memory lets the others go on: that is raised `at_end`.
+    """
     for row in rows:
-        if row.error is not None and not isinstance(row.error, ConstraintError):
-            raise row.error
+        error = row.error
+        if error is None or isinstance(error, ConstraintError) or (is_out_of_memory(error) and not at_end):
+            continue
+        raise error
 
 
 def warn_of_dead_ends(rows: Sequence[Row]) -> None:

@@ -91,7 +91,9 @@ class Sampler:
         self._masks = self._constrained = None
         if any(grammar is not None for grammar in grammars):
             self._masks = TokenBitmask(grammars, num_nodes, device)
-            self._constrained = torch.tensor([grammar is not None for grammar in grammars], device=device)
+            self._constrained = torch.tensor(
+                [grammar is not None for grammar in grammars], device=device, dtype=torch.bool
+            )
         places: dict[SamplingParams, list[int]] = {}
         for place, row in enumerate(rows):
             places.setdefault(row.sampling_params, []).append(place)
