@@ -66,6 +66,7 @@ def test_a_model_that_cannot_run_at_all(tiny_llama: PreTrainedModel) -> None:
         if kwargs.get("past_key_values") is None:
             raise ValueError("give a cache")
 
+    fail_without_cache.only_looks = True  # or the test would compare with `generate`, which gives one
     tiny_llama.register_forward_pre_hook(fail_without_cache, with_kwargs=True)
     with pytest.raises(
         UnsupportedModelError, match="a plain forward of it fails with ValueError: give a cache"
@@ -96,7 +97,9 @@ def test_kinds_of_layers_are_part_of_the_key(tiny_llama: PreTrainedModel) -> Non
     """The config of a quantised model may be that of the model it was made from."""
 
     class Other(nn.Linear):
-        pass
+        """A layer of torch: those from elsewhere are tested every time."""
+
+        __module__ = "torch.ao.nn"
 
     assert Target(tiny_llama).supports_trees
     tiny_llama.model.layers[0].mlp.up_proj.__class__ = Other

@@ -115,6 +115,8 @@ def _question(path: Path, number: int, line: str) -> Question:
         raise wrong(f"no JSON ({error.msg})") from error
     if not isinstance(row, dict) or ("prompt" not in row and "turns" not in row):
         raise wrong("neither `prompt` nor `turns`")
+    if unread := [name for name in ("tools", "chat_template_kwargs") if row.get(name)]:
+        raise wrong(f"`{unread[0]}` would change the prompt, and is not read here; write the whole text as `prompt`")
     is_chat = "turns" in row
     turns = row["turns"] if is_chat else [row["prompt"]]
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) and turn for turn in turns):
