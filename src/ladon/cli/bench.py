@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,16 +30,9 @@ _DEMO_PROMPTS = 16
 _NOT_IDENTICAL = 1  # exit code
 
 
-@dataclass(frozen=True, kw_only=True)
-class OneThread(options.Target):
-    """A model that is timed, on one CPU thread unless asked otherwise."""
-
-    threads: int | None = options.ONE_THREAD
-
-
-@options.command()
+@options.command(threads=options.ONE_THREAD)
 def bench(
-    target: OneThread,
+    target: options.Target,
     prompts: Path | None = option(
         WHAT, None, "FILE", "JSONL with `prompt`, or MT-Bench `turns`; held-out code for the bundled model."
     ),

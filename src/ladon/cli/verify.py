@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from typer import Exit
@@ -22,14 +22,10 @@ _DIFFERENT = 1  # exit code
 _SHOWN = 5  # differences of each way to choose tokens
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Sampling(options.Sampling):
-    """How the sampled answers are sampled."""
-
-    temperature: float = option(WHAT, 1.0, "T", "Of the sampled answers, which are compared besides the greedy.")
-
-
-@options.command(without=("accept", "joint"))
+@options.command(
+    without=("accept", "joint"),
+    temperature=option(WHAT, 1.0, "T", "Of the sampled answers, which are compared besides the greedy."),
+)
 def verify(
     *,
     target: options.Target,
@@ -43,7 +39,7 @@ def verify(
     batch: int = option(WHAT, 4, "N", "Prompts that trees answer together.", min=1),
     max_new_tokens: int = option(WHAT, 64, "N", "Tokens of each answer at most.", min=1),
     drafting: options.Drafting,
-    sampling: _Sampling,
+    sampling: options.Sampling,
     accept: list[str] | None = option(
         DRAFT,
         None,
