@@ -68,7 +68,7 @@ def verify(
     for_decoder, rules = drafting.for_decoder(), _rules(accept or [])
     import torch
 
-    from ladon.bench.quality.verification import distance_of, is_repeatable, verify_law
+    from ladon.bench.quality.verification import Proof
     from ladon.cli.loading import dtype_name, load
 
     sampled = sampling.for_generate()
@@ -79,13 +79,12 @@ def verify(
     loaded.require_heads(tree["tree"], drafting.ngrams)
     name, ids = asked_of(loaded, prompts, limit)
     sizes: dict[str, Any] = {"batch": batch, "max_new_tokens": max_new_tokens}
-    what = (loaded.model, loaded.heads, [torch.tensor(one, device=loaded.model.device) for one in ids])
+    asked = [torch.tensor(one, device=loaded.model.device) for one in ids]
     with progress_bar() as progress:
-        how: dict[str, Any] = {**sizes, "tree": tree, "progress": progress}
-        greedy = verify_law(*what, {"do_sample": False}, name="greedy", **how)
-        drawn = verify_law(*what, sampled, name="sampled", **how)
-        distances = [distance_of(*what, sampled, rule, **how) for rule in rules]
-    repeatable = is_repeatable(*what, tree=tree, **sizes)
+        proof = Proof(model=loaded.model, heads=loaded.heads, prompts=asked, tree=tree, progress=progress, **sizes)
+        greedy, drawn = proof.verdict("greedy", {"do_sample": False}), proof.verdict("sampled", sampled)
+        distances = [proof.distance(sampled, rule) for rule in rules]
+    repeatable = proof.is_repeatable()
     _show((greedy, drawn), distances, is_repeatable=repeatable)
     if as_json:
         document = {"laws": [_json(greedy), _json(drawn)], "repeatable": repeatable, "prompts": name, **sizes}
