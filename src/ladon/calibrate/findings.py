@@ -14,7 +14,6 @@ from ladon.config import HIDDEN, MARKOV, PRODUCT
 from ladon.errors import InputError
 from ladon.heads.calibration import Calibration
 from ladon.trees.fixed_tree import FixedTree, best_fixed_tree
-from ladon.trees.lattice import Correction
 from ladon.util.files import rounded
 
 SIZES = (8, 16, 32, 64)
@@ -28,16 +27,14 @@ class Halves:
         known: the trace to fit on, its candidates given the truth before them.
         unseen: the trace to judge on.
         temperatures: fitted on `known`, [K].
-        correction: of the heads' guesses by the token before; None if they have none.
     """
 
     known: LatticeTrace
     unseen: LatticeTrace
     temperatures: list[float]
-    correction: Correction | None = None
 
     @classmethod
-    def of(cls, trace: LatticeTrace, correction: Correction | None = None) -> Halves:
+    def of(cls, trace: LatticeTrace) -> Halves:
         """Split a trace.
 
         Raises:
@@ -49,33 +46,27 @@ class Halves:
                 f"the model's answers to {trace.num_rows} prompts have {trace.num_positions} tokens to guess, too few "
                 "to fit on one half and judge on the other; give 2 prompts or more (about 100) and more new tokens"
             )
-        known = given_the_truth(known, correction)
-        return cls(known=known, unseen=unseen, temperatures=fit_temperatures(known), correction=correction)
+        known = known.given_the_truth()
+        return cls(known=known, unseen=unseen, temperatures=fit_temperatures(known))
 
     def errors(self, temperatures: Sequence[float] | None) -> list[CalibrationError]:
         """The calibration errors on the unseen half."""
-        return calibration_errors(given_the_truth(self.unseen, self.correction), temperatures)
+        return calibration_errors(self.unseen.given_the_truth(), temperatures)
 
     def simulated(
         self, tree: str | FixedTree, budgets: Sequence[int], temperatures: Sequence[float] | None = None
     ) -> list[SimulatedRun]:
         """What trees of several sizes would do on the unseen half."""
-        return simulate_budgets(self.unseen, tree, budgets, temperatures=temperatures, correction=self.correction)
+        return simulate_budgets(self.unseen, tree, budgets, temperatures=temperatures)
 
     def prefixes(self, budgets: Sequence[int]) -> dict[str, Any]:
         """How far lattices and dynamic trees of several sizes, with temperatures, follow the truth of that half."""
-        return simulate_prefixes(self.unseen, budgets, temperatures=self.temperatures, correction=self.correction)
-
-
-def given_the_truth(trace: LatticeTrace, correction: Correction | None) -> LatticeTrace:
-    """The trace as heads with this correction would have it."""
-    return trace if correction is None else trace.given_the_truth(correction)
+        return simulate_prefixes(self.unseen, budgets, temperatures=self.temperatures)
 
 
 def calibrate(
     trace: LatticeTrace,
     *,
-    correction: Correction | None = None,
     budgets: Sequence[int] = SIZES,
     step_times: Sequence[StepTimes] = (),
     place: dict[str, Any] | None = None,
@@ -86,9 +77,7 @@ def calibrate(
     prefixes are honest: they are those of half of the answers, with temperatures and fixed trees of the other half.
 
     Args:
-        trace: the recorded answers.
-        correction: the heads' Markov correction, where they have one; temperatures, hit rates and trees are then those
-            with it. A hidden correction is in the trace.
+        trace: the recorded answers; temperatures, hit rates and trees are those with its correction.
         budgets: sizes of the simulated trees, root included.
         step_times: measured on this machine; the projection goes by the first. May be empty.
         place: the machine, as `ladon.util.machine` describes it.
@@ -96,13 +85,13 @@ def calibrate(
     Raises:
         InputError: too little was recorded.
     """
-    halves, given = Halves.of(trace, correction), given_the_truth(trace, correction)
+    halves, given = Halves.of(trace), trace.given_the_truth()
     rates = hit_rates(given.ranks(), trace.num_candidates)
     trees = {str(size): best_fixed_tree(rates, size) for size in SIZES}
     return Calibration(
         heads=trace.heads,
         temperatures=fit_temperatures(given),
-        joint=trace.joint if correction is None else MARKOV,
+        joint=trace.joint if trace.correction is None else MARKOV,
         hit_rates=rates,
         marginal_hit_rates=marginal_hit_rates(trace.ranks(), trace.num_candidates),
         error=_errors(halves),

@@ -53,6 +53,8 @@ class LatticeTrace:
         joint: "product", or "paths" or "hidden" if heads or their correction have read the tokens before their guesses:
             candidates are then those after the true tokens, and mean nothing where the truth is not known.
         about: what was recorded: model, dtype, prompts; JSON values.
+        correction: the heads' Markov correction, as `ladon.trees.lattice.conditioned` takes it, where it is still to be
+            applied to what they offered; it stays with the heads and is not saved. None: nothing is.
     """
 
     tokens: Tensor
@@ -65,6 +67,7 @@ class LatticeTrace:
     heads: str = ""
     joint: str = PRODUCT
     about: Mapping[str, Any] = field(default_factory=dict)
+    correction: Correction | None = None
 
     @property
     def num_positions(self) -> int:
@@ -115,26 +118,27 @@ class LatticeTrace:
         log_probs = (logits - logits[:, :1] - normalizer[:, None]).clamp(max=0.0)
         return log_probs.nan_to_num(nan=-torch.inf, neginf=-torch.inf)
 
-    def given_the_truth(self, correction: Correction) -> LatticeTrace:
+    def given_the_truth(self) -> LatticeTrace:
         """What the heads offer after the true tokens, corrected by the one just before each guess.
-
-        Args:
-            correction: as `ladon.trees.lattice.conditioned` takes it; the trace's gates hold.
 
         Returns:
             The same trace with candidates in their corrected order; the normalisers are those of the candidates and
-            one cell for all other tokens. Where the truth is not known, candidates mean nothing.
+            one cell for all other tokens. Where the truth is not known, candidates mean nothing. A trace without a
+            correction is as it is.
         """
+        if self.correction is None:
+            return self
         given = torch.stack([self.log_probs(depth) for depth in range(1, self.num_heads + 1)], dim=1)
         before = torch.cat([self.roots[:, None], self.truth[:, :-1]], dim=1).clamp(min=0).long()
-        added = correction(before[:, :, None], self.tokens.long())[:, :, 0].cpu()
+        added = self.correction(before[:, :, None], self.tokens.long())[:, :, 0].cpu()
         scores = given + (added if self.gates is None else added * self.gates[..., None])
         logits, order = scores.sort(dim=-1, descending=True, stable=True)
         rest, most = outside(given), logits[:, :, 0]
         grid = torch.tensor(GRID)
         apart = (logits - most[..., None])[..., None] / grid
         normalizers = torch.logaddexp(apart.logsumexp(-2), (rest - most)[..., None] / grid)
-        return replace(self, tokens=self.tokens.gather(-1, order), logits=logits, log_normalizers=normalizers)
+        tokens = self.tokens.gather(-1, order)
+        return replace(self, tokens=tokens, logits=logits, log_normalizers=normalizers, correction=None)
 
     def of_rows(self, rows: Sequence[int]) -> LatticeTrace:
         """The trace of some rows, in the order given."""

@@ -203,6 +203,7 @@ def _assemble(
         heads=heads.weights_hash,
         joint=PRODUCT if own_joint(heads) == MARKOV else own_joint(heads),
         about=about,
+        correction=correction_of(heads),
     )
 
 

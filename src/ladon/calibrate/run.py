@@ -72,7 +72,7 @@ class HeadsMeasurement:
         trace = LatticeTrace.load(path)
         if trace.heads != self._stored_hash():
             raise InputError(f"{path} was recorded with other heads; record a trace with these, or name the others")
-        return trace
+        return replace(trace, correction=correction_of(self._heads))
 
     def _stored_hash(self) -> str:
         """The hash of the heads as they are stored: float16 keeps less of small weights than the hash's bfloat16."""
@@ -94,8 +94,7 @@ class HeadsMeasurement:
 
     def findings(self, trace: LatticeTrace, budgets: tuple[int, ...], measured: list[StepTimes]) -> Calibration:
         """What the trace and the step times say."""
-        correction = correction_of(self._heads)
-        return calibrate(trace, correction=correction, budgets=budgets, step_times=measured, place=self._place)
+        return calibrate(trace, budgets=budgets, step_times=measured, place=self._place)
 
     def write(self, found: Calibration, measured: list[StepTimes], folder: Path) -> Path | None:
         """Write the calibration, and keep the step times for this machine; where, or None if there are none."""

@@ -290,7 +290,7 @@ class Reports(TrainerCallback):
     def _look(self, module: HeadsModule) -> HeldOutReport:
         if self._with_cost and self._cost is None:
             self._cost = self._measured_cost(module)
-        left_out = () if module.loss_options.packed else ("position_ids",)
+        left_out = () if module.packed else ("position_ids",)
         told = ({name: table for name, table in batch.items() if name not in left_out} for batch in self._batches)
         with module.autocast():
             return evaluate(module.model, module.heads, (module.beside_heads(batch) for batch in told))
