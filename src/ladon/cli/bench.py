@@ -17,6 +17,7 @@ from ladon.cli.options import DRAFT, MEASURE, OUTPUT, WHAT, option, setting
 from ladon.cli.output import check_writable, print_json, progress_bar, say, show, write_whole
 from ladon.config import MTP, BenchOptions
 from ladon.errors import InputError
+from ladon.util.files import explained
 
 if TYPE_CHECKING:
     from ladon.bench.findings import Findings, Progress, Subject
@@ -195,10 +196,8 @@ def _check_pictures(folder: Path) -> None:
     from ladon.viz.png import check_available
 
     check_available()
-    try:
+    with explained(f"cannot make the folder {folder}", InputError, "give another place"):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot make the folder {folder}: {error.strerror}; give another place") from error
     check_writable(folder / "speedup.png")
 
 

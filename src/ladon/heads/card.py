@@ -14,7 +14,7 @@ from ladon.errors import HeadsError
 from ladon.heads.base import Heads
 from ladon.heads.calibration import Calibration
 from ladon.heads.early_exit import EarlyExit
-from ladon.util.files import write_whole
+from ladon.util.files import explained, write_whole
 
 CARD_FILE = "README.md"
 MARKER = (
@@ -43,12 +43,10 @@ def write_card(
         HeadsError: the folder cannot be written to.
     """
     path = Path(folder) / CARD_FILE
-    try:
+    with explained(f"cannot write {path}", HeadsError, "make room or give another folder"):
         if path.exists() and MARKER not in path.read_text(encoding="utf-8", errors="replace"):
             return False
         write_whole(path, model_card(heads, early_exit=early_exit, data=data, licence=licence))
-    except OSError as error:
-        raise HeadsError(f"cannot write {path}: {error.strerror}; make room or give another folder") from error
     return True
 
 

@@ -26,6 +26,7 @@ from ladon.train.data.batches import Collator, RowOrder, batches_of, rows_of
 from ladon.train.data.rows import Document, Example, data_hash, documents_from, read_rows, shown, split
 from ladon.train.modules import HeadsModule, JointModule, keeps_apart
 from ladon.train.trainer import HeadsTrainer, LossLines, Reports, history, rows_per_update, training_arguments
+from ladon.util.files import explained
 
 _POWER_ITERATIONS = 4
 
@@ -138,10 +139,8 @@ def _documents(
 
 def _checkpoint(options: TrainOptions, out: Path, settings: dict[str, Any]) -> Path | None:
     """The checkpoint to go on from. `out` is there afterwards."""
-    try:
+    with explained(f"cannot write to {out}", InputError, "give another --out"):
         out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot write to {out}: {error.strerror}; give another --out") from error
     if not options.resume:
         if os.environ.get("RANK", "0") == "0":
             remove_checkpoints(out)
