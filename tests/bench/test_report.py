@@ -53,7 +53,7 @@ def crafted(timed: Sequence[float], profiled: Sequence[tuple[float, float]]) -> 
     """One system whose timed and profiled runs took so many seconds; of the profiled also the forward's."""
 
     def run(stats: DecodeStats) -> Run:
-        return Run(outputs=[[1] * 11], stats=stats, seconds=1.0, first_token_seconds=0.1, step_counts=[1] * 10)
+        return Run(outputs=[[1] * 11], stats=stats, seconds=1.0, first_token_seconds=0.1)
 
     def stats(seconds: float, **stages: float) -> DecodeStats:
         return DecodeStats(tokens=10, row_steps=10, forwards=10, decode_seconds=seconds, stage_seconds=dict(stages))

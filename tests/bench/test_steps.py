@@ -19,15 +19,10 @@ from user_side import Tiny, write_jsonl
 
 
 def step(nodes: int, seconds: float, predicted: float = math.nan, batch: int = 1, tokens: float = 1.0) -> StepFacts:
-    return StepFacts(
-        batch=batch,
-        context=10.0,
-        nodes=nodes,
-        seconds=seconds,
-        predicted_seconds=predicted,
-        tokens=tokens,
-        expected_tokens=math.nan if nodes == 1 else tokens + 0.5,
-    )
+    """A step that emitted so many tokens per row, half a token less than expected."""
+    did = {"batch": batch, "context": 10.0, "nodes": nodes, "kept": nodes, "grown": nodes, "seconds": seconds}
+    expected = () if nodes == 1 else ((tokens - 0.5) * batch,)
+    return StepFacts(StepRecord(tokens=int(tokens * batch), expected=expected, **did), predicted)  # type: ignore[arg-type]
 
 
 def test_sizes_are_counted_with_their_means() -> None:
@@ -82,7 +77,7 @@ def test_steps_are_noted_and_decisions_stay_the_same() -> None:
     assert math.isnan(noted.observe(StepRecord(nodes=1, tokens=2, **asked)))  # type: ignore[arg-type]
     noted.observe(StepRecord(nodes=4, tokens=6, **asked))  # type: ignore[arg-type]
     tree, plain, cut = noted.taken()
-    assert (tree.nodes, tree.batch, tree.seconds, tree.predicted_seconds) == (4, 2, 0.5, 0.25)
+    assert (tree.record.nodes, tree.record.batch, tree.record.seconds, tree.predicted_seconds) == (4, 2, 0.5, 0.25)
     assert (tree.tokens, tree.expected_tokens) == (2.5, 2.0)
     assert plain.tokens == 1.0 and math.isnan(plain.expected_tokens)
     assert cut.tokens == 3.0 and math.isnan(cut.expected_tokens)  # nobody asked what was expected
