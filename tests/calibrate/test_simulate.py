@@ -9,8 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ladon import Decoder, FixedTree, load_demo, new_heads
-from ladon.calibrate.lattice_trace import LatticeTrace
-from ladon.calibrate.recording import record
+from ladon.calibrate.lattice_trace import LatticeTrace, record
 from ladon.calibrate.simulate import simulate, simulate_budgets
 from ladon.demo.bundled import demo_fixed_tree, demo_prompts
 from ladon.errors import TreeError

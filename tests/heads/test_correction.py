@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 import ladon
 from corrections import brute_force, corrected_heads, made
 from families import build
-from ladon.calibrate.recording import correction_of, record
+from ladon.calibrate.lattice_trace import correction_of, record
 from ladon.calibrate.simulate import simulate_budgets
 from ladon.config import MARKOV, MARKOV_ROWS, PRODUCT
 from ladon.drafting.head_chaining import joint_of, make_chaining

@@ -23,8 +23,7 @@ from ladon.bench.quality.diagnosis import DiagnosedDecoder, Diagnosis
 from ladon.bench.quality.identity import check_float32, leaving_plain
 from ladon.bench.systems import Budget, LadonSystem, Run, System, TransformersSystem
 from ladon.bench.workloads import Question, Workload, prompt_ids
-from ladon.calibrate.lattice_trace import hit_rates
-from ladon.calibrate.recording import record
+from ladon.calibrate.lattice_trace import hit_rates, record
 from ladon.config import BenchOptions
 from ladon.decoder.options import OFF
 from ladon.errors import InputError

@@ -20,12 +20,20 @@ from ladon.heads.correction import MarkovCorrection
 from ladon.heads.early_exit import new_early_exit
 from ladon.heads.factory import CORRECTION_OPTIONS
 from ladon.heads.model_parts import output_projection
-from ladon.train.checkpoints import remove_checkpoints, to_resume
 from ladon.train.config import TrainOptions
 from ladon.train.data.batches import Collator, RowOrder, batches_of, rows_of
 from ladon.train.data.rows import Document, Example, data_hash, documents_from, read_rows, shown, split
 from ladon.train.modules import HeadsModule, JointModule, keeps_apart
-from ladon.train.trainer import HeadsTrainer, LossLines, Reports, history, rows_per_update, training_arguments
+from ladon.train.trainer import (
+    HeadsTrainer,
+    LossLines,
+    Reports,
+    history,
+    remove_checkpoints,
+    rows_per_update,
+    to_resume,
+    training_arguments,
+)
 from ladon.util.files import explained
 
 _POWER_ITERATIONS = 4
