@@ -20,6 +20,7 @@ from ladon.bench.systems import Run, by_size, merged
 from ladon.bench.workloads import Workload, make_workload
 from ladon.config import BenchOptions
 from ladon.engine.stats import DecodeStats
+from ladon.util.files import finite
 
 _BASES = ("plain", "transformers")
 
@@ -206,11 +207,6 @@ def _categories(entry: Measured) -> dict[str, dict[str, float | int | None]]:
             "tokens_per_second": finite(_speed(timed)),
         }
     return found
-
-
-def finite(value: float) -> float | None:
-    """The value, or None where JSON has no number for it."""
-    return value if math.isfinite(value) else None
 
 
 def answer_files(path: Path, subject: Subject, measured: Sequence[Measured], stamp: float) -> dict[Path, str]:

@@ -13,6 +13,7 @@ from ladon.cli.options import DRAFT, WHAT, option
 from ladon.cli.output import OutConsole, print_json, progress_bar
 from ladon.cli.prompts import asked_of
 from ladon.errors import InputError
+from ladon.util.files import finite
 
 if TYPE_CHECKING:
     from ladon.bench.quality.verification import Distance, Verdict
@@ -138,8 +139,6 @@ def _lines(verdict: Verdict) -> list[str]:
 
 
 def _json(verdict: Verdict) -> dict[str, Any]:
-    from ladon.bench.report import finite
-
     counts = {name: getattr(verdict, name) for name in ("law", "prompts", "tokens", "near_ties")}
     differences = [
         {"prompt": each.prompt, "position": each.position, "margin": finite(each.margin), "bound": each.bound}
@@ -151,7 +150,5 @@ def _json(verdict: Verdict) -> dict[str, Any]:
 
 
 def _distance_json(distance: Distance, exact: Verdict) -> dict[str, Any]:
-    from ladon.bench.report import finite
-
     lengths = {"acceptance_length": distance.acceptance_length, "exact_acceptance_length": exact.acceptance_length}
     return asdict(distance) | {name: finite(length) for name, length in lengths.items()}

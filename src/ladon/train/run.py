@@ -92,7 +92,7 @@ def train(
     looked_at = batches_of(held_out, length if share_rows else 0, collator, options.batch_size)
     reports = Reports(looked_at, options.eval_every, options.speedup, say)
     order = RowOrder(learning, rows, arguments.max_steps * rows_per_update(arguments), options.seed)
-    trainer = HeadsTrainer(module, arguments, options, settings, order, collator, [LossLines(say), reports])
+    trainer = HeadsTrainer(module, arguments, settings, order, collator, [LossLines(say), reports])
     reports.trainer = trainer
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     record = {"settings": settings, "source": source, "rows": len(learning), "notes": notes, **_skipped(module, say)}

@@ -47,9 +47,8 @@ class HeadsTrainer(Trainer):
     over processes, hence the factor in `compute_loss`.
 
     Args:
-        module: what is trained.
+        module: what is trained, with the options that say how.
         arguments: the Trainer's own.
-        options: how to train.
         settings: what a resumed run must share; kept with every checkpoint.
         rows: the rows of the whole run.
         collator: makes batches of them.
@@ -63,7 +62,6 @@ class HeadsTrainer(Trainer):
         self,
         module: HeadsModule,
         arguments: TrainingArguments,
-        options: TrainOptions,
         settings: dict[str, Any],
         rows: RowOrder,
         collator: Collator,
@@ -77,7 +75,7 @@ class HeadsTrainer(Trainer):
             callbacks=[SkipWildSteps(), *callbacks],
         )
         self.remove_callback(PrinterCallback)  # it prints on standard output
-        self.options, self.settings = options, settings
+        self.options, self.settings = module.options, settings
         self.model_accepts_loss_kwargs = True  # the loss is a share of the update's: not to be divided once more
         self._saving_below: Path | None = None
 
