@@ -103,7 +103,7 @@ def _checked_rates(hit_rates: Sequence[Sequence[float]]) -> Tensor:
         raise InputError(
             f"hit rates of {len(hit_rates)} depths with {sorted(widths)} ranks; give as many ranks for each"
         )
-    rates = torch.tensor([list(map(float, ranks)) for ranks in hit_rates], dtype=torch.float64)
+    rates = torch.tensor([list(map(float, ranks)) for ranks in hit_rates], dtype=torch.float64, device="cpu")
     if not bool(((rates >= 0) & (rates.sum(1, keepdim=True) <= 1 + 1e-6)).all()):
         raise InputError(
             "hit rates are no probabilities: each must be 0 or more, and those of a depth sum to at most 1"
@@ -114,13 +114,13 @@ def _checked_rates(hit_rates: Sequence[Sequence[float]]) -> Tensor:
 def _drafted(prompt: Prompt, answer: Sequence[int], rates: Tensor, places: int, vocab_size: int, seed: int) -> Tensor:
     """Candidate tokens after each root of one answer, [T, K, C]."""
     num_heads, num_candidates = rates.shape
-    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {prompt}".encode()))  # it takes 32 bits
-    drawn = torch.rand(places, num_heads, 1, generator=generator, dtype=torch.float64)
+    generator = torch.Generator("cpu").manual_seed(zlib.crc32(f"{seed} {prompt}".encode()))  # it takes 32 bits
+    drawn = torch.rand(places, num_heads, 1, generator=generator, dtype=torch.float64, device="cpu")
     rank = (drawn >= rates.cumsum(1)).sum(-1)  # [T, K]; C: the truth is not among the candidates
-    padded = torch.tensor([*answer, *[answer[-1]] * (places + num_heads)])
-    truth = padded[torch.arange(places)[:, None] + torch.arange(1, num_heads + 1)]
+    padded = torch.tensor([*answer, *[answer[-1]] * (places + num_heads)], device="cpu")
+    truth = padded[torch.arange(places, device="cpu")[:, None] + torch.arange(1, num_heads + 1, device="cpu")]
     # Consecutive tokens around the truth: distinct, and none but that at the drawn rank is right.
-    return (truth[:, :, None] + torch.arange(num_candidates) - rank[:, :, None]) % vocab_size
+    return (truth[:, :, None] + torch.arange(num_candidates, device="cpu") - rank[:, :, None]) % vocab_size
 
 
 class SyntheticProposer(Proposer):
@@ -135,7 +135,7 @@ class SyntheticProposer(Proposer):
     ) -> None:
         """`build` makes trees of the candidates; `heads` run at each draft, for the time that they take alone."""
         self._drafts, self.build, self._observer, self._heads = drafts, build, observer, heads
-        self._numbers = self._places = torch.zeros(0, dtype=torch.long)
+        self._numbers = self._places = torch.zeros(0, dtype=torch.long, device="cpu")
 
     def join(self, prompts: Sequence[Tensor], hidden: Tensor, states: Sequence[Tensor] = ()) -> None:
         """Look up the new rows' answers; their first root is the first token of it."""

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         InputError,
         LadonError,
         LogitsError,
+        SelfTestError,
         TreeError,
         UnsupportedModelError,
     )
@@ -43,7 +44,8 @@ _NAMES = {  # where the public names live
     "drafting.proposer": "Proposer",
     "engine.sequence": "Row",
     "engine.stats": "DecodeStats",
-    "errors": "ConstraintError HeadsError InputError LadonError LogitsError TreeError UnsupportedModelError",
+    "errors": "ConstraintError HeadsError InputError LadonError LogitsError SelfTestError TreeError "
+    "UnsupportedModelError",
     "heads": "Heads load_heads new_heads",
     "heads.mtp": "load_mtp",
     "sampling.acceptance": "Accepted",
@@ -70,6 +72,7 @@ __all__ = [
     "Proposer",
     "Pruning",
     "Row",
+    "SelfTestError",
     "TokenTree",
     "TraceStep",
     "TreeError",

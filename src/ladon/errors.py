@@ -27,5 +27,9 @@ class UnsupportedModelError(LadonError, ValueError):
     """A model whose forward cannot verify a token tree exactly; the message names the reason."""
 
 
+class SelfTestError(LadonError, RuntimeError):
+    """The test of a model has failed by itself, which says nothing about the model."""
+
+
 class ConstraintError(LadonError, ValueError):
     """A constraint that lets a text go no further, though it is not complete; what was written before it is kept."""

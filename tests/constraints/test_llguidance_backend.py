@@ -205,7 +205,7 @@ def test_a_text_that_is_cut_is_not_complete() -> None:
         ids, max_new_tokens=7, do_sample=False, constraint=constraint, return_dict_in_generate=True
     )
     cut = output.sequences[0, ids.shape[1] :].tolist()
-    assert decoder.complete == [False] and output.complete == (False,)
+    assert decoder.complete == [False] and output.complete == [False]
     assert cut == new_tokens(decoder, PROMPTS[0], do_sample=False, constraint=constraint)[:7]
 
 

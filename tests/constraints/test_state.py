@@ -206,7 +206,7 @@ def test_generate_returns_what_was_written_before_a_dead_end(decoder):
             constraint=[Script.of({7, 8}, {9}, set(), {3}), Script.of({7}, {8})], return_dict_in_generate=True,
         )  # fmt: skip
     assert output.sequences[:, 4:].tolist()[1] == [7, 8] and output.sequences[0, 5] == 9
-    assert decoder.complete == [False, True] and output.complete == (False, True)
+    assert decoder.complete == [False, True] and output.complete == [False, True]
 
 
 def test_a_law_that_leaves_nothing_legal_ends_the_row(decoder):

@@ -222,6 +222,6 @@ def test_a_streamer_that_raises_ends_the_run(model, decoder):
     broken = Broken()
     with pytest.raises(KeyboardInterrupt):
         decoder.generate(PROMPT, max_new_tokens=16, streamer=broken)
-    assert len(broken.seen) == 3
+    assert len(broken.seen) == 4 and broken.seen[-1] == ["end"], "nobody waits for more"
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
     assert torch.equal(decoder.generate(PROMPT, max_new_tokens=16), plain(model))

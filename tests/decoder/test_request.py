@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 from transformers import (
     CLIPVisionConfig,
     DynamicCache,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
     GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
 )
 
 import ladon
@@ -173,6 +178,52 @@ def test_a_model_that_reads_images_decodes_text():
     assert torch.equal(decoder.generate(PROMPT, max_new_tokens=8), plain(llava, max_new_tokens=8))
     with pytest.raises(InputError, match="no images or other inputs"):
         decoder.generate(PROMPT, max_new_tokens=8, pixel_values=torch.zeros(1, 3, 16, 16, dtype=torch.float64))
+
+
+TEXT: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
+VISION = {"hidden_size": 32, "intermediate_size": 48, "image_size": 16, "patch_size": 8}
+
+
+def gemma3():
+    text = {**TEXT, "sliding_window": 8, "sliding_window_pattern": 2}
+    vision = {**VISION, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = Gemma3Config(text_config=text, vision_config=vision, image_token_index=96, mm_tokens_per_image=4)
+    return Gemma3ForConditionalGeneration(config)
+
+
+def qwen2_5_vl():
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+    vision = {"depth": 1, "num_heads": 4, "out_hidden_size": 32, "fullatt_block_indexes": [0], **VISION}
+    tokens = {"image_token_id": 96, "video_token_id": 95, "vision_start_token_id": 94, "vision_end_token_id": 93}
+    config = Qwen2_5_VLConfig(text_config={**TEXT, "rope_parameters": rope}, vision_config=vision, **tokens)
+    return Qwen2_5_VLForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize(("make", "name"), [(gemma3, "token_type_ids"), (qwen2_5_vl, "mm_token_type_ids")])
+def test_token_types_of_text_alone(make, name):
+    """As the processors of models that also read images return them."""
+    torch.manual_seed(0)
+    model = make().double().eval()
+    model.generation_config.eos_token_id = None
+    decoder = ladon.Decoder(model, budget=8)
+    for ids, mask in ((PROMPT, torch.ones_like(PROMPT)), (BATCH, MASK)):
+        options = {"attention_mask": mask, "max_new_tokens": 12, "pad_token_id": 0, name: torch.zeros_like(ids)}
+        assert torch.equal(decoder.generate(ids, **options), plain(model, ids, **options))
+        for types in (torch.ones_like(ids), torch.zeros_like(ids[:, 1:])):
+            with pytest.raises(InputError, match=f"{name}: Ladon gives the model token ids"):
+                decoder.generate(ids, **{**options, name: types})
 
 
 def test_decoders_of_two_models_may_share_heads(model):

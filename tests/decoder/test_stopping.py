@@ -8,22 +8,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, StoppingCriteria, StoppingCriteriaList
+from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation import stopping_criteria as kinds
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
 import ladon
 from drafts import SIZES, oracle_decoder
-from greedy import BATCH, MASK, PROMPT, plain
+from greedy import BATCH, MASK, PROMPT, one_character_per_token, plain
 from ladon.decoder.stopping import StopRules
-
-
-def one_character_per_token() -> PreTrainedTokenizerFast:
-    characters = Tokenizer(models.WordLevel({chr(33 + i): i for i in range(97)}, unk_token="!"))
-    characters.pre_tokenizer = pre_tokenizers.Split(Regex(""), "isolated")
-    characters.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=characters, pad_token="!")
+from ladon.engine.sequence import Row
 
 
 @pytest.mark.parametrize("length", [10, 13, 15, 40])
@@ -78,9 +71,22 @@ def test_every_criterion_is_asked_after_every_token(model, decoder):
     assert [len(notes.seen) for notes in criteria] == [3, 3]
 
 
-def test_criteria_see_each_row_alone_with_its_padding(decoder):
+def test_criteria_see_the_rows_with_their_padding(decoder):
     notes = Notes()
     output = decoder.generate(BATCH, attention_mask=MASK, max_new_tokens=4, stopping_criteria=[notes])
+    assert len(notes.seen) == 4
+    for new, seen in enumerate(notes.seen, start=1):
+        assert seen.dtype == torch.int64 and torch.equal(seen, output[:, : 8 + new])
+
+
+def test_criteria_see_a_row_of_an_engine_alone(decoder):
+    notes = Notes()
+    rows = decoder.rows(
+        [row[mask.bool()] for row, mask in zip(BATCH, MASK, strict=True)], max_new_tokens=4, stopping_criteria=[notes]
+    )
+    for _ in decoder.decode(rows):
+        pass
+    output = decoder.generate(BATCH, attention_mask=MASK, max_new_tokens=4)
     assert len(notes.seen) == 3 * 4
     for seen in notes.seen:
         assert seen.dtype == torch.int64 and any(torch.equal(seen[0], row[: seen.shape[1]]) for row in output)
@@ -88,14 +94,19 @@ def test_criteria_see_each_row_alone_with_its_padding(decoder):
 
 def test_the_row_so_far_is_not_made_anew_for_every_token():
     """Room doubles when it is full; between that, each call gets a view on the device of the prompt."""
-    notes = Notes(10**6)
-    is_stop = StopRules.of(StoppingCriteriaList([notes])).for_row(torch.arange(4, device="meta"))
-    with pytest.raises(RuntimeError):  # a meta tensor's answer cannot be read; what was given is what matters here
-        is_stop(7)
+
+    def judged(device: str) -> tuple[Notes, Row]:
+        notes, prompt = Notes(10**6), torch.arange(4, device=device)
+        (judge,) = StopRules.of(StoppingCriteriaList([notes])).judges(prompt[None], 0, together=True)
+        judge.rows.append(Row(prompt=prompt, max_new_tokens=99, is_stop=judge.rule()))
+        return notes, judge.rows[0]
+
+    notes, row = judged("meta")
+    row.take([7])
+    assert isinstance(row.error, RuntimeError)  # a meta tensor's answer cannot be read; what was given matters here
     assert notes.seen[0].device.type == "meta" and notes.seen[0].shape == (1, 5)
-    notes = Notes(10**6)
-    is_stop = StopRules.of(StoppingCriteriaList([notes])).for_row(torch.arange(4))
-    assert not any(is_stop(token) for token in range(100, 160))
+    notes, row = judged("cpu")
+    assert row.take(range(100, 160)) == list(range(100, 160)) and not row.finished
     assert notes.seen[-1].tolist() == [[0, 1, 2, 3, *range(100, 160)]]
     assert len({seen.data_ptr() for seen in notes.seen}) == 4  # 8, 16, 32, 64
 
@@ -116,6 +127,18 @@ def test_stop_strings_of_a_generation_config(model, decoder):
     assert torch.equal(other, plain(model, stop_strings=None))
     with pytest.raises(ladon.InputError, match="tokenizer"):
         decoder.generate(PROMPT, max_new_tokens=16)
+
+
+def test_stop_strings_of_rows(model, decoder):
+    tokenizer = one_character_per_token()
+    stop = tokenizer.decode(plain(model)[0, 12:])[5:7]
+    expected = plain(model, stop_strings=[stop], tokenizer=tokenizer)[0, 12:].tolist()
+    rows = decoder.rows([PROMPT[0]], max_new_tokens=16, stop_strings=[stop], tokenizer=tokenizer)
+    for _ in decoder.decode(rows):
+        pass
+    assert rows[0].tokens == expected
+    with pytest.raises(ladon.InputError, match="stop_strings needs the tokenizer"):
+        decoder.rows([PROMPT[0]], max_new_tokens=16, stop_strings=[stop])
 
 
 def check_usage(decoder: ladon.Decoder, output, new: int) -> None:

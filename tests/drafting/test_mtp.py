@@ -373,7 +373,8 @@ def test_modules_follow_a_model_to_another_dtype_and_belong_to_it(shipped):
     loaded.set_experts_implementation("eager")
     heads = ladon.load_mtp(loaded)
     decoder = ladon.Decoder(loaded.double(), heads, budget=32)
-    assert heads.mtp.layers[0].eh_proj.weight.dtype == torch.float64
+    assert decoder.heads.mtp.layers[0].eh_proj.weight.dtype == torch.float64
+    assert heads.mtp.layers[0].eh_proj.weight.dtype == torch.float32, "the decoder has a copy"
     (prompt,) = prompts_of((7,))
     assert decoder.generate(prompt[None], max_new_tokens=12)[0, 7:].tolist() == reference(loaded, prompt, 12)
     other, _ = families.random_mtp("mellum", 1, torch.float32, vocab_size=model.config.vocab_size)

@@ -156,7 +156,7 @@ def _diagnose(
     for batch in options.batches:
         diagnosis, groups = Diagnosis(), _groups(findings.requests, batch)
         for done, group in enumerate(groups, start=1):
-            prompts = [torch.tensor(request.ids) for request in group]
+            prompts = [torch.tensor(request.ids, device="cpu") for request in group]
             for _ in diagnosis.follow(decoder, decoder.rows(prompts, max_new_tokens=options.max_new_tokens)):
                 pass
             progress(f"where tokens are lost, {system.name}", done, len(groups))
@@ -243,6 +243,6 @@ def calibrate(
     progress: Callable[[str, int, int], None],
 ) -> list[list[float]]:
     """Hit rates over the model's own greedy answers to the first turn of each question."""
-    prompts = [torch.tensor(prompt_ids(tokenizer, question, [])) for question in questions]
+    prompts = [torch.tensor(prompt_ids(tokenizer, question, []), device="cpu") for question in questions]
     given = record(model, heads, prompts, max_new_tokens=max_new_tokens, progress=progress).given_the_truth()
     return hit_rates(given.ranks(), given.num_candidates)

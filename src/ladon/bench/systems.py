@@ -328,7 +328,7 @@ def _wait(device: torch.device) -> None:
 
 def _inputs(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> dict[str, Any]:
     """Prompts padded on the left, as `generate` wants them."""
-    ids = [torch.tensor(list(prompt)) for prompt in prompts]
+    ids = [torch.tensor(list(prompt), device="cpu") for prompt in prompts]
     rows = {"input_ids": ids, "attention_mask": [torch.ones_like(prompt) for prompt in ids]}
     padded = {name: pad_sequence(parts, batch_first=True, padding_side="left") for name, parts in rows.items()}
     return {name: table.to(model.device) for name, table in padded.items()}

@@ -215,7 +215,7 @@ class HeadsMeasurement:
         trace = record(
             self._model,
             self._heads,
-            [torch.tensor(prompt) for prompt in prompts],
+            [torch.tensor(prompt, device="cpu") for prompt in prompts],
             max_new_tokens=max_new_tokens,
             batch_size=batch,
             about={**about, "workload": workload},
@@ -259,5 +259,5 @@ class HeadsMeasurement:
 
     def pruning(self, prompts: Sequence[Sequence[int]]) -> dict[str, Any]:
         """Whether early pruning pays, and how: judged on the answers to a few of the prompts."""
-        few = [torch.tensor(ids) for ids in prompts[:_PRUNING_PROMPTS]]
+        few = [torch.tensor(ids, device="cpu") for ids in prompts[:_PRUNING_PROMPTS]]
         return find_pruning(self._model, self._heads, few, place=self._place, progress=self._progress)

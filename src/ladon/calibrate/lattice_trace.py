@@ -160,7 +160,7 @@ class LatticeTrace:
         scores = given + (added if self.gates is None else added * self.gates[..., None])
         logits, order = scores.sort(dim=-1, descending=True, stable=True)
         rest, most = outside(given), logits[:, :, 0]
-        grid = torch.tensor(GRID)
+        grid = torch.tensor(GRID, dtype=torch.float32, device="cpu")
         apart = (logits - most[..., None])[..., None] / grid
         normalizers = torch.logaddexp(apart.logsumexp(-2), (rest - most)[..., None] / grid)
         tokens = self.tokens.gather(-1, order)
@@ -169,10 +169,10 @@ class LatticeTrace:
     def of_rows(self, rows: Sequence[int]) -> LatticeTrace:
         """The trace of some rows, in the order given."""
         starts = self.row_starts.tolist()
-        parts = [torch.arange(starts[row], starts[row + 1]) for row in rows]
-        index = torch.cat([torch.arange(0), *parts])
+        parts = [torch.arange(starts[row], starts[row + 1], device="cpu") for row in rows]
+        index = torch.cat([torch.arange(0, device="cpu"), *parts])
         chosen = with_tensors(self, lambda table: table if table is self.row_starts else table[index])
-        return replace(chosen, row_starts=torch.tensor([0, *map(len, parts)]).cumsum(0))
+        return replace(chosen, row_starts=torch.tensor([0, *map(len, parts)], device="cpu").cumsum(0))
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file; whoever looks sees the old file or the new one."""
@@ -215,7 +215,7 @@ def _cubic_weights(temperature: float) -> Tensor:
     at = math.log2(temperature / GRID[0]) / math.log2(GRID[1] / GRID[0])
     first = min(max(math.floor(at) - 1, 0), len(GRID) - 4)
     places = range(first, first + 4)
-    weights = torch.zeros(len(GRID))
+    weights = torch.zeros(len(GRID), dtype=torch.float32, device="cpu")
     for i in places:
         weights[i] = math.prod((at - j) / (i - j) for j in places if j != i)
     return weights
@@ -284,7 +284,7 @@ def record(
         InputError: a prompt is empty or fills the model's context.
         UnsupportedModelError: the model cannot decode with Ladon.
     """
-    heads.bind(model, force=True)
+    heads = heads.bound(model, force=True)
     target = Target(model)
     rows = [row_of(index, prompt, max_new_tokens, target) for index, prompt in enumerate(prompts)]
     recorder = _Recorder(heads, num_candidates, batch_size)
@@ -410,7 +410,7 @@ def _assemble(
         log_normalizers=normalizers,
         roots=roots,
         truth=_following(answers, heads.num_heads),
-        row_starts=torch.tensor([0, *(len(answer) - 1 for answer in answers)]).cumsum(0),
+        row_starts=torch.tensor([0, *(len(answer) - 1 for answer in answers)], device="cpu").cumsum(0),
         gates=gates[0] if gates else None,
         heads=heads.weights_hash,
         joint=PRODUCT if own_joint(heads) == MARKOV else own_joint(heads),
@@ -421,7 +421,7 @@ def _assemble(
 
 def _following(answers: Sequence[Sequence[int]], num_heads: int) -> Tensor:
     """The `num_heads` tokens after each token but the last of every answer, [P, K] int32; -1 where there is none."""
-    padded = torch.tensor(list(chain.from_iterable([*answer, *[-1] * num_heads] for answer in answers)))
+    padded = torch.tensor(list(chain.from_iterable([*answer, *[-1] * num_heads] for answer in answers)), device="cpu")
     windows = padded.unfold(0, num_heads + 1, 1)
     return windows[(windows[:, 0] >= 0) & (windows[:, 1] >= 0), 1:].int()
 

@@ -157,7 +157,7 @@ def _true_slots(
     if trace.correction is not None:
         width = num_candidates
     build = tree_builder(tree)
-    slots, num_nodes = [torch.empty(0, trace.num_heads, dtype=torch.long)], min(budget, 1)
+    slots, num_nodes = [torch.empty(0, trace.num_heads, dtype=torch.long, device="cpu")], min(budget, 1)
     for lattice, roots, truth in _lattices(trace, width, temperatures):
         grown = build(lattice, roots, budget)
         slots.append(true_slots(grown, truth, budget))
@@ -172,7 +172,7 @@ def _lattices(
     depths, correction = range(1, trace.num_heads + 1), trace.correction
     first = [1.0] * trace.num_heads if temperatures is None or correction is not None else temperatures
     log_probs = torch.stack([trace.log_probs(k, first[k - 1])[:, :width] for k in depths], dim=1)
-    after = None if temperatures is None else torch.tensor(temperatures)
+    after = None if temperatures is None else torch.tensor(temperatures, dtype=torch.float32, device="cpu")
     for start in range(0, trace.num_positions, _CHUNK):
         part = slice(start, start + _CHUNK)
         lattice = Lattice(tokens=trace.tokens[part, :, None, :width].long(), log_probs=log_probs[part, :, None])
@@ -193,7 +193,7 @@ def _walk(trace: LatticeTrace, accepted: Tensor, nodes: int) -> SimulatedRun:
             emitted = min(counts[position], end - position)
             emitted_by_step.append(emitted)
             position += emitted
-    emitted_counts = torch.tensor(emitted_by_step)
+    emitted_counts = torch.tensor(emitted_by_step, device="cpu")
     steps = len(emitted_by_step)
     return SimulatedRun(
         nodes=nodes,
@@ -263,7 +263,7 @@ def reached(prefixes: Tensor, num_depths: int) -> dict[str, Any]:
     """The mean of prefixes [B], and of each depth, [K], the share of them that reach it; None where there is none."""
     if len(prefixes) == 0:
         return {"mean": None, "shares": [None] * num_depths}
-    shares = (prefixes[:, None] > torch.arange(num_depths)).double().mean(0)
+    shares = (prefixes[:, None] > torch.arange(num_depths, device="cpu")).double().mean(0)
     return {"mean": rounded(float(prefixes.double().mean())), "shares": rounded(shares.tolist())}
 
 

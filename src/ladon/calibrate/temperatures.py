@@ -69,7 +69,7 @@ def expected_calibration_error(probabilities: Tensor, outcomes: Tensor) -> float
     if not weights[-1] > 0:
         return float("nan")
     gaps = torch.bincount(cells, probabilities * (probabilities - outcomes.double()), _CELLS).cumsum(0)
-    last_cells = torch.searchsorted(weights, weights[-1] * torch.arange(1, BINS) / BINS)
+    last_cells = torch.searchsorted(weights, weights[-1] * torch.arange(1, BINS, device="cpu") / BINS)
     ends = torch.cat([gaps.new_zeros(1), gaps[last_cells], gaps[-1:]])
     return float(ends.diff().abs().sum() / weights[-1])
 
@@ -81,7 +81,7 @@ class _Depth:
         ranks = trace.ranks()
         self._trace, self._depth = trace, depth
         self._counts = on_true_path(ranks, trace.num_candidates)[:, depth - 1]
-        self._right = ranks[self._counts, depth - 1, None] == torch.arange(trace.num_candidates)
+        self._right = ranks[self._counts, depth - 1, None] == torch.arange(trace.num_candidates, device="cpu")
 
     @property
     def positions(self) -> int:

@@ -159,7 +159,7 @@ def default_proposer(target: Target, heads: Heads) -> HeadsProposer:
     """Heads, bound to the model of `target`, that draft the kind of trees it can verify, untimed."""
     tree = "dynamic" if target.supports_trees else "chain"
     options = DecoderOptions()
-    return drafting(heads.bind(target.model, force=True), tree, options.num_candidates, "auto")
+    return drafting(heads.bound(target.model, force=True), tree, options.num_candidates, "auto")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

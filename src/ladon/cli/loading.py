@@ -193,7 +193,7 @@ def _device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.empty(0, device=device, dtype=torch.float32)
     except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for the device
         raise InputError(f"--device {name} cannot be used ({str(error).splitlines()[0]}); give auto or cpu") from error
     return device

@@ -36,7 +36,9 @@ class TokenBitmask:
                 places.append(place)
         width = max(map(len, numbers), default=0)
         table = bytearray(b"".join(mask.ljust(width, b"\0") for mask in numbers))
-        packed = torch.frombuffer(table, dtype=torch.uint8) if table else torch.zeros(0, dtype=torch.uint8)
+        packed = (
+            torch.frombuffer(table, dtype=torch.uint8) if table else torch.zeros(0, dtype=torch.uint8, device="cpu")
+        )
         self._packed = packed.view(len(numbers), width).to(device)  # [U, V / 8]
         self._which = torch.tensor(which, device=device)  # [b, N]
         self._rows = None if len(places) == len(grammars) else torch.tensor(places, device=device)

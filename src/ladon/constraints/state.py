@@ -109,7 +109,8 @@ class GrammarState:
 
     def __init__(self, constraint: Constraint, end_ids: frozenset[int] = frozenset()) -> None:
         """A row that has no token yet; `end_ids` are the end-of-sequence tokens, with which its stop rule ends it."""
-        self.nodes = [Place(constraint.start(), end_ids)]
+        self._start = Place(constraint.start(), end_ids)
+        self.nodes = [self._start]
         self.illegal: Sequence[int] = ()
         self.drafted = 1
 
@@ -127,6 +128,12 @@ class GrammarState:
         if not self.here.allows(token):
             raise ConstraintError(_dead_end(self.here))
         self.nodes, self.illegal, self.drafted = [self.here.after(token)], (), 1
+
+    def take_anew(self, tokens: Sequence[int]) -> None:
+        """Go on from the start by these tokens, which it has taken before."""
+        self.nodes = [self._start]
+        for token in tokens:
+            self.take(token)
 
     def is_over(self) -> bool:
         """Whether the text is complete and nothing can come any more, not even an end-of-sequence token.

@@ -16,14 +16,14 @@ from torch import Tensor
 from ladon.config import DecoderOptions
 from ladon.constraints.state import Constraint
 from ladon.decoder.options import DraftPlan, Prune, chosen_pruning, still_chosen
-from ladon.decoder.output import stream
+from ladon.decoder.output import LastCalls, ends_streamer, pack_output, stream
 from ladon.decoder.request import (
     CallSampling,
     Request,
     call_options,
     kept_rows,
-    make_rows,
-    padded_prompts,
+    left_padded,
+    make_request,
     prepared_by_generate,
     refuse_unsupported,
 )
@@ -61,9 +61,6 @@ class Decoder:
     Attributes:
         sizing: chooses the sizes of trees; what it has learnt serves the next calls.
         pruning: how trees are pruned; None if they are not.
-        stats: counts and times of the last call.
-        seeds: of the rows of the last call of `generate`; a row can be drawn again alone with its own.
-        complete: of the same rows, whether the text is whole, as its constraint has it; None without one.
     """
 
     def __init__(
@@ -87,7 +84,8 @@ class Decoder:
         Args:
             model: any causal language model of transformers whose cache can roll back.
             heads: decoding heads for it; None: the proposer or n-grams draft. Decoders of several models may share
-                heads if they run one after the other.
+                heads: each uses a copy, which shares what is in its model's dtype and on its device, and holds the rest
+                twice.
             tree: "dynamic" (grown anew at each step from the heads' joint probabilities), "chain" (each head's best
                 token), "off" (plain decoding), a `FixedTree` or a `TreeSize`. A model that verifies chains but no trees
                 (its self-test says so) gets the chain instead of the dynamic tree.
@@ -119,15 +117,30 @@ class Decoder:
         plan = DraftPlan.of(heads, tree, budget, num_candidates, ngrams, joint, proposer)
         self._profile, self._prune, self._rule = profile, prune, rule_of(accept)
         self.model = model
-        self.heads = None if heads is None else heads.bind(model)
+        self.heads = None if heads is None else heads.bound(model)
+        self._given_heads = heads
         self._target = Target(model)
         self._plan = plan.fitting(self._target, self.heads)
         self.pruning = chosen_pruning(prune, heads, self._target)
         self.sizing = self._plan.sizing(self._target, self.heads, self.pruning, deterministic=deterministic)
-        self.stats = DecodeStats()
-        self.seeds: list[int] = []
-        self.complete: list[bool | None] = []
+        self._calls = LastCalls()
 
+    @property
+    def stats(self) -> DecodeStats:
+        """Counts and times of the last call of this thread; in a thread that has made none, of the last of all."""
+        return self._calls.results.stats
+
+    @property
+    def seeds(self) -> list[int]:
+        """Of the rows of that call, if it was one of `generate`; a row can be drawn again alone with its own."""
+        return self._calls.results.seeds
+
+    @property
+    def complete(self) -> list[bool | None]:
+        """Of the same rows, whether the text is whole, as its constraint has it; None without one."""
+        return self._calls.results.complete
+
+    @ends_streamer
     def generate(
         self,
         input_ids: Tensor | None = None,
@@ -148,21 +161,24 @@ class Decoder:
             input_ids: prompts, [B, T] int64, padded on the left or right as `attention_mask` says; or `inputs`.
             generation_config: options, which the model's own fill up and `**kwargs` override.
             logits_processor: called with each node's own prefix, as are those that options ask for. One that is not of
-                transformers and does not declare `stateless = True` makes decoding plain.
-            stopping_criteria: called as if tokens came one at a time, each row alone; as in `generate`, they replace
-                the default of the same class.
-            prefix_allowed_tokens_fn: asked at every node of the trees.
+                transformers makes decoding plain, or if it declares `stateless = True` is called with what is said.
+            stopping_criteria: get the calls that `generate` makes: about all rows, padded, a token of each at a time,
+                with scores if `output_scores` asks for them (0 in rows that have ended); as there, they replace the
+                default of the same class, and without an end-of-sequence token rows go on until each has had its end.
+            prefix_allowed_tokens_fn: asked about each prefix that is said, and no other.
             synced_gpus: of no effect.
             assistant_model: refused; the heads do its work.
-            streamer: gets the prompt, then new tokens, 1-D, as they come; for one prompt.
+            streamer: gets the prompt, then new tokens, 1-D, as they come; for one prompt. It is ended even if the call
+                raises, so that nobody who reads from it waits for ever.
             seed: of what is drawn with `do_sample=True`: a number, from which each row gets one of its own, or one for
                 each row, such as `seeds` shows; None draws a number from torch's global generator.
             constraint: what texts may be (`ladon.json_schema`, `regex`, `grammar`), for all rows, or one or None for
                 each; where it lets a row go no further, that ends with a warning. `complete` tells whose text is whole.
             **kwargs: `generate`'s options: `attention_mask`, `max_new_tokens`, `max_length`, `eos_token_id`,
-                `stop_strings` with `tokenizer`, `return_dict_in_generate`, `num_return_sequences`; `past_key_values` of
-                an earlier output (`ladon.target.prefix_cache.KeptCache`). Model inputs other than the mask (and
-                position ids that follow from it) are refused, caches of other kinds too.
+                `stop_strings` and `token_healing` with `tokenizer`, `return_dict_in_generate`, `num_return_sequences`;
+                `past_key_values` of an earlier output (`ladon.target.prefix_cache.KeptCache`). Model inputs other than
+                the mask (and position ids that follow from it, and token types of 0 that change nothing) are refused,
+                caches of other kinds too.
 
         Returns:
             Sequences [B, T + new], padded on the right after a row's end; or transformers' output object.
@@ -188,9 +204,10 @@ class Decoder:
         """What `model.generate(..., custom_generate=decoder)` calls, with inputs prepared.
 
         Before it calls a `custom_generate` callable, transformers drops `streamer` (an iterator streamer given there
-        waits for ever), `tokenizer` (stop strings raise) and `assistant_model` (it has no effect), and refuses
-        `num_return_sequences` above 1 in greedy decoding. `Decoder.generate` and `attach` handle them. An empty cache
-        of transformers' given as `past_key_values` stays empty where transformers does not mark it as the user's.
+        waits for ever), `tokenizer` (stop strings and token healing raise) and `assistant_model` (it has no effect),
+        and refuses `num_return_sequences` above 1 in greedy decoding. `Decoder.generate` and `attach` handle them. An
+        empty cache of transformers' given as `past_key_values` stays empty where transformers does not mark it as the
+        user's.
         """
         return self._run(self._request(model, input_ids, **prepared), None)
 
@@ -223,21 +240,26 @@ class Decoder:
         Args:
             prompts: token ids of each, [T] int64, without padding.
             past: sequences decoded before (`Row.past`); each prompt goes on from the one that it shares most with.
-            **options: `generate`'s: `max_new_tokens`, `eos_token_id`, `stopping_criteria`, `do_sample` (False if it is
-                not given), `seed`, `constraint`, `return_dict_in_generate` (rows keep their `past`, scores) and so on.
+            **options: `generate`'s: `max_new_tokens`, `eos_token_id`, `stopping_criteria` (called about one row at a
+                time, since each may come and go), `do_sample` (False if it is not given), `seed`, `constraint`,
+                `return_dict_in_generate` (rows keep their `past`, scores) and so on.
 
         Raises:
             InputError: what `generate` refuses.
         """
-        input_ids, mask = padded_prompts(self.model, prompts, options)
-        return self._prepare(input_ids, pasts=past, attention_mask=mask, **{"do_sample": False, **options}).rows
+        own: dict[str, Any] = {name: options.pop(name, None) for name in ("seed", "constraint")}
+        criteria = options.pop("stopping_criteria", None) or []
+        input_ids, mask = left_padded(prompts)
+        options = {"do_sample": False, "attention_mask": mask, **options}
+        input_ids, options = call_options(self.model, input_ids, options, criteria)
+        return self._prepare(input_ids, pasts=past, together=False, **own, **options).rows
 
     def decode(self, rows: Sequence[Row], *, max_rows: int | None = None) -> Generator[Step, None, None]:
         """Decode rows whose limits, stops and token ids the caller has checked, in an `engine` of their own."""
         return self.engine(max_rows=max_rows).run(rows)
 
     def engine(self, *, max_rows: int | None = None, is_plain: bool = False) -> Engine:
-        """An engine for rows that come and go, with statistics of its own, which are `stats` from now on.
+        """An engine for rows that come and go, with statistics of its own, which are this thread's `stats` from now on.
 
         Args:
             max_rows: rows in flight at most, 1 or more, the others wait; None for no bound.
@@ -247,11 +269,10 @@ class Decoder:
             InputError: `max_rows` is below 1, or the proposer drafts for sequences of another engine.
         """
         self._target.check()  # first of all: the model may have changed since the last call
-        self.pruning = still_chosen(self.pruning, self._prune, self._target)
-        self.stats = DecodeStats()
+        self.pruning = pruning = still_chosen(self.pruning, self._prune, self._target)
         device = self._target.device
-        sizes = TreeSizes(1 if is_plain else self.sizing, device, self.pruning)
-        recorder = Recorder(self.stats, sizes, self.model, device, profile=self._profile)
+        sizes = TreeSizes(1 if is_plain else self.sizing, device, pruning)
+        recorder = Recorder(self._calls.begin().stats, sizes, self.model, device, profile=self._profile)
         return Engine(
             self._target,
             RootProposer() if is_plain else self._proposer(recorder),
@@ -269,10 +290,11 @@ class Decoder:
         seed: Any = None,
         constraint: Any = None,
         pasts: Sequence[KeptPrefix] = (),
+        together: bool = True,
         **options: Any,
     ) -> Request:
         """What transformers makes of a call's options; its complaints about them become an `InputError`."""
-        prepare = partial(self._request, seed=seed, constraint=constraint, pasts=pasts)
+        prepare = partial(self._request, seed=seed, constraint=constraint, pasts=pasts, together=together)
         request: Request = prepared_by_generate(self.model, input_ids, prepare, options)
         return request
 
@@ -286,13 +308,14 @@ class Decoder:
         seed: int | Sequence[int] | None = None,
         constraint: Constraint | Sequence[Constraint | None] | None = None,
         pasts: Sequence[KeptPrefix] = (),
+        together: bool = True,
         **model_kwargs: Any,
     ) -> Request:
         """A call that transformers has prepared, as rows; what is not supported is refused."""
         if model is not self.model:
             raise InputError("this decoder was made for another model; make one with ladon.Decoder(model, heads)")
-        refuse_unsupported(input_ids, generation_config, model_kwargs)
-        rows = make_rows(
+        refuse_unsupported(input_ids, generation_config, model_kwargs, self._target.ignores_zeros)
+        return make_request(
             input_ids,
             model_kwargs.get("attention_mask"),
             stopping_criteria,
@@ -301,20 +324,25 @@ class Decoder:
             getattr(model.get_input_embeddings(), "num_embeddings", None),
             CallSampling.of(generation_config, logits_processor, seed, len(input_ids), constraint),
             pasts or kept_rows(model_kwargs.get("past_key_values"), prepared=True),
+            together=together,
         )
-        return Request(input_ids=input_ids, rows=rows, config=generation_config)
 
     def _run(self, request: Request, streamer: Any) -> Tensor | GenerateDecoderOnlyOutput:
         """Decode a request to its end."""
-        self.seeds = [row.seed for row in request.rows]
         is_plain = any(row.sampling_params.is_plain for row in request.rows)
+        engine = self.engine(is_plain=is_plain)
+        results = self._calls.results
+        results.seeds = [row.seed for row in request.rows]
         try:
-            stream(request, self.engine(is_plain=is_plain).run(request.rows), streamer)
+            stream(request, engine.run(request.rows), streamer)
+            for judge in request.judges:
+                judge.settle()
+            results.stats.tokens = sum(row.stats.tokens for row in request.rows)  # without what was cut off later
         finally:
-            self.complete = [row.complete for row in request.rows]
-        from ladon.decoder.output import pack_output
-
-        return pack_output(request, self.stats)
+            results.complete = [row.complete for row in request.rows]
+        return pack_output(request, results)
 
     def _proposer(self, observer: Observer) -> Proposer:
+        if self._given_heads is not None:  # they, or the model, may have changed since the last call
+            self.heads = self._given_heads.bound(self.model, force=True, known=self.heads)
         return self._plan.proposer(self._target, self.heads, observer)

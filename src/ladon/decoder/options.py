@@ -260,7 +260,6 @@ class DraftPlan:
             return OwnProposer(self.own, _vocab_size(target), is_chain=is_chain, observer=observer)
         if heads is None or self.tree == "off":
             return RootProposer()
-        heads.bind(target.model, force=True)  # since then another decoder may have bound them to its own model
         tree = self.fitting(target, heads).tree
         if isinstance(heads, MtpHeads):
             return MtpProposer(heads, target.model, tree, self.num_candidates, self.budget, observer, self.joint)

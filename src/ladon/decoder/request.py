@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ladon.constraints.state import Constraint, GrammarState, row_constraints
-from ladon.decoder.stopping import StopRules, stop_string_rule
+from ladon.decoder.stopping import Judge, StopRules, stop_string_rule
 from ladon.engine.sequence import Row
 from ladon.errors import InputError, LadonError
 from ladon.sampling.gumbel import row_seeds
@@ -33,6 +33,7 @@ _UNSUPPORTED_OUTPUTS = ("output_attentions", "output_hidden_states")
 _NEUTRAL_INPUTS = {
     "attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position",
 }  # fmt: skip
+_TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,11 +44,18 @@ class Request:
         input_ids: the prompts as they are returned, [B, T], padding included.
         rows: one for each prompt.
         config: the merged generation config.
+        judges: of its rows' stopping criteria.
     """
 
     input_ids: Tensor
     rows: list[Row]
     config: GenerationConfig
+    judges: list[Judge]
+
+    @property
+    def pad_id(self) -> int:
+        """What stands after a row's end."""
+        return pad_id_of(self.config)
 
 
 def merged_option(model: PreTrainedModel, options: dict[str, Any], name: str) -> Any:
@@ -75,7 +83,7 @@ def expand_copies(model: PreTrainedModel, input_ids: Tensor, options: dict[str, 
     if copies == 1:
         return input_ids
     options[name] = 1
-    for per_row in ("attention_mask", "position_ids"):
+    for per_row in ("attention_mask", "position_ids", *_TOKEN_TYPES):
         if options.get(per_row) is not None:
             options[per_row] = options[per_row].repeat_interleave(copies, 0)
     return input_ids.repeat_interleave(copies, 0)
@@ -103,7 +111,39 @@ def call_options(
         rules.append(stop_string_rule(stop_strings, tokenizer))
         options["stop_strings"] = None  # the criterion stands for them
     input_ids = expand_copies(model, input_ids, options)
+    if merged_option(model, options, "token_healing"):
+        input_ids = _healed(model, input_ids, options, tokenizer)
     return input_ids, {**options, "stopping_criteria": rules}
+
+
+def _healed(model: PreTrainedModel, input_ids: Tensor, options: dict[str, Any], tokenizer: Any) -> Tensor:
+    """Prompts [B, T] with their last tokens chosen anew, as `token_healing` of transformers does it; T may change.
+
+    It decodes one token of each prompt. `options` change: they no longer ask for it, and the mask is that of the healed
+    prompts, of which transformers makes none anew: what it would find padded in the prompts as they were stays padded.
+    """
+    if tokenizer is None:
+        raise InputError("token_healing needs the tokenizer; pass tokenizer=... as well")
+    if tokenizer.bos_token is None or tokenizer.pad_token is None:
+        raise InputError(
+            "token_healing needs a tokenizer with bos_token and pad_token, and this one has "
+            f"{tokenizer.bos_token!r} and {tokenizer.pad_token!r}; set what is missing"
+        )
+    options["token_healing"] = False
+    encoder_options = {"encoder_repetition_penalty": 1.0, "encoder_no_repeat_ngram_size": 0}
+    for name, neutral in encoder_options.items():
+        if merged_option(model, options, name) not in (None, neutral):
+            raise InputError(f"{name} together with token_healing is not supported; leave one of them out")
+    mask = prepared_by_generate(model, input_ids, lambda *_, **made: made.get("attention_mask"), dict(options))
+    healed: Tensor = model.heal_tokens(input_ids, tokenizer)
+    if mask is not None and mask.shape != healed.shape:
+        raise InputError(
+            f"token_healing makes prompts of {input_ids.shape[1]} tokens into {healed.shape[1]}, and their mask no "
+            "longer fits; strip the spaces from their ends, or give one prompt at a time"
+        )
+    options["attention_mask"] = torch.ones_like(healed) if mask is None else mask
+    check_prompt(healed, options["attention_mask"], None)
+    return healed
 
 
 def left_padded(prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -113,13 +153,6 @@ def left_padded(prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         for rows in (prompts, [torch.ones_like(prompt) for prompt in prompts])
     )
     return ids, mask
-
-
-def padded_prompts(model: PreTrainedModel, prompts: Sequence[Tensor], options: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """The same, checked as `check_prompt` does, for a call with these options."""
-    input_ids, mask = left_padded(prompts)
-    check_prompt(input_ids, mask, merged_option(model, options, "max_new_tokens"))
-    return input_ids, mask
 
 
 def check_prompt(input_ids: Any, attention_mask: Tensor | None, max_new_tokens: Any) -> None:
@@ -148,13 +181,16 @@ def check_prompt(input_ids: Any, attention_mask: Tensor | None, max_new_tokens: 
         raise InputError(f"max_new_tokens is {max_new_tokens!r}; ask for 1 or more")
 
 
-def refuse_unsupported(input_ids: Tensor, config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:
+def refuse_unsupported(
+    input_ids: Tensor, config: GenerationConfig, model_kwargs: dict[str, Any], ignores_zeros: Callable[[str], bool]
+) -> None:
     """Raise `InputError` for anything that would change the output and is not supported.
 
     Args:
         input_ids: the prompts, [B, T].
         config: the merged generation config.
         model_kwargs: model inputs, the user's and those that `generate` has prepared.
+        ignores_zeros: whether an input of the model, by its name, has no effect if it is all zeros.
     """
     if getattr(config, "use_mtp", None):
         raise InputError(
@@ -170,7 +206,7 @@ def refuse_unsupported(input_ids: Tensor, config: GenerationConfig, model_kwargs
     for name in _UNSUPPORTED_OUTPUTS:
         if getattr(config, name, False):
             raise InputError(f"{name}=True is not supported yet; leave it off")
-    _refuse_inputs(input_ids, model_kwargs)
+    _refuse_inputs(input_ids, model_kwargs, ignores_zeros)
 
 
 def kept_rows(cache: Any, *, prepared: bool = False) -> Sequence[KeptPrefix]:
@@ -188,10 +224,16 @@ def kept_rows(cache: Any, *, prepared: bool = False) -> Sequence[KeptPrefix]:
     )
 
 
-def _refuse_inputs(input_ids: Tensor, model_kwargs: dict[str, Any]) -> None:
-    """Raise `InputError` for model inputs that the target would not get. May read the device once."""
-    # (text-only calls of models that could also take images come with an empty dict)
-    given = [k for k, v in model_kwargs.items() if k not in _NEUTRAL_INPUTS and not (v is None or v == {})]
+def _refuse_inputs(input_ids: Tensor, model_kwargs: dict[str, Any], ignores_zeros: Callable[[str], bool]) -> None:
+    """Raise `InputError` for model inputs that the target would not get. May read the device."""
+
+    def says_nothing(name: str, value: Any) -> bool:
+        """As in text-only calls of models that could also take images: an empty dict, and the types of text tokens."""
+        if isinstance(value, Tensor):
+            return name in _TOKEN_TYPES and value.shape == input_ids.shape and not value.any() and ignores_zeros(name)
+        return value is None or value == {}
+
+    given = [k for k, v in model_kwargs.items() if k not in _NEUTRAL_INPUTS and not says_nothing(k, v)]
     if given:
         raise InputError(
             f"{', '.join(given)}: Ladon gives the model token ids and positions, no images or other inputs. Leave them "
@@ -211,7 +253,13 @@ def _count_tokens(position_ids: Tensor, input_ids: Tensor, attention_mask: Tenso
     return bool(((position_ids.to(mask.device) == expected) | (mask == 0)).all())
 
 
-def make_rows(
+def pad_id_of(config: GenerationConfig) -> int:
+    """The padding of a prepared generation config; 0 if it has none. Reads the device."""
+    pad = getattr(config, "_pad_token_tensor", None)
+    return 0 if pad is None else int(pad)
+
+
+def make_request(
     input_ids: Tensor,
     attention_mask: Tensor | None,
     criteria: StoppingCriteriaList | None,
@@ -220,8 +268,10 @@ def make_rows(
     vocab_size: int | None,
     sampling: CallSampling,
     pasts: Sequence[KeptPrefix] = (),
-) -> list[Row]:
-    """One row per prompt, its padding stripped.
+    *,
+    together: bool = True,
+) -> Request:
+    """A call with one row per prompt, its padding stripped.
 
     Args:
         input_ids: [B, T], padded wherever `attention_mask` [B, T] is 0.
@@ -232,6 +282,7 @@ def make_rows(
         vocab_size: how many tokens the model can read; None if that is not known.
         sampling: how tokens are sampled.
         pasts: sequences that prompts may go on from.
+        together: stopping criteria are asked about all rows; False: about each by itself.
 
     Raises:
         InputError: a prompt is empty, leaves no room for a token, or has a token that is not in the vocabulary.
@@ -241,7 +292,8 @@ def make_rows(
     max_new_tokens = max(max_length - input_ids.shape[1], 1)  # criteria are asked after a token: there is always one
     keeps = frozenset(name for name in ("logits", "scores") if getattr(config, f"output_{name}", False))
     keeps = keeps if config.return_dict_in_generate else frozenset()
-    rows = []
+    judges = rules.judges(input_ids, pad_id_of(config), together=together)
+    rows: list[Row] = []
     for index, (ids, constraint) in enumerate(zip(input_ids, sampling.constraints, strict=True)):
         prompt = ids if attention_mask is None else ids[attention_mask[index].bool()]
         if len(prompt) == 0:
@@ -254,24 +306,28 @@ def make_rows(
                     f"prompt {index} has {len(prompt)} tokens, the model's context limit is {context_limit}; shorten "
                     f"the prompt to {context_limit - 1} tokens or fewer"
                 )
+        judge = judges[index % len(judges)] if judges else None
         rows.append(
             Row(
                 prompt=prompt,
                 max_new_tokens=limit,
-                is_stop=rules.for_row(ids),
+                is_stop=rules.end_ids.__contains__ if judge is None else judge.rule(),
                 seed=sampling.seeds[index],
                 sampling_params=sampling.sampling_params,
                 grammar=None if constraint is None else GrammarState(constraint, rules.end_ids),
                 padded=ids,
                 number=index,
+                end_ids=rules.end_ids,
                 keeps=keeps,
                 keeps_past=bool(config.return_dict_in_generate and config.use_cache is not False),
             )
         )
+        if judge is not None:
+            judge.rows.append(rows[-1])
         if pasts:
             rows[-1].past = longest_past(pasts, rows[-1].prompt_ids)
     _check_ids(rows, vocab_size)
-    return rows
+    return Request(input_ids=input_ids, rows=rows, config=config, judges=judges)
 
 
 def _check_ids(rows: list[Row], vocab_size: int | None) -> None:

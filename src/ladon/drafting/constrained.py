@@ -121,7 +121,9 @@ def constrained_trees(drafted: TokenTree, grammars: Sequence[GrammarState | None
     width = max(len(tree.tokens) for tree in trees)
 
     def table(column: int, padding: float, dtype: torch.dtype) -> Tensor:
-        return torch.tensor([[*tree[column], *[padding] * (width - len(tree[column]))] for tree in trees], dtype=dtype)
+        return torch.tensor(
+            [[*tree[column], *[padding] * (width - len(tree[column]))] for tree in trees], dtype=dtype, device="cpu"
+        )
 
     return TokenTree(
         tokens=table(0, 0, torch.int64),

@@ -89,8 +89,8 @@ def _tree_of(drafts: Sequence[Draft | None], roots: Sequence[int]) -> tuple[Toke
             rows.append(entries + [0] * missing)
         values[0].append(shown.log_probs + [-torch.inf] * missing)
         values[1].append(shown.heads_shares + [0.0] * missing)
-    tokens, parents, depths = torch.tensor(numbers).unbind()
-    log_probs, shares = torch.tensor(values).unbind()
+    tokens, parents, depths = torch.tensor(numbers, device="cpu").unbind()
+    log_probs, shares = torch.tensor(values, dtype=torch.float32, device="cpu").unbind()
     max_depth = max(max(found.depths) for found in drafts if found is not None)
     return TokenTree(tokens=tokens, parents=parents, log_probs=log_probs, max_depth=max_depth, depths=depths), shares
 

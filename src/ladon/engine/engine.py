@@ -92,7 +92,8 @@ class Engine:
         Raises:
             InputError: a sequence cannot be submitted.
             LogitsError: nothing can be said after a sequence; the others are cancelled, and all keep what they have.
-            Exception: what a sequence's stop rule has raised, likewise.
+            Exception: what a sequence's stop rule has raised, likewise. That there was no memory to read a prompt is
+                raised when the others have ended.
         """
         submitted: list[Row] = []
         try:
@@ -102,6 +103,7 @@ class Engine:
             while (step := self.step()) is not None:
                 yield step
                 raise_error_of(rows)
+            raise_error_of(rows, at_end=True)
         finally:
             for row in submitted:
                 row.cancel()
@@ -111,7 +113,8 @@ class Engine:
     def step(self) -> Step | None:
         """Sequences leave and join, prompts are read on by a chunk, and all others take a decode step.
 
-        A step that raises takes the sequences in flight with it: they are cancelled. Waiting ones go on waiting.
+        A sequence for whose prompt there is no memory ends with that error, and the others go on. A step that raises
+        takes the sequences in flight with it: they are cancelled. Waiting ones go on waiting.
 
         Returns:
             What was done; None if there is no sequence.
@@ -151,7 +154,9 @@ class Engine:
         cache, before = self._scheduler.cache, self._scheduler.cache.host_lengths[first:]
         keep = (lambda place, states: joining[place].states.append(states)) if self._proposer.reads_prompts else None
         with self.observer.stage("prefill"):
-            done, hidden, logits = self._target.read([row.prompt for row in joining], cache, keep)
+            done, hidden, logits, failed = self._target.read([row.prompt for row in joining], cache, keep)
+            for place, error in failed.items():
+                joining[place].fail(error)
             lengths = zip(joining, before, cache.host_lengths[first:], strict=True)
             read = [(row, new - old) for row, old, new in lengths]
             if hidden is None or logits is None:
@@ -249,10 +254,9 @@ class Engine:
         emitted = []
         kept = [(outcome.kept, place) for outcome in outcomes for place in range(len(outcome.places))]
         for row, (count, *tokens), (found, place) in zip(self._scheduler.decoding, table, kept, strict=True):
-            taken = row.take(tokens[:count])
-            emitted.append(taken)
-            if row.keeps:
-                row.keep({name: values[place] for name, values in found.items()}, len(taken))
+            if row.keeps:  # first of all: stop rules may read it
+                row.keep({name: values[place] for name, values in found.items()}, count)
+            emitted.append(row.take(tokens[:count]))
         return emitted
 
     @torch.no_grad()

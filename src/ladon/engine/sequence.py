@@ -17,6 +17,7 @@ from ladon.engine.stats import RowStats
 from ladon.errors import ConstraintError, InputError, LogitsError
 from ladon.sampling.sampling_params import GREEDY, NO_TOKEN, SamplingParams
 from ladon.target.prefix_cache import KeptPrefix
+from ladon.util.devices import is_out_of_memory
 
 
 @dataclass(kw_only=True, eq=False)
@@ -32,6 +33,8 @@ class Row:
         grammar: its constraint, as far as it has come; None: it may say anything.
         padded: its prompt as the processors of `generate` see it, [T] with the padding of its batch; None: `prompt`.
         number: its place in that batch.
+        end_ids: tokens with which `is_stop` is sure to end it: no callback is asked what may follow them.
+        failure: what a callback has raised at a node of its tree, which counts if it gets there.
         keeps: what is kept of its new tokens: "logits", "scores" (after its law), both or nothing.
         kept: that, by name, for each new token [V] float32, on the device.
         past: keys and values of leading tokens of its prompt, which need not be read (`longest_past`); None: none.
@@ -40,8 +43,9 @@ class Row:
         tokens: what has been emitted so far.
         finished: whether it has ended, in whatever way.
         cancelled: whether `cancel` has ended it.
-        error: what its stop rule has raised, that nothing could be said, or the `ConstraintError` of a constraint that
-            lets it go no further, upon which it was cancelled.
+        error: what its stop rule or a callback has raised, that nothing could be said, that there was no memory to
+            read its prompt, or the `ConstraintError` of a constraint that lets it go no further, upon which it was
+            cancelled.
         stats: its own counts and times.
     """
 
@@ -53,6 +57,8 @@ class Row:
     grammar: GrammarState | None = None
     padded: Tensor | None = None
     number: int = 0
+    end_ids: frozenset[int] = frozenset()
+    failure: Exception | None = None
     keeps: frozenset[str] = frozenset()
     kept: dict[str, list[Tensor]] = field(default_factory=dict)
     past: KeptPrefix | None = None
@@ -94,7 +100,7 @@ class Row:
         taken: list[int] = []
         for token in tokens:
             if token == NO_TOKEN and not self.finished:
-                self._fail(self._nothing_to_say())
+                self.fail(self.failure or self._nothing_to_say())
             with self._lock:  # not while the stop rule runs: it may cancel, or wait for who does
                 if self.finished or not self._follow(token):
                     break
@@ -108,7 +114,31 @@ class Row:
         with self._lock:
             if not self.finished:
                 self._follow(None)
+            self._drop_beyond(len(self.tokens))
         return taken
+
+    def cut(self, count: int) -> None:
+        """End the row after its first `count` tokens, at least 1, though it may have got more, or ended later.
+
+        For stop rules that learn of a row's end late, because it hangs on other rows.
+        """
+        with self._lock:
+            surplus = len(self.tokens) - count
+            if surplus > 0:
+                del self.tokens[count:]
+                self._drop_beyond(count)
+                self.stats.tokens -= surplus
+                if self.past is not None:
+                    self.past = self.past.first(min(len(self.past), len(self.prompt) + count))
+                if self.grammar is not None:
+                    self.grammar.take_anew(self.tokens)
+                if isinstance(self.error, ConstraintError):  # of a token that it does not have
+                    self.error, self.cancelled = None, False
+            self._end()
+
+    def _drop_beyond(self, count: int) -> None:
+        for values in self.kept.values():
+            del values[count:]
 
     def _follow(self, token: int | None) -> bool:
         """Take a token as the constraint has it (None: see whether any may come). If none may, the row has ended."""
@@ -129,7 +159,7 @@ class Row:
         try:
             return self.is_stop(token)
         except Exception as error:
-            self._fail(error)
+            self.fail(error)
             return False
 
     def _nothing_to_say(self) -> LogitsError:
@@ -139,7 +169,8 @@ class Row:
             "fewer constraints"
         )
 
-    def _fail(self, error: Exception) -> None:
+    def fail(self, error: Exception) -> None:
+        """End the row with an error."""
         self.error = error
         self.cancel()
 
@@ -148,9 +179,13 @@ class Row:
             self.finished, self.stats.finished = True, time.perf_counter()
 
     def keep(self, found: Mapping[str, Tensor], count: int) -> None:
-        """Keep what was asked for of its newest tokens, from what there is of the step's, by name [A, V]."""
+        """Keep what was asked for of the tokens that it will `take`, from what there is of the step's, by name [A, V].
+
+        What belongs to tokens that it does not take is dropped then.
+        """
         for name in self.keeps:
-            self.kept.setdefault(name, []).extend(found[name][:count].unbind())
+            # copies: a view would hold the whole step's table, of all rows and of drafts in vain
+            self.kept.setdefault(name, []).extend(one.clone() for one in found[name][:count])
 
     def cancel(self) -> None:
         """End the row, from any thread: when this returns, it gets no further token. No effect once it has ended."""
@@ -173,11 +208,16 @@ class Row:
             )
 
 
-def raise_error_of(rows: Sequence[Row]) -> None:
-    """Raise what has ended one of the rows before its time, if anything has; a dead end is its row's own affair."""
+def raise_error_of(rows: Sequence[Row], *, at_end: bool = False) -> None:
+    """Raise what has ended one of the rows before its time, if anything has; a dead end is its row's own affair.
+
+    A row for which there was no memory lets the others go on: that is raised `at_end`.
+    """
     for row in rows:
-        if row.error is not None and not isinstance(row.error, ConstraintError):
-            raise row.error
+        error = row.error
+        if error is None or isinstance(error, ConstraintError) or (is_out_of_memory(error) and not at_end):
+            continue
+        raise error
 
 
 def warn_of_dead_ends(rows: Sequence[Row]) -> None:

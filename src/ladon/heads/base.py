@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from ladon.errors import HeadsError
 from ladon.heads.calibration import Calibration
 from ladon.heads.checkpoint import FORMAT, WEIGHTS_FILE, write_pair
+from ladon.heads.copies import Placement, shared_copy
 from ladon.heads.correction import MARKOV_GATE, HiddenCorrection, MarkovCorrection
 from ladon.heads.fingerprint import Fingerprint, check_same_base, fingerprint
 from ladon.heads.formats.files import CONFIG_FILE
 from ladon.heads.model_parts import OutputProjection, input_embedding_module, output_projection
+from ladon.util.devices import device_of, input_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -66,6 +68,7 @@ class Heads(nn.Module, ABC):
         # In tuples, so that the target's modules are no submodules: not saved, not trained, not moved with the heads.
         self._projection: tuple[nn.Module, ...] = ()
         self._embedding: tuple[nn.Module, ...] = ()
+        self._placement: Placement | None = None  # of a copy: where its parameters come from
 
     @abstractmethod
     def forward(self, hidden: Tensor, following: Tensor | None = None) -> Tensor:
@@ -120,8 +123,10 @@ class Heads(nn.Module, ABC):
         if not isinstance(gate, int) or gate not in (0, 1):
             raise HeadsError(f"{MARKOV_GATE} is {gate!r}; give 1 for a gate, or 0 for none")
         sizes = {"num_heads": self.num_heads, "vocab_size": self.vocab_size, "gate_size": gate * self.hidden_size}
-        self.correction = MarkovCorrection(rank=rank, num_successors=num_successors, **sizes)
-        return self.correction.to(next(self.parameters()))
+        like = next(self.parameters())
+        with like.device:
+            self.correction = MarkovCorrection(rank=rank, num_successors=num_successors, **sizes)
+        return self.correction.to(like)
 
     def add_hidden_correction(self, width: int) -> HiddenCorrection:
         """Give heads that have none a hidden correction of this inner width, its numbers not yet set.
@@ -131,8 +136,10 @@ class Heads(nn.Module, ABC):
         """
         own = (not self.shares_projection, "have output projections of their own")
         self._check_correctable(HiddenCorrection.title, own)
-        self.correction = HiddenCorrection(num_heads=self.num_heads, hidden_size=self.hidden_size, width=width)
-        return self.correction.to(next(self.parameters()))
+        like = next(self.parameters())
+        with like.device:
+            self.correction = HiddenCorrection(num_heads=self.num_heads, hidden_size=self.hidden_size, width=width)
+        return self.correction.to(like)
 
     def _check_correctable(self, title: str, *more: tuple[bool, str]) -> None:
         for stands_against, reason in (
@@ -199,7 +206,8 @@ class Heads(nn.Module, ABC):
     def bind(self, model: PreTrainedModel, force: bool = False) -> Self:
         """Attach to the target: check that it is the right one, go to its dtype and device, use its projection.
 
-        Binding again to the same model is cheap and follows a change of its dtype or device.
+        Binding again to the same model is cheap and follows a change of its dtype or device. What goes to a narrower
+        dtype stays as narrow; `bound` leaves these heads as they are.
 
         Args:
             model: the target.
@@ -218,11 +226,32 @@ class Heads(nn.Module, ABC):
             self.check_base(model)
         self._projection = (projection.module,)
         self._embedding = (input_embedding_module(model),)
-        for device in (projection.weight.device, model.device):
-            if device.type != "meta":  # where an offloaded module seems to be; parameters moved there would be lost
-                self.to(device)
-                break
-        return self.to(model.dtype)
+        device = _device_for(model)
+        # where an offloaded module seems to be, parameters would be lost
+        return self.to(dtype=model.dtype) if device.type == "meta" else self.to(device, model.dtype)
+
+    def bound(self, model: PreTrainedModel, force: bool = False, known: Self | None = None) -> Self:
+        """A copy bound to `model`, for those who run heads that others hold too; these stay as they are.
+
+        It shares all parameters that are in the model's dtype and on its device: they cost no memory, and what training
+        changes in them counts here as well. Any others are copied, and live as long as the copy.
+
+        Args:
+            model: the target.
+            force: as for `bind`.
+            known: a copy made before, whose parameters serve again if they are still those of these heads.
+
+        Raises:
+            HeadsError: as `bind` does.
+        """
+        placement = Placement(_device_for(model), model.dtype, None if known is None else known._placement)
+        made = self._copy(placement)
+        made._placement, placement.former = placement, None
+        return made.bind(model, force)
+
+    def _copy(self, placement: Placement) -> Self:
+        """These heads with their tensors so placed."""
+        return shared_copy(self, placement)
 
     def remember_base(self, model: PreTrainedModel) -> None:
         """Record `model` as the one these heads belong to."""
@@ -293,6 +322,11 @@ class Heads(nn.Module, ABC):
         check_same_base(self.base_name, self.base_fingerprint, model)
 
 
+def _device_for(model: PreTrainedModel) -> torch.device:
+    """Where heads of a model go: to its output projection."""
+    return device_of(output_projection(model).module) or input_device(model)
+
+
 class ConditionedHeads(Heads):
     """Heads of which the k-th sees the k tokens before its guess: the root, and then k - 1 of the draft.
 
@@ -332,4 +366,5 @@ def check_count(name: str, value: int) -> None:
 
 def seeded_normal(shape: tuple[int, ...], std: float, seed: int) -> Tensor:
     """Normal numbers [*shape] float32 on the CPU that depend on the seed alone."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * std
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu") * std

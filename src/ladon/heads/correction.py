@@ -97,8 +97,10 @@ class MarkovCorrection(nn.Module):
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
         """Random `before`, zero `after` and `gate`, strength 1."""
-        generator = torch.Generator().manual_seed(seed)
-        self.before.copy_(torch.randn(self.before.shape, generator=generator) * self.rank**-0.5)
+        generator = torch.Generator("cpu").manual_seed(seed)
+        self.before.copy_(
+            torch.randn(self.before.shape, generator=generator, dtype=torch.float32, device="cpu") * self.rank**-0.5
+        )
         self.after.zero_()
         self.strength.fill_(1.0)
         if self.gate is not None:
@@ -183,9 +185,10 @@ class HiddenCorrection(nn.Module):
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
         """Random inside, zero `depth_bias` and `down_weight`."""
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator("cpu").manual_seed(seed)
         for weight in (self.token_weight, self.state_weight):
-            weight.copy_(torch.randn(weight.shape, generator=generator) * (2 * weight.shape[1]) ** -0.5)
+            drawn = torch.randn(weight.shape, generator=generator, dtype=torch.float32, device="cpu")
+            weight.copy_(drawn * (2 * weight.shape[1]) ** -0.5)
         self.depth_bias.zero_()
         self.down_weight.zero_()
 

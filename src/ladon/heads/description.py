@@ -120,13 +120,14 @@ def _compared(heads: Heads, model: PreTrainedModel) -> dict[str, Any]:
     in_model = sum(p.numel() for p in model.parameters())
     if embedding is not projection.weight:
         in_model -= embedding.numel()  # a step reads a few rows of it
-    heads.bind(model, force=True)
+    heads = heads.bound(model, force=True)
     seen: list[Any] = []
     handle = projection.module.register_forward_pre_hook(lambda module, inputs: seen.append(inputs))
     with torch.no_grad():
-        heads.draft(torch.zeros(1, heads.hidden_size, dtype=model.dtype), torch.zeros(1, dtype=torch.int64))
+        hidden = torch.zeros(1, heads.hidden_size, dtype=model.dtype, device=next(heads.parameters()).device)
+        heads.draft(hidden, torch.zeros(1, dtype=torch.int64, device=hidden.device))
     handle.remove()
-    shared = projection.weight.numel() if seen else 0
+    shared = projection.hidden_size * projection.vocab_size if seen else 0
     width = model.dtype.itemsize
     return found | {
         "dtype": str(model.dtype).removeprefix("torch."),

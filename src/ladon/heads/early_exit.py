@@ -18,6 +18,7 @@ from ladon.heads.base import check_count, seeded_normal
 from ladon.heads.checkpoint import EARLY_EXIT_FILES, VERSION, find_folder, read_tensors, write_pair
 from ladon.heads.formats.files import read_versioned
 from ladon.heads.model_parts import decoder_layers, final_norm, output_projection
+from ladon.util.devices import device_of, input_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -97,13 +98,14 @@ def new_early_exit(model: PreTrainedModel, layer: int, *, width: int | None = No
     """
     layers, hidden_size = decoder_layers(model), output_projection(model).hidden_size
     scale, shift, is_centred = final_norm(model, hidden_size)
-    made = EarlyExit(
-        layer=layer,
-        num_layers=len(layers),
-        hidden_size=hidden_size,
-        width=max(1, hidden_size // 8) if width is None else width,
-        is_centred=is_centred,
-    )
+    with torch.device("cpu"):  # whatever the default
+        made = EarlyExit(
+            layer=layer,
+            num_layers=len(layers),
+            hidden_size=hidden_size,
+            width=max(1, hidden_size // 8) if width is None else width,
+            is_centred=is_centred,
+        ).float()
     with torch.no_grad():
         made.scale.copy_(scale)
         made.shift.copy_(shift)
@@ -142,8 +144,7 @@ def load_early_exit(path: str | Path, model: PreTrainedModel | None = None) -> E
 
 
 def _placed(made: EarlyExit, model: PreTrainedModel, layers: nn.ModuleList) -> EarlyExit:
-    device = next(layers[made.layer - 1].parameters()).device
-    return made.to(model.device if device.type == "meta" else device, model.dtype)
+    return made.to(device_of(layers[made.layer - 1]) or input_device(model), model.dtype)
 
 
 def _read_config(path: Path) -> tuple[EarlyExit, dict[str, Any]]:

@@ -20,6 +20,7 @@ from ladon.heads.hydra import HydraHeads
 from ladon.heads.medusa import MedusaHeads
 from ladon.heads.mlp import LowRankHeads, SharedHeads
 from ladon.heads.model_parts import output_projection
+from ladon.util.devices import is_offloaded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -53,7 +54,13 @@ def new_heads(
         HeadsError: an unknown family or option, or a count below 1.
     """
     projection = output_projection(model)
-    heads = _build(family, num_heads, projection.hidden_size, projection.vocab_size, options)
+    with torch.device("cpu"):  # whatever the default device and dtype
+        heads = _build(family, num_heads, projection.hidden_size, projection.vocab_size, options).float()
+    if is_offloaded(projection.module) and not heads.shares_projection:
+        raise HeadsError(
+            f"{family} heads start from the output projection, and this model's is offloaded. Make them on the model "
+            "loaded whole, or use family='shared'"
+        )
     heads.initialise(model, seed)
     if heads.correction is not None:
         heads.correction.initialise(seed)

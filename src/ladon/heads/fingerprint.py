@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ladon.errors import HeadsError
-from ladon.heads.model_parts import input_embedding, output_projection
+from ladon.heads.model_parts import input_embedding, is_plain, output_projection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -121,7 +121,7 @@ def digits(values: Sequence[Tensor]) -> str:
 
 def samples_of(matrices: Sequence[Tensor]) -> str:
     """`SAMPLES` weights spread over the matrices, or "" when any of them cannot be read as plain numbers."""
-    readable = all(m.dtype in PLAIN_DTYPES and not m.is_meta and m.numel() > 0 for m in matrices)
+    readable = all(is_plain(m) and not m.is_meta and m.numel() > 0 for m in matrices)
     if not matrices or not readable:
         return ""
     found = places([m.numel() for m in matrices])

@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from ladon.errors import HeadsError
 from ladon.heads.base import Heads, check_count, seeded_normal
+from ladon.util.devices import widest_float
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -120,7 +121,8 @@ class LowRankHeads(MlpHeads):
     def initialise(self, model: PreTrainedModel, seed: int) -> None:
         """Random up_weight, a zero MLP, and the target's projection cut to rank r."""
         # The right singular vectors come from the small [H, H] product: V may be 256 thousand.
-        wide = self.start_projection(model, "from").weight.detach().double()
+        weight = self.start_projection(model, "from").weight.detach()
+        wide = weight.to(widest_float(weight.device))
         directions = torch.linalg.eigh(wide.T @ wide).eigenvectors[:, -self.rank :]  # [H, r]
         super().initialise(model, seed)
         self.in_weight.copy_(directions.T)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +13,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+_PLAIN_KINDS = (Tensor, nn.Parameter)  # torchao's quantised weights are subclasses that look like plain ones
+
+
 class OutputProjection(NamedTuple):
     """The target's map from hidden states to logits.
 
     Attributes:
         module: the module itself: calling it maps [..., H] to [..., V], quantised or not, bias included.
-        weight: its weight, [V, H] unless it is quantised.
+        weight: its weight, [V, H], on the meta device if it is offloaded; of another shape if its numbers are packed.
         hidden_size: H.
         vocab_size: V.
     """
@@ -30,19 +33,38 @@ class OutputProjection(NamedTuple):
 
 
 def output_projection(model: PreTrainedModel) -> OutputProjection:
-    """The target's output projection; its sizes come from the module itself, since configs disagree about names."""
+    """The target's output projection.
+
+    Its sizes come from the module itself, since configs disagree about names, and from the config where it is silent.
+    """
     getter: Any = model.get_output_embeddings
     module = getter()
-    if module is None or not hasattr(module, "weight"):
+    if not isinstance(module, nn.Module):
         raise HeadsError(f"{type(model).__name__} has no output projection; heads need a causal language model")
-    weight = module.weight
-    vocab_size, hidden_size = weight.shape if weight.ndim == 2 else (0, 0)
+    weight, config = _weight_of(module), model.config.get_text_config(decoder=True)
+    is_matrix = is_plain(weight) and weight.ndim == 2
+    vocab_size, hidden_size = weight.shape if is_matrix else (config.vocab_size, config.hidden_size)
     return OutputProjection(
         module=module,
         weight=weight,
-        hidden_size=int(getattr(module, "in_features", hidden_size)),
-        vocab_size=int(getattr(module, "out_features", vocab_size)),
+        hidden_size=_first_of(module, ("in_features", "infeatures"), hidden_size),
+        vocab_size=_first_of(module, ("out_features", "outfeatures"), vocab_size),
     )
+
+
+def is_plain(weight: Tensor) -> bool:
+    """Whether a weight holds plain numbers: no quantised one, whatever it looks like from the outside."""
+    return type(weight) in _PLAIN_KINDS and weight.is_floating_point() and weight.dtype.itemsize > 1
+
+
+def _weight_of(module: nn.Module) -> Tensor:
+    """A module's weight; an empty tensor for one that has none, or a method that makes it."""
+    weight: Any = getattr(module, "weight", None)
+    return weight if type(weight) in _PLAIN_KINDS else torch.empty(0, dtype=torch.uint8, device="cpu")
+
+
+def _first_of(module: nn.Module, names: tuple[str, ...], default: int) -> int:
+    return next((int(getattr(module, name)) for name in names if hasattr(module, name)), int(default))
 
 
 def input_embedding_module(model: PreTrainedModel) -> nn.Module:
@@ -52,9 +74,8 @@ def input_embedding_module(model: PreTrainedModel) -> nn.Module:
 
 
 def input_embedding(model: PreTrainedModel) -> Tensor:
-    """Weight of the target's input embedding, [V, H] unless it is quantised."""
-    weight: Any = input_embedding_module(model).weight
-    return cast(Tensor, weight)
+    """Weight of the target's input embedding, [V, H]; of another shape if its numbers are packed."""
+    return _weight_of(input_embedding_module(model))
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
@@ -93,7 +114,8 @@ def final_norm(model: PreTrainedModel, hidden_size: int) -> tuple[Tensor, Tensor
         if isinstance(weight, Tensor) and weight.shape == (hidden_size,) and not weight.is_meta:
             norm = child
     if norm is None:
-        return torch.ones(hidden_size), torch.zeros(hidden_size), False
+        scale = torch.ones(hidden_size, dtype=torch.float32, device="cpu")
+        return scale, torch.zeros_like(scale), False
     weight = next(norm.parameters())
     signs = torch.ones(hidden_size, dtype=weight.dtype, device=weight.device)
     signs[1::2] = -1.0  # of mean square 1, and of mean 0 if H is even

@@ -17,7 +17,9 @@ from torch import Tensor
 from ladon.config import MTP, MTP_DEPTH
 from ladon.errors import HeadsError
 from ladon.heads.base import Heads
+from ladon.heads.copies import Placement, shared_copy
 from ladon.heads.model_parts import output_projection
+from ladon.util.devices import input_device, is_offloaded
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -25,6 +27,9 @@ if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
     from transformers.modeling_layers import MtpModel
     from typing_extensions import Self
+
+
+_OWN_MODULES = ("layers", "shared_post_norm")  # what the modules have beside what is the target's
 
 
 class MtpHeads(Heads):
@@ -65,11 +70,23 @@ class MtpHeads(Heads):
         mtp.tie_with_main_model(model)
         mtp.config._attn_implementation = model.config.get_text_config(decoder=True)._attn_implementation
         for name, module in mtp.named_children():
-            if name in ("layers", "shared_post_norm"):
+            if name in _OWN_MODULES:
                 module.to(device)
                 if next(module.parameters()).dtype != model.dtype:  # some modules keep a few numbers in float32
                     module.to(model.dtype)
         return self
+
+    def _copy(self, placement: Placement) -> Self:
+        """See `Heads.bound`: the modules are copied with them, but not what these have of the target."""
+        made = super()._copy(placement)
+        mtp = shared_copy(self.mtp, lambda own: own)
+        for name in _OWN_MODULES:
+            module = getattr(mtp, name, None)
+            if module is not None:  # some modules keep a few numbers in float32
+                fits = next(module.parameters()).dtype == placement.dtype
+                setattr(mtp, name, shared_copy(module, placement.without_dtype() if fits else placement))
+        made._mtp = (mtp,)
+        return made
 
     def run(self, layer: int, hidden: Tensor, tokens: Tensor, positions: Tensor, mask: Tensor, cache: Cache) -> Tensor:
         """One module over N tokens of each row.
@@ -145,8 +162,8 @@ def load_mtp(model: PreTrainedModel, num_heads: int | None = None) -> MtpHeads:
 
 def _device_of(model: PreTrainedModel) -> torch.device:
     """Where the modules go; `HeadsError` for an offloaded model, which seems to be nowhere."""
-    device: torch.device = model.device
-    if device.type == "meta":
+    device = input_device(model)
+    if device.type == "meta" or is_offloaded(model):
         raise HeadsError(
             f"the weights of {type(model).__name__} are offloaded, and MTP modules run beside them on one device. Load "
             "the model onto it whole, or use other heads"

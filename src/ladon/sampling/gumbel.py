@@ -33,7 +33,7 @@ def row_seeds(seed: int | Sequence[int] | None, num_rows: int) -> list[int]:
         InputError: not integers of 0 to 2^63 - 1, or not one for each row.
     """
     if seed is None:
-        seed = int(torch.randint(2**53, ()))
+        seed = int(torch.randint(2**53, (), device="cpu"))
     seeds = list(seed) if isinstance(seed, Sequence) else [seed]
     if not all(isinstance(one, int) and not isinstance(one, bool) and 0 <= one < 2**63 for one in seeds):
         raise InputError(f"seed is {seed!r}; give a number from 0 to 2^63 - 1, or one for each row")

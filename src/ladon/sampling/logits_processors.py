@@ -2,9 +2,10 @@
 
 A processor turns the scores after a prefix into others. Those that look at the scores alone run over all nodes in one
 call. Those that look at the prefix run by row and depth, where prefixes have one length. Both kinds are known by their
-class, a subclass not included; a class of the user's may declare `stateless = True`, which puts it among the first.
-Any other may keep count of its calls, which a tree would ask about nodes that are never said: its row is decoded
-plainly, one node and one call for each emitted token.
+class, a subclass not included. Code of the user's is asked about no prefix that is not said: that of
+`prefix_allowed_tokens_fn`, and a class that declares `stateless = True`, go along the accepted path
+(`ladon.sampling.sampler`). Any other class may keep count of its calls: its row is decoded plainly, one node and one
+call for each emitted token.
 
 Shapes: b rows, N nodes, V vocabulary, m nodes of one prefix length T.
 """
@@ -38,6 +39,7 @@ _BY_PREFIX = {
     "ForcedBOSTokenLogitsProcessor", "ForcedEOSTokenLogitsProcessor", "ExponentialDecayLengthPenalty",
     "SuppressTokensAtBeginLogitsProcessor", "WatermarkLogitsProcessor",
 }  # fmt: skip
+_CALLBACK = "PrefixConstrainedLogitsProcessor"
 
 
 class Processors:
@@ -46,17 +48,18 @@ class Processors:
     Attributes:
         is_plain: whether one of them must be called once per emitted token.
         reads: whether one of them looks at the prefix.
+        asks: whether one of them is, or calls, code of the user's.
     """
 
     def __init__(self, processors: LogitsProcessorList | Sequence[Any]) -> None:
         self._processors = list(processors)
-        self._by_scores = [_is_by_scores(processor) for processor in self._processors]
+        self._by_scores = [_is_of(processor, _BY_SCORES) for processor in self._processors]
+        users = [processor for processor in self._processors if not _is_of(processor, _BY_SCORES | _BY_PREFIX)]
         unknown = [
-            type(processor).__name__
-            for processor, by_scores in zip(self._processors, self._by_scores, strict=True)
-            if not by_scores and not _is_of(processor, _BY_PREFIX)
+            type(processor).__name__ for processor in users if getattr(processor, "stateless", False) is not True
         ]
         self.is_plain, self.reads = bool(unknown), not all(self._by_scores)
+        self.asks = bool(users) or any(_is_of(processor, {_CALLBACK}) for processor in self._processors)
         self.unknown = ", ".join(unknown)
 
     def check_rows(self, num_rows: int) -> None:
@@ -66,11 +69,11 @@ class Processors:
         if num_rows > 1:
             raise InputError(
                 f"{self.unknown} may keep state from call to call, and rows are not decoded in step: give one prompt "
-                "at a time, or declare `stateless = True` in the class if it looks at the scores alone"
+                "at a time, or declare `stateless = True` in the class if it keeps nothing between calls"
             )
         warnings.warn(
             f"{self.unknown} may keep state from call to call: decoding plainly, one token per forward. Declare "
-            "`stateless = True` in the class if it looks at the scores alone",
+            "`stateless = True` in the class if it keeps nothing between calls",
             stacklevel=2,
         )
 
@@ -89,16 +92,18 @@ class Processors:
     def _by_groups(self, processor: Any, scores: Tensor, context: Context, groups: list[_Group]) -> Tensor:
         found = scores.clone()
         for place, index, prefixes in groups:
-            own = _for_row(processor, context.rows[place].number, len(index))
-            found[place, index] = own(prefixes, scores[place, index]).to(scores.dtype)
+            own, given = _for_row(processor, context.rows[place].number, len(index)), scores[place, index]
+            made = own(prefixes, given)
+            if made.shape != given.shape:
+                raise InputError(
+                    f"{type(processor).__name__} gave scores of shape {list(made.shape)} for {list(given.shape)}: it "
+                    "is called with one row of the batch at a time. Give one prompt at a time"
+                )
+            found[place, index] = made.to(scores.dtype)
         return found
 
 
 _Group = tuple[int, Tensor, Tensor]  # a row's place; its nodes of one depth [m]; their prefixes [m, T]
-
-
-def _is_by_scores(processor: Any) -> bool:
-    return _is_of(processor, _BY_SCORES) or getattr(processor, "stateless", False) is True
 
 
 def _is_of(processor: Any, names: set[str]) -> bool:
@@ -135,7 +140,7 @@ def _paths(nodes: Nodes, depths: Tensor) -> Tensor:
 def _for_row(processor: Any, number: int, num_nodes: int) -> Any:
     """The processor as it treats row `number` of the call's batch, for so many prefixes of that row."""
     name = type(processor).__name__
-    if name == "PrefixConstrainedLogitsProcessor":
+    if name == _CALLBACK:
         own, allowed = copy(processor), processor._prefix_allowed_tokens_fn
         own._prefix_allowed_tokens_fn, own._num_beams = lambda _, ids: allowed(number, ids), 1
         return own
@@ -163,11 +168,12 @@ class ProcessedSampling:
         draws: whether tokens are sampled.
         reads: whether a processor looks at the prefix.
         is_plain: whether a processor must be called once per emitted token.
+        asks: whether a processor is, or calls, code of the user's.
     """
 
     def __init__(self, processors: Processors, *, draws: bool) -> None:
         self._processors, self.draws = processors, draws
-        self.reads, self.is_plain = processors.reads, processors.is_plain
+        self.reads, self.is_plain, self.asks = processors.reads, processors.is_plain, processors.asks
 
     def scores(self, logits: Tensor, context: Context, nodes: Nodes) -> Tensor:
         """The processed scores, in float32 as in `generate`, or in float64 where a draw needs more."""

@@ -3,6 +3,9 @@
 Sequences of one step may have several kinds of parameters; each kind is asked once, for all its sequences. What a
 constraint forbids has a logit of -inf before that. Greedy takes the greatest score; sampling adds Gumbel noise first.
 
+Where parameters ask callbacks of the user's, nodes are taken one after the other along what is said, as in plain
+decoding: a callback hears of no prefix that was not said, nor of one after an end-of-sequence token.
+
 Shapes: B sequences, b of them with the same parameters, N nodes, V vocabulary.
 """
 
@@ -19,6 +22,7 @@ from ladon.sampling.gumbel import gumbel_noise
 from ladon.sampling.lossy import Admitted, Rule, admitted, admitted_by_picks
 from ladon.sampling.sampling_params import DEAD_END, NO_TOKEN, Context, Nodes, SamplingParams, Sequenced
 from ladon.trees.token_tree import TokenTree, ancestor_mask, root_tree
+from ladon.trees.transfer import to_host
 
 _BLOCK = 64  # entries per block; V is a multiple of it in nearly every model
 _MANY = 1 << 17  # logits from which two small searches cost less than one large one
@@ -87,7 +91,9 @@ class Sampler:
         self._masks = self._constrained = None
         if any(grammar is not None for grammar in grammars):
             self._masks = TokenBitmask(grammars, num_nodes, device)
-            self._constrained = torch.tensor([grammar is not None for grammar in grammars], device=device)
+            self._constrained = torch.tensor(
+                [grammar is not None for grammar in grammars], device=device, dtype=torch.bool
+            )
         places: dict[SamplingParams, list[int]] = {}
         for place, row in enumerate(rows):
             places.setdefault(row.sampling_params, []).append(place)
@@ -113,15 +119,14 @@ class Sampler:
         nodes = Nodes(tree=tree, ancestors=ancestors)
         if len(self._groups) == 1:
             ((params, context),) = self._groups
-            scores = params.scores(logits, context, nodes)
-            tokens = _sampled(_drawn(params, scores, context, nodes), self._constrained, is_drawn=params.draws)
+            scores, tokens = self._said(params, logits, context, nodes, self._constrained)
             return Sampled(tokens, raw, scores if self._keeps else None, self._admitted(params, scores, tokens, tree))
         tokens, found, judged = torch.empty_like(tree.tokens), None, None
         for (params, context), index in zip(self._groups, self._places, strict=True):
             own = _of_rows(nodes, index)
-            scores = params.scores(logits[index], context, own)
             guided = None if self._constrained is None else self._constrained[index]
-            tokens[index] = said = _sampled(_drawn(params, scores, context, own), guided, is_drawn=params.draws)
+            scores, said = self._said(params, logits[index], context, own, guided)
+            tokens[index] = said
             if self._keeps:
                 found = torch.empty_like(logits, dtype=scores.dtype) if found is None else found
                 found[index] = scores.to(found.dtype)
@@ -131,6 +136,16 @@ class Sampler:
                 judged.nodes[index] = own_judged.nodes
                 judged.log_probs[index] = own_judged.log_probs.to(tree.log_probs.dtype)
         return Sampled(tokens, raw, found, judged)
+
+    def _said(
+        self, params: SamplingParams, logits: Tensor, context: Context, nodes: Nodes, guided: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Scores [b, N, V] and the tokens sampled from them, [b, N]."""
+        if params.asks:
+            is_lossy = self._rule is not None and params.draws
+            return _along_what_is_said(params, logits, context, nodes, guided, goes_everywhere=is_lossy)
+        scores = params.scores(logits, context, nodes)
+        return scores, _sampled(_drawn(params, scores, context, nodes), guided, is_drawn=params.draws)
 
     def _admitted(self, params: SamplingParams, scores: Tensor, tokens: Tensor, tree: TokenTree) -> Admitted | None:
         """What the lossy rule says of the nodes, if there is one, and a tree."""
@@ -153,6 +168,83 @@ def _sampled(scores: Tensor, guided: Tensor | None, *, is_drawn: bool) -> Tensor
 def _drawn(params: SamplingParams, scores: Tensor, context: Context, nodes: Nodes) -> Tensor:
     """Scores [b, N, V], with noise where tokens are drawn."""
     return noisy(scores, context, nodes) if params.draws else scores
+
+
+def _along_what_is_said(
+    params: SamplingParams,
+    logits: Tensor,
+    context: Context,
+    nodes: Nodes,
+    guided: Tensor | None,
+    *,
+    goes_everywhere: bool,
+) -> tuple[Tensor, Tensor]:
+    """Scores and tokens of the nodes that are said, each asked about when its parent is known; `NO_TOKEN` elsewhere.
+
+    A node after which a callback raises has no token, and its row the error, which counts if the row gets there. Reads
+    the device once for the trees, and once for each depth.
+
+    Args:
+        params: ask callbacks.
+        logits: after the nodes, [b, N, V].
+        context: of the rows.
+        nodes: their trees.
+        guided: rows with a constraint, [b]; None if there is none.
+        goes_everywhere: go on to each child that its parent's scores leave possible, for lossy rules of acceptance.
+    """
+    tree = nodes.tree
+    tokens, scores = torch.full_like(tree.tokens, NO_TOKEN), torch.full_like(logits, -torch.inf, dtype=torch.float32)
+    for row in context.rows:
+        row.failure = None
+    asked: list[tuple[int, int, list[int]]] = [(place, 0, []) for place in range(len(logits))]
+    children = _children(tree) if tree.num_nodes > 1 else []
+    while asked:
+        found, said = [], []
+        for place, node, path in asked:
+            where, ends = context.of_node(place, path), _ends(logits[place, node, None])
+            own = _scores_or_failure(params, logits[place, node][None, None], where, ends)
+            of_row = None if guided is None else guided[place, None]
+            said.append(_sampled(_drawn(params, own, where, ends), of_row, is_drawn=params.draws)[0])
+            found.append(own[0, 0])
+        at = tuple(torch.tensor(part, device=logits.device) for part in zip(*[item[:2] for item in asked], strict=True))
+        after, following = torch.stack(found), torch.cat(said)
+        scores = scores.to(after.dtype)
+        tokens[at], scores[at] = following, after
+        next_ones = [
+            (index, (place, child, [*path, token]))
+            for index, (place, node, path) in enumerate(asked)
+            for child, token in (children[place].get(node, []) if children else [])
+            if token not in context.rows[place].end_ids and token < logits.shape[-1]
+        ]
+        if not next_ones:
+            break
+        which = torch.tensor([[index, item[2][-1]] for index, item in next_ones], device=logits.device).unbind(1)
+        goes = after[which] > -torch.inf if goes_everywhere else following[which[0]] == which[1]
+        asked = [item for (_, item), go in zip(next_ones, to_host(goes[None])[0], strict=True) if go]
+    return scores, tokens
+
+
+def _children(tree: TokenTree) -> list[dict[int, list[tuple[int, int]]]]:
+    """Of each row, by node: its children that are no padding, each with its token. Reads the device."""
+    table = to_host(torch.cat([tree.tokens, tree.parents, (tree.log_probs > -torch.inf).long()], dim=1))
+    found = []
+    for values in table:
+        of_row: dict[int, list[tuple[int, int]]] = {}
+        columns = (values[start : start + tree.num_nodes] for start in range(0, len(values), tree.num_nodes))
+        for node, (token, parent, is_real) in enumerate(zip(*columns, strict=True)):
+            if node > 0 and is_real:
+                of_row.setdefault(parent, []).append((node, token))
+        found.append(of_row)
+    return found
+
+
+def _scores_or_failure(params: SamplingParams, logits: Tensor, context: Context, nodes: Nodes) -> Tensor:
+    """Scores [1, 1, V] after a node; NaN if a callback raises, and the row has the error."""
+    try:
+        return params.scores(logits, context, nodes)
+    except Exception as error:
+        context.rows[0].failure = error
+        return torch.full_like(logits, torch.nan, dtype=torch.float32)
 
 
 class Sampled(NamedTuple):

@@ -39,6 +39,19 @@ class Context:
     first: Tensor | None = None
     prefixes: list[Tensor] | None = None
 
+    def of_node(self, place: int, said: Sequence[int]) -> Context:
+        """What is known of one row, if it goes on from its root with these tokens."""
+        prefixes = None
+        if self.prefixes is not None:
+            prefix = self.prefixes[place]
+            prefixes = [torch.cat([prefix, torch.tensor(said, dtype=prefix.dtype, device=prefix.device)])]
+        return Context(
+            rows=[self.rows[place]],
+            seeds=None if self.seeds is None else self.seeds[place, None],
+            first=None if self.first is None else self.first[place, None] + len(said),
+            prefixes=prefixes,
+        )
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Nodes:
@@ -73,6 +86,10 @@ class SamplingParams(Protocol):
     def is_plain(self) -> bool:
         """Whether it must be asked once per emitted token, in order: then nothing is drafted."""
 
+    @property
+    def asks(self) -> bool:
+        """Whether it asks callbacks of the user's about prefixes: then only about those that are said."""
+
     def scores(self, logits: Tensor, context: Context, nodes: Nodes) -> Tensor:
         """Scores after each node, [b, N, V], from the logits there.
 
@@ -91,12 +108,14 @@ class Sequenced(Protocol):
     sampling_params: SamplingParams
     grammar: GrammarState | None
     keeps: frozenset[str]
+    end_ids: frozenset[int]
+    failure: Exception | None
 
 
 class Greedy:
     """Greedy decoding: the likeliest token."""
 
-    draws = reads = is_plain = False
+    draws = reads = is_plain = asks = False
 
     def scores(self, logits: Tensor, context: Context, nodes: Nodes) -> Tensor:
         """The logits, in float32 as `generate` compares them; see `ladon.sampling.sampling_params.SamplingParams`."""
@@ -119,6 +138,7 @@ class TemperatureSampling:
     draws: ClassVar[bool] = True
     reads: ClassVar[bool] = False
     is_plain: ClassVar[bool] = False
+    asks: ClassVar[bool] = False
 
     temperature: float
     top_k: int = 0

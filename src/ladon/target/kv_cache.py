@@ -1,11 +1,14 @@
 """The key/value cache of tree decoding: preallocated, ragged, rewritten in place; and the slots a forward writes to.
 
 Every layer holds buffers [rows, heads, slots, D] for keys and for values (and for the keys of a sparse indexer, where
-the model has one); where keys and values have one shape, they are the two parts of one allocation, so that `commit`
-moves them in one operation. Row b has `lengths[b]` committed tokens in slots 0 to `lengths[b]` - 1; a verified
-tree puts node i of that row into slot `lengths[b]` + i, and `commit` moves the accepted nodes down to the committed
-part. Whatever lies beyond is stale: it is masked until the next tree overwrites it. It must stay finite, because a
-masked NaN in the values still spoils the softmax average.
+the model has one); where keys and values have one shape and dtype, they are the two parts of one allocation, so that
+`commit` moves them in one operation. A buffer has the dtype of what is written first (under autocast those of keys and
+values may differ), and a wider one once that comes, as in the caches of transformers.
+
+Row b has `lengths[b]` committed tokens in slots 0 to `lengths[b]` - 1; a verified tree puts node i of that row into
+slot `lengths[b]` + i, and `commit` moves the accepted nodes down to the committed part. Whatever lies beyond is stale:
+it is masked until the next tree overwrites it. It must stay finite, because a masked NaN in the values still spoils the
+softmax average.
 
 The B rows in use are the first of the buffers, and a forward works on a stretch of them, so that it needs a view and
 no copy. Rows come behind the others (`append`), with nothing committed: what the last owner of their place has left
@@ -15,7 +18,8 @@ and in slots; who needs them no more drops the cache.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,6 +28,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ladon.errors import InputError
 from ladon.target.prefix_cache import Stores
+from ladon.util.devices import is_out_of_memory
 
 _FIRST_CAPACITY = 64  # slots; buffers double from here
 _FlatKey = tuple[int, int, torch.device]
@@ -122,8 +127,8 @@ class _TreeLayer(CacheLayerMixin):
         self.indexer_keys: Tensor | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Allocate the key and value buffers for states of these shapes."""
-        if key_states.shape == value_states.shape:
+        """Allocate the key and value buffers for states of these shapes and dtypes."""
+        if key_states.shape == value_states.shape and key_states.dtype == value_states.dtype:
             self.stores["both"] = self._allocate(2, key_states)
         else:
             self.stores |= {"keys": self._allocate(1, key_states), "values": self._allocate(1, value_states)}
@@ -136,8 +141,8 @@ class _TreeLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self._grow()
-        self._write(self.keys, key_states)
-        self._write(self.values, value_states)
+        self._write("keys", key_states)
+        self._write("values", value_states)
         return self._visible(self.keys), self._visible(self.values)
 
     def update_indexer(self, indexer_key_states: Tensor) -> Tensor:
@@ -147,8 +152,8 @@ class _TreeLayer(CacheLayerMixin):
             self.stores["indexer"] = self._allocate(1, states)
             self._name_parts()
         self._grow()
+        self._write("indexer_keys", states)
         assert self.indexer_keys is not None
-        self._write(self.indexer_keys, states)
         return self._visible(self.indexer_keys)[:, 0]
 
     def move_rows(self, source: Tensor, target: Tensor, used: int) -> None:
@@ -200,6 +205,13 @@ class _TreeLayer(CacheLayerMixin):
                 self.stores[name] = grown
                 self._name_parts()
 
+    def shrink(self) -> None:
+        """Let go of what the stores have beyond what they must."""
+        for name, store in self.stores.items():
+            if store.shape[1] > self.route.row_capacity or store.shape[3] > self.route.capacity:
+                self.stores[name] = store[:, : self.route.row_capacity, :, : self.route.capacity].clone()
+                self._name_parts()
+
     def _name_parts(self) -> None:
         """Let the names that transformers and this class read point into the stores."""
         if "both" in self.stores:
@@ -209,15 +221,21 @@ class _TreeLayer(CacheLayerMixin):
         if "indexer" in self.stores:
             self.indexer_keys = self.stores["indexer"][0]
 
-    def _write(self, buffer: Tensor, states: Tensor) -> None:
-        route = self.route
+    def _write(self, part: str, states: Tensor) -> None:
+        """Put the new states into the buffers of this name, which become wider ones if they cannot hold them."""
+        store = "indexer" if part == "indexer_keys" else part if part in self.stores else "both"
+        dtype = self.stores[store].dtype
+        if states.dtype != dtype:
+            self.stores[store] = self.stores[store].to(torch.promote_types(dtype, states.dtype))
+            self._name_parts()
+        route, buffer = self.route, getattr(self, part)
         if route.slots is None and isinstance(route.rows, range):
             rows = buffer[route.rows.start : route.rows.stop]
             rows.narrow(2, route.start, route.num_tokens).copy_(states)
             return
         _, heads, capacity, width = buffer.shape
         index = route.flat_slots(heads, capacity, buffer.device)
-        buffer.view(-1, width).index_copy_(0, index, states.reshape(-1, width))
+        buffer.view(-1, width).index_copy_(0, index, states.reshape(-1, width).to(buffer.dtype))
 
     def _visible(self, buffer: Tensor) -> Tensor:
         rows = self.route.rows
@@ -338,13 +356,36 @@ class TreeCache(Cache):
         """Copies of a row's first `length` slots, layer by layer."""
         return [layer.read_row(row, length) for layer in self._all_layers()]
 
+    def fits(self, stores: Stores) -> bool:
+        """Whether what `read_row` gave can be written: layers that hold something hold it in the same parts."""
+        layers = zip(self._all_layers(), stores, strict=True)
+        return all(not layer.stores or layer.stores.keys() == states.keys() for layer, states in layers)
+
     def write_row(self, row: int, stores: Stores, length: int) -> None:
         """Make what `read_row` gave of some row the committed part of this one, `length` slots."""
+        self.route.reserve_rows(row + 1)
         self.route.reserve(length)
         for layer, states in zip(self._all_layers(), stores, strict=True):
             layer.write_row(row, states)
         self.host_lengths[row] = length
         self.lengths[row] = length
+
+    @contextmanager
+    def undone(self) -> Iterator[None]:
+        """Where the body runs out of memory, buffers are as large as before, and the next write asks for no more.
+
+        What rows behind the written ones had reserved, they must reserve again.
+        """
+        stores = [store.shape for layer in self._all_layers() for store in layer.stores.values()]
+        rows, slots = (min((shape[axis] for shape in stores), default=0) for axis in (1, 3))
+        try:
+            yield
+        except Exception as error:
+            if is_out_of_memory(error):
+                self.route.row_capacity, self.route.capacity = rows, max(slots, _FIRST_CAPACITY)
+                for layer in self._all_layers():
+                    layer.shrink()
+            raise
 
     def set_lengths(self, lengths: Sequence[int]) -> None:
         """Declare how many leading slots of each row are committed, on the host and on the device."""

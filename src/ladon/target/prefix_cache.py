@@ -14,25 +14,36 @@ from itertools import takewhile
 from torch import Tensor, nn
 
 from ladon.errors import InputError
+from ladon.util.devices import arithmetic, input_device, offloading
 
 Stores = Sequence[Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Maker:
-    """A model as it was at some time: its weights' places in memory and how often they had been written to.
+    """A model as it was at some time.
 
-    Weights changed in place through `.data`, and adapters that are only switched, look as before.
+    That is: its weights' places in memory, how often they had been written to, and how it computed. Weights changed in
+    place through `.data`, offloaded ones, and adapters that are only switched, look as before.
     """
 
     model: weakref.ref[nn.Module]
     weights: int
+    arithmetic: tuple[str, ...]
 
     @classmethod
     def of(cls, model: nn.Module) -> Maker:
         """`model` as it is now. Does not read the device."""
-        weights = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters()]
-        return cls(model=weakref.ref(model), weights=hash(tuple(weights)))
+        weights = [_state(module, own) for module in model.modules() for own in module._parameters.values()]
+        return cls(model=weakref.ref(model), weights=hash(tuple(weights)), arithmetic=arithmetic(input_device(model)))
+
+
+def _state(module: nn.Module, parameter: Tensor | None) -> tuple[int, int]:
+    """Where a parameter of a module is, and how often it was written to; for an offloaded one, who holds it."""
+    holder = offloading(module)
+    if parameter is None or holder is not None:
+        return id(holder), 0
+    return parameter.data_ptr(), 0 if parameter.is_inference() else parameter._version
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
@@ -74,9 +85,12 @@ class KeptPrefix:
         """Raise `InputError` unless `model` is what made this, and its weights are as they were."""
         if self.maker.model() is not model:
             raise InputError("past_key_values come from another model object; give them to the model that made them")
-        if self.maker != Maker.of(model):
+        now = Maker.of(model)
+        if self.maker != now:
+            same_weights = self.maker.weights == now.weights
+            what = "arithmetic (autocast, float32 precision) has" if same_weights else "weights have"
             raise InputError(
-                "the model's weights have changed since past_key_values were made; leave past_key_values out, and the "
+                f"the model's {what} changed since past_key_values were made; leave past_key_values out, and the "
                 "prompt is read anew"
             )
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _ATTENTION = ("sdpa", "eager")
+_DYNAMIC = "torch.ao.nn.quantized.dynamic"
 
 
 def check_model(model: PreTrainedModel, arguments: set[str]) -> None:
@@ -63,6 +64,12 @@ def _refusal(model: PreTrainedModel, arguments: set[str]) -> str | None:
         )
     if not isinstance(model.get_output_embeddings(), nn.Module):
         return "it has no output projection (get_output_embeddings() is empty). Load it with a language-model head"
+    if any(type(module).__module__.startswith(_DYNAMIC) for module in model.modules()):
+        return (
+            "it has dynamically quantised layers (torch.ao.quantization), whose rounding depends on all that is in a "
+            "forward, so that a token's logits are others beside other tokens. Quantise weights alone, or use plain "
+            "decoding of transformers for it"
+        )
     if len({str(device) for device in getattr(model, "hf_device_map", {}).values()} - {"cpu", "disk"}) > 1:
         return "it is spread over several devices. Load it on one, e.g. with device_map={'': 0}"
     if "past_key_values" not in arguments:

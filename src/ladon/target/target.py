@@ -21,7 +21,7 @@ from ladon.target.attention_masks import Sight, localities, model_masks, tree_ma
 from ladon.target.hooks import lock_of, projection_inputs
 from ladon.target.kv_cache import TreeCache
 from ladon.target.position_bias import layer_inputs_of
-from ladon.target.prefill import Ends, Keep, PromptReader
+from ladon.target.prefill import Ends, Failed, Keep, PromptReader
 from ladon.target.prefix_cache import KeptPrefix, Maker
 from ladon.target.pruning.dropping import Dropping
 from ladon.target.pruning.pruner import Pruner, Pruning
@@ -31,9 +31,12 @@ from ladon.target.self_test import Verdict, tested
 from ladon.target.support import check_model, context_limit
 from ladon.target.verify_output import VerifyOutput
 from ladon.trees.token_tree import TokenTree, ancestor_mask, node_depths, position_ids
+from ladon.util.devices import arithmetic, input_device, is_out_of_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+_ROUNDING = {torch.float64: 1e-10, torch.float32: 1e-4}  # of logits, relative, where another mask does the same
 
 
 class Target:
@@ -43,7 +46,7 @@ class Target:
 
     Attributes:
         model: the transformers model, never changed.
-        device: where its inputs live.
+        device: where its inputs go.
         dtype: of its parameters.
         vocab_size: V, the width its output projection returns.
         context_limit: the most positions the model has, or None without a bound.
@@ -70,14 +73,16 @@ class Target:
         """Derive everything from the model, unless it is as it was when this was done last."""
         model = self.model
         config = model.config.get_text_config(decoder=True)
-        state = (config._attn_implementation, model.dtype, model.device, model.training, model.get_output_embeddings())
+        device = input_device(model)
+        numbers = (model.dtype, device, arithmetic(device))
+        state = (config._attn_implementation, numbers, model.training, model.get_output_embeddings())
         if state == self._made_for:
             return
         arguments = set(inspect.signature(model.forward).parameters)
         check_model(model, arguments)
         projection = output_projection(model)
         self._projection, self.vocab_size = projection.module, projection.vocab_size
-        self.device, self.dtype, self._config = model.device, model.dtype, config
+        self.device, self.dtype, self._config = device, model.dtype, config
         self.context_limit = context_limit(config)
         self._localities = localities(config)
         self._mask_dtype = None if config._attn_implementation == "sdpa" else self.dtype
@@ -85,12 +90,14 @@ class Target:
         self._regimes, self._layer_inputs = RopeRegimes(model), layer_inputs_of(model)
         self._verdict = None if self._self_test else Verdict(trees=True)
         self._pruners: dict[Pruning, Pruner] = {}
+        self._zeros: dict[str, bool] = {}
         self._made_for = state
 
     def check(self) -> Verdict:
         """Make ready for a run: follow a change of the model, and run the self-test if it has not run since.
 
-        What may change between runs: attention implementation, dtype, device, training mode, output projection.
+        What may change between runs: attention implementation, dtype, device, training mode, output projection, and
+        how the device computes (autocast, precision of float32 products).
 
         Raises:
             UnsupportedModelError: if not even a chain gives what plain decoding gives, or the model now is one that
@@ -105,6 +112,25 @@ class Target:
     def supports_trees(self) -> bool:
         """Whether any tree can be verified; False when only chains can. Checks the model first, as `check` does."""
         return self.check().trees
+
+    @torch.no_grad()
+    def ignores_zeros(self, name: str) -> bool:
+        """Whether an input of this name, all zeros, changes nothing in what the model says of a few tokens, asked once.
+
+        Token types are such an input in some models; others add an embedding, or see further with them.
+        """
+        self._follow_model()
+        if name not in self._zeros:
+            ids = torch.arange(4, device=self.device).remainder(self.vocab_size)[None]
+            with self._lock:
+                without = self.model(input_ids=ids, use_cache=False).logits
+                try:
+                    given = self.model(input_ids=ids, use_cache=False, **{name: torch.zeros_like(ids)}).logits
+                except Exception:  # whatever it lacks: that is no call of text alone
+                    given = torch.full_like(without, torch.nan)
+            least = _ROUNDING.get(without.dtype, 5e-2) * without.abs().max()
+            self._zeros[name] = bool((given - without).abs().max() <= least)
+        return self._zeros[name]
 
     def pruner(self, pruning: Pruning) -> Pruner:
         """`pruning` made ready for the model, each layer tested once. Raises what `Pruner` and `check_pruning` do."""
@@ -142,7 +168,15 @@ class Target:
         """Let a new row of the cache start from `past`, if its prompt can go on from it; how many tokens that is."""
         if past is None or past.regime != self._regimes.number_at(prompt_length) or past.maker != Maker.of(self.model):
             return 0
-        cache.write_row(place, past.stores, len(past))
+        if not cache.fits(past.stores):
+            return 0
+        try:
+            with cache.undone():
+                cache.write_row(place, past.stores, len(past))
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            return 0  # what the prompt's own reading comes to counts
         return len(past)
 
     @torch.no_grad()
@@ -217,7 +251,7 @@ class Target:
     @torch.no_grad()
     def read(
         self, prompts: Sequence[Tensor], cache: TreeCache, keep: Keep | None = None
-    ) -> tuple[list[int], Tensor | None, Tensor | None]:
+    ) -> tuple[list[int], Tensor | None, Tensor | None, Failed]:
         """Read one chunk more of prompts that are on their way into the last rows of a cache.
 
         Args:
@@ -227,13 +261,14 @@ class Target:
 
         Returns:
             The places in `prompts` of those that are read to their end now; hidden state after the final norm [b, H]
-            and logits [b, V] of their last tokens, one position per row. None where no prompt has come to its end.
+            and logits [b, V] of their last tokens, one position per row. None where no prompt has come to its end. And
+            the error of each prompt, by its place, for which memory did not suffice, even alone.
         """
-        ends = self._reader(keep).read(prompts, cache)
+        ends, failed = self._reader(keep).read(prompts, cache)
         if not ends:
-            return [], None, None
+            return [], None, None, failed
         hidden, logits = (torch.stack(parts) for parts in zip(*ends.values(), strict=True))
-        return list(ends), hidden, logits
+        return list(ends), hidden, logits, failed
 
     @torch.no_grad()
     def prefill(self, rows: Sequence[Tensor], cache: TreeCache) -> tuple[Tensor, Tensor]:
@@ -248,7 +283,10 @@ class Target:
         """
         ends: Ends = {}
         while len(ends) < len(rows):
-            ends |= self._reader().read(rows, cache)
+            found, failed = self._reader().read(rows, cache)
+            for error in failed.values():
+                raise error
+            ends |= found
         hidden, logits = (torch.stack([ends[row][part] for row in range(len(rows))]) for part in (0, 1))
         return hidden, logits
 

@@ -27,6 +27,7 @@ from ladon.trees import lattice
 from ladon.trees.grow import grow_chain, grow_dynamic
 from ladon.trees.lattice import best_rows
 from ladon.trees.token_tree import ancestor_mask, node_depths
+from ladon.util.devices import widest_float
 from ladon.util.files import rounded
 
 TOP = 5  # accuracies are given for the best 1 to 5 candidates
@@ -68,11 +69,11 @@ class HeldOutReport:
 
 
 class _Sums:
-    """What is added up over positions, in float64 on the device."""
+    """What is added up over positions, on the device in the widest floating point that it has."""
 
     def __init__(self, num_heads: int, device: torch.device) -> None:
         def zeros(*shape: int) -> Tensor:
-            return torch.zeros(*shape, dtype=torch.float64, device=device)
+            return torch.zeros(*shape, dtype=widest_float(device), device=device)
 
         self.loss, self.positions = zeros(num_heads), zeros(num_heads)
         self.hits = zeros(num_heads, TOP)
@@ -124,9 +125,9 @@ def _add(sums: _Sums, heads: Heads, hidden: Tensor, rows: Mapping[str, Tensor], 
     """Count some positions: hidden states [c, H], and `labels`, `mask`, `following` [c, K] of their goals."""
     following, mask, labels = rows["following"], rows["mask"], rows["labels"]
     logits = heads.corrected(hidden, following)
-    weights = mask.double()
+    weights = mask.to(sums.loss.dtype)
     losses = functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none")
-    sums.loss += (losses.view(labels.shape).double() * weights).nan_to_num().sum(0)
+    sums.loss += (losses.view(labels.shape).to(weights.dtype) * weights).nan_to_num().sum(0)
     sums.positions += weights.sum(0)
     best = logits.topk(min(TOP, logits.shape[-1]), dim=-1).indices  # [c, K, 5]
     hits = functional.pad((best == labels[..., None]).cumsum(-1), (0, TOP - best.shape[-1]), mode="replicate")

@@ -29,6 +29,7 @@ from ladon.heads.model_parts import output_projection
 from ladon.target.hooks import layer_output, lock_of, projection_inputs
 from ladon.train.config import TrainOptions
 from ladon.train.losses import Labels, Outcome, SoftLabels, TokenLabels, chunked_loss, rows_per_chunk
+from ladon.util.devices import input_device
 
 Batch = dict[str, Tensor]
 _PROBE = 6  # tokens of each of the probe's documents
@@ -294,16 +295,17 @@ def keeps_apart(model: PreTrainedModel) -> bool:
 
 def _second_is_alone(model: PreTrainedModel) -> bool:
     vocab_size = output_projection(model).vocab_size
-    ids = torch.randint(vocab_size, (3, _PROBE), generator=torch.Generator().manual_seed(0)).to(model.device)
+    generator = torch.Generator("cpu").manual_seed(0)
+    ids = torch.randint(vocab_size, (3, _PROBE), generator=generator, device="cpu").to(input_device(model))
     apart = torch.arange(_PROBE, device=ids.device)[None]
     places = torch.cat([apart, apart], dim=1)
 
     def second(first: int) -> torch.Tensor:
         row = torch.cat([ids[first], ids[2]])[None]
-        return hidden_states(model, {"input_ids": row, "position_ids": places}, packed=True)[0, _PROBE:].double()
+        return hidden_states(model, {"input_ids": row, "position_ids": places}, packed=True)[0, _PROBE:].cpu().double()
 
     one, other = second(0), second(1)
-    alone = hidden_states(model, {"input_ids": ids[2:], "position_ids": apart}, packed=True)[0].double()
+    alone = hidden_states(model, {"input_ids": ids[2:], "position_ids": apart}, packed=True)[0].cpu().double()
     changed, differs = (one - other).norm() / one.norm(), (one - alone).norm() / alone.norm()
     return bool(changed < _SAME and differs < _ALIKE)
 

@@ -45,7 +45,7 @@ class TreeSizes:
         self._pruning, self._timed = pruning, _Timed()
         self._edges = list(self._sizing.edges)
         buckets = [place for place, (low, high) in enumerate(pairwise([0, *self._edges])) for _ in range(low, high)]
-        self._buckets = torch.tensor(buckets, dtype=torch.long)
+        self._buckets = torch.tensor(buckets, dtype=torch.long, device="cpu")
         self._bucket_of_node = self._buckets.to(device)
         self._most = 1  # nodes to be grown
         self._depth = 0  # K of the sums on their way to the host

@@ -22,6 +22,7 @@ import transformers
 from ladon.errors import InputError
 from ladon.heads.fingerprint import fingerprint
 from ladon.tree_size.latency_model import StepTime
+from ladon.util.devices import input_device
 from ladon.util.files import explained, write_whole
 from ladon.util.machine import CACHE_VARIABLE, cache_folder, cpu_name
 
@@ -38,7 +39,7 @@ _BOUNDS = {"batch": (1, _MOST), "nodes": (1, _MOST), "context": (0, _MOST), "sec
 
 def machine_of(model: PreTrainedModel) -> dict[str, Any]:
     """Where a model runs and in which dtype, JSON values named as in `ladon.util.machine`."""
-    device = model.device
+    device = input_device(model)
     return {
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),

@@ -63,13 +63,13 @@ def check_tree(
         vocab_size: tokens must be below it; None: they may be any.
         is_chain: whether it must not branch.
     """
-    bits = tree.log_probs.double().contiguous().view(torch.int64)
+    bits = tree.log_probs.float().contiguous().view(torch.int32).long()  # not every device has float64
     roots = tree.tokens[:, :1] if root is None else root[:, None]
     table = to_host(torch.cat([roots, tree.tokens, tree.parents, bits], dim=1))
     for place, (first, *values) in enumerate(table):
         numbers = iter(values)
         tokens, parents, logs = (list(islice(numbers, tree.num_nodes)) for _ in range(3))
-        log_probs = host_values(torch.tensor(logs).view(torch.float64))
+        log_probs = host_values(torch.tensor(logs, dtype=torch.int32, device="cpu").view(torch.float32))
         problem = _root_problem(tokens[0], parents[0], log_probs[0], first)
         if problem is not None:
             raise TreeError(f"sequence {place}: {problem}")

@@ -95,7 +95,7 @@ def _path_sums(edges: Tensor, parents: Tensor, max_depth: int) -> Tensor:
     while span < max_depth:
         sums = sums + sums.gather(1, above)
         above, span = above.gather(1, above), 2 * span
-    return torch.where(sums > _LEAST * _UNIT, sums / _UNIT, -torch.inf).float()
+    return torch.where(sums > _LEAST * _UNIT, sums.double() / _UNIT, -torch.inf).float()
 
 
 def _best(log_probs: Tensor, parents: Tensor, tree: TokenTree, other: TokenTree, num_nodes: int) -> TokenTree:

@@ -168,6 +168,7 @@ class TokenTree:
             self,
             parents=self.parents.masked_fill(too_deep, 0),
             log_probs=self.log_probs.masked_fill(too_deep, -torch.inf),
+            depths=None if self.depths is None else self.depths.masked_fill(too_deep, 1),
         )
 
 

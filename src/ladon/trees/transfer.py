@@ -42,7 +42,7 @@ def flat_size(tree: TokenTree) -> int:
 
 def on_host(values: Sequence[int], tree: TokenTree) -> TokenTree:
     """The tree, from what the host got of `flat`."""
-    table = torch.tensor(values).reshape(_FIELDS, tree.batch_size, tree.num_nodes)
+    table = torch.tensor(values, device="cpu").reshape(_FIELDS, tree.batch_size, tree.num_nodes)
     return _from_integers(table, tree.max_depth)
 
 

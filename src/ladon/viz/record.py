@@ -153,7 +153,7 @@ def _step(tokenizer: PreTrainedTokenizerBase, step: TraceStep, pieces: Detokeniz
         )
         for slot in kept
     ]
-    parents = torch.tensor([[node.parent for node in nodes]])
+    parents = torch.tensor([[node.parent for node in nodes]], device="cpu")
     return Step(
         index=step.index,
         length=step.length,

@@ -86,7 +86,7 @@ class _Draft:
     def truth(self) -> Tensor:
         """The tokens after the root, [1, K]; -1 past the answer's end."""
         said = self.row.tokens[self.place : self.place + self.lattice.depth]
-        return torch.tensor([*said, *[-1] * (self.lattice.depth - len(said))])[None]
+        return torch.tensor([*said, *[-1] * (self.lattice.depth - len(said))], device="cpu")[None]
 
 
 class Diagnosis:
@@ -142,7 +142,7 @@ class Diagnosis:
         """The means over all row-steps that had a tree, as docs/reference/metrics.md defines them; JSON values."""
         num_depths = len(self._judged)
         names = ("known", "oracle", "selected", "accepted", "top")
-        columns = torch.tensor(self._prefixes, dtype=torch.long).reshape(-1, len(names)).T
+        columns = torch.tensor(self._prefixes, dtype=torch.long, device="cpu").reshape(-1, len(names)).T
         return {
             "row_steps": len(self._prefixes),
             "undrafted": self._undrafted,

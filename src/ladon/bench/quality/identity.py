@@ -6,9 +6,9 @@ near-tie, else the output is wrong.
 
 - float64: no bound, there are no near-ties.
 - float32: 1e-4. Logits of one prefix differ by 1e-6 to 1e-4.
-- bfloat16, float16: `UNITS` rounding units of the largest logit, a unit being the dtype's epsilon (2^-7, 2^-10) times
-  that logit's size. In the bundled model logits near the top differ by at most 0.94 units between two calls; two of
-  them make 2, and deeper models round more often.
+- bfloat16, float16, and float32 computed in them (autocast, TF32): `UNITS` rounding units of the largest logit, a unit
+  being the dtype's epsilon (2^-7, 2^-10) times that logit's size. In the bundled model logits near the top differ by at
+  most 0.94 units between two calls; two of them make 2, and deeper models round more often.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from ladon.errors import LadonError
 from ladon.heads import Heads
 from ladon.target.target import Target
 from ladon.trees.token_tree import TokenTree
+from ladon.util.devices import input_device, working_dtype
 
 FLOAT32_BOUND = 1e-4
 UNITS = 4
@@ -84,7 +85,7 @@ def compare(
         deviation = math.inf if ours is None else float((ours - logits).abs().max())
     is_cut = position >= min(len(output), len(reference))
     margin = math.inf if is_cut else margin_of(logits, output[position], reference[position])
-    bound = near_tie_bound(model.dtype, logits)
+    bound = near_tie_bound(working_dtype(input_device(model), model.dtype), logits)
     return Difference(prompt=number, position=position, margin=margin, bound=bound, deviation=deviation)
 
 
@@ -99,7 +100,7 @@ def replayed_logits(
 ) -> Tensor | None:
     """Logits [V] from which the mode picked new token `position`; None if it ends before, decoding alone."""
     target = Target(model)
-    ids = torch.tensor(list(prompt), device=model.device)
+    ids = torch.tensor(list(prompt), device=input_device(model))
     if position == 0:
         logits: Tensor = target.prefill([ids], target.new_cache(1))[1][0].float()
         return logits
@@ -127,7 +128,7 @@ def _verified_again(target: Target, prefix: Sequence[int], step: TraceStep) -> T
 
 def _generate_logits(model: PreTrainedModel, prompt: Sequence[int], position: int) -> Tensor:
     """Logits [V] from which `generate` picked new token `position`."""
-    ids = torch.tensor([list(prompt)], device=model.device)
+    ids = torch.tensor([list(prompt)], device=input_device(model))
     done = type(model).generate(
         model,
         ids,

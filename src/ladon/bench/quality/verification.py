@@ -27,6 +27,7 @@ from ladon.heads import Heads
 from ladon.sampling.lossy import Nucleus, Typical
 from ladon.sampling.sampler import scores_of
 from ladon.target.target import Target
+from ladon.util.devices import working_dtype
 
 Progress = Callable[[str, int, int], None]
 
@@ -166,7 +167,7 @@ def difference_of(target: Target, number: int, ours: Row, theirs: Row) -> Differ
         return Difference(prompt=number, position=place, margin=math.inf, bound=0.0)
     scores, logits = said_from(target, theirs, place)
     margin = margin_of(scores, ours.tokens[place], theirs.tokens[place])
-    bound = near_tie_bound(target.dtype, logits)
+    bound = near_tie_bound(working_dtype(target.device, target.dtype), logits)
     return Difference(prompt=number, position=place, margin=margin, bound=bound)
 
 
@@ -190,7 +191,7 @@ def step_distance(step: Step) -> float:
         counts = step.accepted.count.tolist()
         for row, taken, count in zip(step.rows, step.emitted, counts, strict=False):
             if row.sampling_params.draws and count > 1:
-                laws = torch.stack(row.kept["scores"][: len(taken[: count - 1])]).double().softmax(-1)
+                laws = torch.stack(row.kept["scores"][: len(taken[: count - 1])]).cpu().double().softmax(-1)
                 said = torch.tensor(taken[: count - 1], device=laws.device)
                 total += float((1.0 - laws.gather(1, said[:, None])).sum())
     for row in step.rows:

@@ -235,7 +235,7 @@ def _blocks(heads: MedusaHeads, head: int, name: str) -> dict[str, Tensor]:
 def _base_projection(job: _Job) -> Tensor:
     """The base's output projection [V, H], in the heads' dtype if that loses nothing."""
     target: OutputProjection = output_projection(_needed_model(job))
-    if target.weight.shape != (job.heads.vocab_size, job.heads.hidden_size):
+    if target.weight.shape != (job.heads.vocab_size, job.heads.hidden_size) or target.weight.is_meta:
         raise HeadsError(
             f"the model's output projection is packed to {list(target.weight.shape)} (quantised) and cannot be copied. "
             "Give the unquantised model"

@@ -24,11 +24,12 @@ from torch import Tensor, nn
 
 from ladon.errors import InputError
 from ladon.heads.early_exit import EarlyExit, new_early_exit
-from ladon.heads.model_parts import decoder_layers, output_projection
+from ladon.heads.model_parts import decoder_layers, is_plain, output_projection
 from ladon.target.pruning.dropping import Dropping, Slots
 from ladon.target.pruning.node_scores import CRITERIA, EarlyView, best_nodes, is_accepted, node_scores, path_scores
 from ladon.trees.token_tree import TokenTree
 from ladon.trees.transfer import to_host
+from ladon.util.devices import input_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -99,7 +100,7 @@ class Pruner:
         )
         self._layers = layers[options.layer :]
         weight = self._projection.weight
-        if options.criterion != "top-k" and (weight.ndim != 2 or not weight.is_floating_point() or weight.is_meta):
+        if options.criterion != "top-k" and (not is_plain(weight) or weight.ndim != 2 or weight.is_meta):
             raise InputError(
                 f"the output projection of {type(model).__name__} is packed or offloaded, and criterion "
                 f"{options.criterion!r} reads single rows of it; give criterion='top-k', or do not prune"
@@ -113,7 +114,7 @@ class Pruner:
                 f"the early exit is for a model of {sizes[0]} layers of width {sizes[1]}, this one has {expected[0]} "
                 f"of width {expected[1]}. Give the one that was trained on this model"
             )
-        return deepcopy(early_exit).to(self._model.device, self._model.dtype)
+        return deepcopy(early_exit).to(input_device(self._model), self._model.dtype)
 
     def during(self, tree: TokenTree, ancestors: Tensor, route: Slots) -> Dropping | None:
         """What drops nodes of this tree in its one forward; None if all of them go on anyway."""

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from ladon.errors import UnsupportedModelError
 from ladon.target.pruning.pruner import Pruning
-from ladon.target.self_test import Testable, allowed_share
+from ladon.target.self_test import Testable, allowed_share, check_blame, first_line
 from ladon.target.verify_output import VerifyOutput
 from ladon.trees.token_tree import TokenTree
+from ladon.util.devices import is_out_of_memory
 
 if TYPE_CHECKING:
     from ladon.target.kv_cache import TreeCache
@@ -39,12 +40,13 @@ def check_pruning(target: _Prunable, layer: int) -> None:
     otherwise = "Use prune='off' for it"
     try:
         difference, control = measure(target, layer)
-    except (MemoryError, torch.OutOfMemoryError):  # no matter of pruning
-        raise
     except Exception as error:
-        first_line = str(error).partition("\n")[0]
-        raise UnsupportedModelError(f"{name}: {type(error).__name__}: {first_line}. {otherwise}") from error
-    allowed = allowed_share(target.dtype)
+        if is_out_of_memory(error):  # no matter of pruning
+            raise
+        if not isinstance(error, UnsupportedModelError):
+            check_blame(error, target.model)
+        raise UnsupportedModelError(f"{name}: {first_line(error)}. {otherwise}") from error
+    allowed = allowed_share(target)
     if not difference <= allowed * control:
         raise UnsupportedModelError(
             f"{name}: what survives differs by {difference:.2g} from what it is unpruned (other nodes differ by "
@@ -55,24 +57,24 @@ def check_pruning(target: _Prunable, layer: int) -> None:
 @torch.no_grad()
 def measure(target: _Prunable, layer: int) -> tuple[float, float]:
     """Root mean square difference of survivors' logits to unpruned ones, and that of a neighbour's logits."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
-        return torch.randint(target.vocab_size, shape, generator=generator).to(target.device)
+        return torch.randint(target.vocab_size, shape, generator=generator, device="cpu").to(target.device)
 
     prompts = [draw(length) for length in _LENGTHS]
     caches = [target.new_cache(len(prompts)) for _ in range(2)]
     for cache in caches:
         target.prefill(prompts, cache)
     pruning = Pruning(layer=layer, keep=_KEPT, criterion="top-k")  # which every output projection allows
-    squares = torch.zeros(2, dtype=torch.float64)
+    squares = torch.zeros(2, dtype=torch.float64, device="cpu")
     for _ in range(_STEPS):
         tree = _tree(draw(len(prompts), len(_PARENTS[0])))
         whole, cut = target.verify(tree, caches[0]), target.verify(tree, caches[1], pruning)
         if cut.nodes is None:
             raise UnsupportedModelError("no layer dropped anything")
-        expected = whole.logits.gather(1, cut.nodes[:, :, None].expand_as(cut.logits)).double().cpu()
-        logits = cut.logits.double().cpu()
+        expected = whole.logits.gather(1, cut.nodes[:, :, None].expand_as(cut.logits)).cpu().double()
+        logits = cut.logits.cpu().double()
         differences = [logits - expected, expected.roll(1, dims=1) - expected]
         squares += torch.stack([difference.square().mean() for difference in differences])
         deepest = cut.ancestors.sum(-1).argmax(-1)  # the end of a path that survived
@@ -92,5 +94,5 @@ def _rows_at(table: Tensor, index: Tensor) -> Tensor:
 
 def _tree(tokens: Tensor) -> TokenTree:
     parents = torch.tensor(_PARENTS, device=tokens.device)
-    log_probs = torch.zeros(tokens.shape, device=tokens.device)
+    log_probs = torch.zeros(tokens.shape, dtype=torch.float32, device=tokens.device)
     return TokenTree(tokens=tokens, parents=parents, log_probs=log_probs, max_depth=4)

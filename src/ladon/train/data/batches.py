@@ -99,13 +99,13 @@ class Collator:
         self._num_heads = num_heads
         self._places: Tensor | None = None
         if token_ids is not None:
-            self._places = torch.full((vocab_size,), NO_PLACE)
-            self._places[token_ids.cpu()] = torch.arange(len(token_ids))
+            self._places = torch.full((vocab_size,), NO_PLACE, device="cpu")
+            self._places[token_ids.cpu()] = torch.arange(len(token_ids), device="cpu")
 
     def __call__(self, rows: Sequence[Sequence[Document]]) -> dict[str, Tensor]:
         """The batch of these rows."""
         length = max(sum(len(document.tokens) for document in row) for row in rows)
-        ids = torch.zeros(len(rows), length, dtype=torch.int64)
+        ids = torch.zeros(len(rows), length, dtype=torch.int64, device="cpu")
         positions, segments = torch.zeros_like(ids), torch.full_like(ids, NO_PLACE)
         learned = torch.zeros_like(ids, dtype=torch.bool)
         for i, row in enumerate(rows):
@@ -114,10 +114,11 @@ class Collator:
                 stop = start + len(document.tokens)
                 ids[i, start:stop] = torch.from_numpy(document.tokens)
                 learned[i, start:stop] = torch.from_numpy(document.learned)
-                positions[i, start:stop] = torch.arange(stop - start)
+                positions[i, start:stop] = torch.arange(stop - start, device="cpu")
                 segments[i, start:stop] = number
                 start = stop
-            positions[i, start:] = torch.arange(length - start)  # a document of its own, as far as the model sees
+            # a document of its own, as far as the model sees
+            positions[i, start:] = torch.arange(length - start, device="cpu")
         return self._with_goals(ids, positions, segments, learned)
 
     def _with_goals(self, ids: Tensor, positions: Tensor, segments: Tensor, learned: Tensor) -> dict[str, Tensor]:

@@ -109,7 +109,7 @@ class LocalModel:
             return None
         law: dict[str, Any] = {"temperature": settings.temperature, "top_k": settings.top_k, "top_p": settings.top_p}
         return Row(
-            prompt=torch.tensor(prompt.token_ids),
+            prompt=torch.tensor(prompt.token_ids, device="cpu"),
             max_new_tokens=room,
             is_stop=self._ends.__contains__,
             seed=settings.seed_of(prompt) or 0,
