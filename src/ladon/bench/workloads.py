@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ladon.demo.bundled import demo_prompts
 from ladon.errors import InputError
+from ladon.util.files import explained
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,9 +72,8 @@ def demo_workload(count: int) -> Workload:
 def read_text(path: Path) -> str:
     """A UTF-8 text file without a byte order mark; `InputError` if it cannot be read or is not UTF-8."""
     try:
-        return path.read_bytes().decode("utf-8").removeprefix("\ufeff")
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}; give a readable text file") from error
+        with explained(f"cannot read {path}", InputError, "give a readable text file"):
+            return path.read_bytes().decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8 text") from error
 
