@@ -24,7 +24,7 @@ from ladon.engine.recorder import Recorder
 from ladon.engine.sequence import Row
 from ladon.engine.stats import DecodeStats
 from ladon.target.target import Target
-from ladon.tree_size.observer import TreeSizes
+from ladon.tree_size.tree_sizes import TreeSizes
 from ladon.trees.grow import grow_dynamic
 
 MIB = 2**20

@@ -24,8 +24,8 @@ from ladon.sampling.sampling_params import GREEDY, SamplingParams
 from ladon.target.pruning.pruner import Pruning
 from ladon.target.target import Target
 from ladon.tree_size.acceptance_model import Sums
-from ladon.tree_size.observer import TreeSizes
 from ladon.tree_size.policy import EDGES, Size, Sizing, StepRecord
+from ladon.tree_size.tree_sizes import TreeSizes
 from ladon.trees.fixed_tree import FixedTree
 from ladon.trees.lattice import Lattice
 from ladon.trees.token_tree import TokenTree, ancestor_mask, node_depths

@@ -18,9 +18,9 @@ from ladon.target.target import Target
 from ladon.tree_size.adaptive import AutoSizing
 from ladon.tree_size.frozen import FrozenSizing
 from ladon.tree_size.latency_model import StepTime
-from ladon.tree_size.observer import path_mass
 from ladon.tree_size.policy import EDGES, FixedSizing
 from ladon.tree_size.profile_store import place_of, write_profile
+from ladon.tree_size.tree_sizes import path_mass
 from random_trees import draw
 
 PROMPTS = [torch.arange(3, 12), torch.arange(5, 30), torch.tensor([7])]

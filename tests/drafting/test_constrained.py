@@ -14,7 +14,7 @@ from ladon.drafting.constrained import Draft, constrained_tree, constrained_tree
 from ladon.engine.recorder import Recorder
 from ladon.engine.sequence import Row
 from ladon.engine.stats import DecodeStats
-from ladon.tree_size.observer import TreeSizes
+from ladon.tree_size.tree_sizes import TreeSizes
 from ladon.trees.check import check_tree
 from ladon.trees.token_tree import TokenTree
 from ladon.trees.transfer import flat, on_host

@@ -18,7 +18,7 @@ import ladon
 from drafts import FIXED, RandomSizing, make_engine
 from ladon.cli.main import run
 from ladon.drafting.mtp import MtpProposer
-from ladon.drafting.ngram_proposer import NgramProposer
+from ladon.drafting.ngram_lookup import NgramLookup
 from ladon.engine.sequence import Row
 from ladon.engine.stats import DecodeStats
 from ladon.errors import HeadsError, InputError
@@ -263,7 +263,7 @@ def run_changing(model, proposer, *, sizing, chunk=5, sampling_params=GREEDY, **
 WAYS = {
     "trees": lambda: {},
     "read at once": lambda: {"chunk": 1000},
-    "n-grams": lambda: {"lookup": NgramProposer(is_chain=False)},
+    "n-grams": lambda: {"lookup": NgramLookup(is_chain=False)},
     "pruned": lambda: {"pruning": Pruning(layer=1, keep=6)},
     "typical": lambda: {"rule": Typical(), "sampling_params": TemperatureSampling(temperature=0.9)},
 }

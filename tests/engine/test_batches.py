@@ -19,7 +19,7 @@ import ladon
 from drafts import CANDIDATES, NUM_NODES, PROPOSERS, TREES, RandomSizing, decode, make_engine, make_proposer
 from families import FAMILIES, VOCAB_SIZE, build
 from ladon.drafting import merge_on_host
-from ladon.drafting.ngram_proposer import NgramProposer
+from ladon.drafting.ngram_lookup import NgramLookup
 from ladon.drafting.proposer import RootProposer
 from ladon.engine.engine import Engine
 from ladon.engine.sequence import Row
@@ -145,7 +145,7 @@ def follow(name: str, schedule: dict) -> None:
     if schedule["sizes"] is not None:
         options["budget"] = RandomSizing(schedule["sizes"])
     if schedule["ngrams"]:
-        options["lookup"] = NgramProposer()
+        options["lookup"] = NgramLookup()
     if schedule["keep"] is not None:
         options["pruning"] = Pruning(layer=1, keep=schedule["keep"], threshold=0.01)
     engine = made.engine(schedule["kind"], schedule["tree"], **options)

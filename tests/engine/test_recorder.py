@@ -9,7 +9,7 @@ from ladon.engine.observer import EngineObserver
 from ladon.engine.recorder import Recorder
 from ladon.engine.stats import DecodeStats
 from ladon.engine.step import Step
-from ladon.tree_size.observer import TreeSizes
+from ladon.tree_size.tree_sizes import TreeSizes
 from ladon.trees.token_tree import root_tree
 from threads import together
 

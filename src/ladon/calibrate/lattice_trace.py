@@ -39,7 +39,7 @@ from ladon.errors import InputError
 from ladon.heads import Heads
 from ladon.heads.correction import MarkovCorrection
 from ladon.target.target import Target
-from ladon.tree_size.observer import TreeSizes
+from ladon.tree_size.tree_sizes import TreeSizes
 from ladon.trees.lattice import Correction, outside
 from ladon.trees.token_tree import TokenTree, root_tree
 from ladon.util.tensors import with_tensors

@@ -34,7 +34,7 @@ from ladon.target.pruning.node_scores import best_nodes
 from ladon.target.pruning.pruner import Pruning
 from ladon.target.target import Target
 from ladon.target.verify_output import VerifyOutput
-from ladon.tree_size.observer import TreeSizes
+from ladon.tree_size.tree_sizes import TreeSizes
 from ladon.trees.token_tree import TokenTree
 from ladon.util.files import rounded
 

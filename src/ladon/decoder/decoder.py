@@ -43,7 +43,7 @@ from ladon.heads.wrapped import adapter_state, unwrapped
 from ladon.sampling.lossy import Nucleus, Typical, rule_of
 from ladon.target.prefix_cache import KeptPrefix
 from ladon.target.target import Target
-from ladon.tree_size.observer import TreeSizes
+from ladon.tree_size.tree_sizes import TreeSizes
 from ladon.trees.fixed_tree import FixedTree, TreeSize
 from ladon.util.observer import Observer
 

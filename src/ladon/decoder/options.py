@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ladon.config import AUTO_BUDGET, MOST_NGRAM_NODES, MOST_NODES, DecoderOptions
 from ladon.drafting.head_chaining import joint_of
 from ladon.drafting.mtp import MtpProposer
-from ladon.drafting.ngram_proposer import NgramProposer, looks_up
+from ladon.drafting.ngram_lookup import NgramLookup, looks_up
 from ladon.drafting.own_proposer import OwnDrafter, OwnProposer, check_methods
 from ladon.drafting.proposer import Proposer, RootProposer, as_chain, check_candidates, check_tree, drafting
 from ladon.errors import HeadsError, InputError, TreeError, UnsupportedModelError
@@ -265,11 +265,11 @@ class DraftPlan:
             return MtpProposer(heads, target.model, tree, self.num_candidates, self.budget, observer, self.joint)
         return drafting(heads, tree, self.num_candidates, self.budget, observer, self.joint)
 
-    def lookup(self, target: Target) -> NgramProposer | None:
+    def lookup(self, target: Target) -> NgramLookup | None:
         """The n-grams of one engine; None if they have no part."""
         if not self.ngrams:
             return None
-        return NgramProposer(is_chain=self.tree == "chain" or not target.supports_trees)
+        return NgramLookup(is_chain=self.tree == "chain" or not target.supports_trees)
 
 
 def _check_own(own: OwnDrafter, heads: Heads | None, tree: object) -> None:

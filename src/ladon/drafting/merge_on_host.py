@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ladon.constraints.state import GrammarState
 from ladon.drafting.constrained import WIDER, constrained_trees
-from ladon.drafting.ngram_proposer import NgramProposer
-from ladon.tree_size.observer import TreeSizes
+from ladon.drafting.ngram_lookup import NgramLookup
+from ladon.tree_size.tree_sizes import TreeSizes
 from ladon.trees.token_tree import TokenTree
 from ladon.trees.transfer import flat, flat_size, on_host, to_host
 from ladon.util.observer import SILENT, Observer
@@ -23,7 +23,7 @@ from ladon.util.observer import SILENT, Observer
 class HostMerge:
     """Merges and constrains the trees of one engine."""
 
-    def __init__(self, sizes: TreeSizes, lookup: NgramProposer | None, observer: Observer = SILENT) -> None:
+    def __init__(self, sizes: TreeSizes, lookup: NgramLookup | None, observer: Observer = SILENT) -> None:
         """`lookup` has the rows' n-grams; None: nothing is added."""
         self._sizes, self._lookup, self._observer = sizes, lookup, observer
         self._most, self._is_constrained = 1, False

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ladon.drafting.merge_on_host import HostMerge
-from ladon.drafting.ngram_proposer import NgramProposer
+from ladon.drafting.ngram_lookup import NgramLookup
 from ladon.drafting.proposer import Proposer
 from ladon.engine.observer import EngineObserver, stage
 from ladon.engine.scheduler import Scheduler
@@ -23,7 +23,7 @@ from ladon.sampling.lossy import Rule
 from ladon.sampling.sampler import Sampled, Sampler
 from ladon.target.target import Target
 from ladon.target.verify_output import VerifyOutput
-from ladon.tree_size.observer import TreeSizes
+from ladon.tree_size.tree_sizes import TreeSizes
 from ladon.trees.token_tree import TokenTree
 from ladon.trees.transfer import to_device
 
@@ -47,7 +47,7 @@ class Engine:
         observer: EngineObserver | None = None,
         max_rows: int | None = None,
         rule: Rule | None = None,
-        lookup: NgramProposer | None = None,
+        lookup: NgramLookup | None = None,
     ) -> None:
         """Make an engine without sequences.
 

@@ -14,7 +14,7 @@ from ladon.engine.observer import EngineObserver
 from ladon.engine.sequence import Row
 from ladon.engine.stats import DecodeStats
 from ladon.engine.step import Step
-from ladon.tree_size.observer import TreeSizes
+from ladon.tree_size.tree_sizes import TreeSizes
 
 # Stages that are reported, by the names that `DecodeStats.stage_seconds` has for them.
 _REPORTED = {name: name for name in "verify accept commit heads growth transfer ngrams constraints".split()}

@@ -9,7 +9,7 @@ import ladon
 from drafts import TREES, RandomSizing, make_engine, make_proposer
 from ladon import TreeError
 from ladon.drafting.ngram_index import MOST_GUESSED
-from ladon.drafting.ngram_proposer import NgramProposer, looks_up
+from ladon.drafting.ngram_lookup import NgramLookup, looks_up
 from ladon.target.target import Target
 from ladon.trees.token_tree import TokenTree, root_tree
 from ladon.trees.transfer import flat, on_host, to_device
@@ -26,20 +26,20 @@ def tokens_of(tree: TokenTree, row: int) -> set[tuple[int, ...]]:
     return {path for path, value in zip(paths, tree.log_probs[row].tolist(), strict=True) if value > -torch.inf}
 
 
-def step(lookup: NgramProposer, tree: TokenTree, table: list[list[int]], prompts: list[torch.Tensor], room=lambda n: n):
+def step(lookup: NgramLookup, tree: TokenTree, table: list[list[int]], prompts: list[torch.Tensor], room=lambda n: n):
     """What the engine does with it in one step."""
     lookup.follow(table, prompts)
     return lookup.extended(on_host(flat(tree).tolist(), tree), room)
 
 
 def test_nothing_to_add():
-    lookup = NgramProposer()
+    lookup = NgramLookup()
     assert step(lookup, root_tree(torch.tensor([7])), [[1, 7]], [torch.tensor([1, 2, 3])]) is None
     assert step(lookup, root_tree(torch.tensor([8])), [[1, 8]], []) is None
 
 
 def test_rows_have_their_own_texts():
-    lookup = NgramProposer()
+    lookup = NgramLookup()
     prompts = [torch.tensor([1, 2, 3, 4, 1]), torch.tensor([1, 2, 9, 4, 1]), torch.tensor([5, 6, 7])]
     tree = step(lookup, root_tree(torch.tensor([2, 2, 8])), [[1, 2], [1, 2], [1, 8]], prompts)
     assert tree is not None
@@ -53,7 +53,7 @@ def test_rows_have_their_own_texts():
 
 
 def test_heads_trees_are_kept_and_n_grams_added():
-    lookup = NgramProposer()
+    lookup = NgramLookup()
     heads = TokenTree(
         tokens=torch.tensor([[2, 30, 3]]),
         parents=torch.tensor([[-1, 0, 0]]),
@@ -145,7 +145,7 @@ def test_sums_of_merged_trees_reach_the_sizing(model, decoder):
     sizing, target = RandomSizing(2), Target(model)
     proposer = make_proposer("heads", "dynamic", [], 97, decoder.heads)
     for _ in range(4):
-        engine = make_engine(target, proposer, budget=sizing, lookup=NgramProposer())
+        engine = make_engine(target, proposer, budget=sizing, lookup=NgramLookup())
         for _ in engine.run(decoder.rows([REPETITIVE[0]], max_new_tokens=80)):
             pass
     depths = {len(sums) for sums in sizing.sums if sums is not None}

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ladon.trees.fixed_tree import FixedTree
 
 
-class NgramProposer:
+class NgramLookup:
     """What the rows of one engine have read and written, in the order of their trees."""
 
     def __init__(self, *, is_chain: bool = False) -> None:
