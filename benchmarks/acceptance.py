@@ -25,7 +25,6 @@ from tasks import TASKS, workload_of
 from ladon.bench.quality.diagnosis import DiagnosedDecoder, Diagnosis
 from ladon.bench.quality.repetition import Repetition
 from ladon.bench.quality.verification import difference_of
-from ladon.bench.report import finite
 from ladon.bench.systems import LadonSystem, merged
 from ladon.bench.workloads import prompt_ids
 from ladon.decoder.decoder import Decoder
@@ -35,6 +34,7 @@ from ladon.engine.sequence import Row
 from ladon.heads import load_heads
 from ladon.target.target import Target
 from ladon.trees.fixed_tree import best_fixed_tree
+from ladon.util.files import finite
 from ladon.util.machine import environment, load
 
 BUDGETS = (8, 16, 32, 64)

@@ -41,10 +41,10 @@ from never_slower import keep_cell, kept_cells
 from never_slower_turns import Make, Settings, take_turns
 from tasks import TASKS, workload_of
 
-from ladon.bench.report import finite
 from ladon.bench.systems import LadonSystem, Run, merged
 from ladon.bench.workloads import prompt_ids
 from ladon.engine.sequence import Row
+from ladon.util.files import finite
 from ladon.util.machine import commit, environment, load
 
 BUDGETS = (4, 8, 16, 32, 64)

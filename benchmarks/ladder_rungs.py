@@ -12,8 +12,7 @@ from torch import Tensor
 
 from ladon.bench.quality.diagnosis import DiagnosedDecoder
 from ladon.bench.systems import LadonSystem
-from ladon.calibrate.lattice_trace import hit_rates
-from ladon.calibrate.recording import record
+from ladon.calibrate.lattice_trace import hit_rates, record
 from ladon.calibrate.temperatures import fit_temperatures
 from ladon.config import PRODUCT, DecoderOptions
 from ladon.decoder.decoder import Decoder

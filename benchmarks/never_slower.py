@@ -35,8 +35,8 @@ from never_slower_goals import MEDUSA_GAINS, goals, lines, ratios
 from never_slower_turns import QUICK, Make, Settings, take_turns
 
 from ladon.bench.quality.identity import compare
-from ladon.bench.report import finite
 from ladon.bench.systems import LadonSystem, Run, by_size, merged, prediction_error
+from ladon.util.files import finite
 from ladon.util.machine import commit, environment, load
 
 SWEEP = (2, 4, 8, 16, 24, 32, 48, 64)

@@ -26,8 +26,8 @@ from never_slower_cells import Cell, Materials, Prompts
 from never_slower_turns import Make, Settings, take_turns
 
 from ladon.bench.quality.repetition import Repetition
-from ladon.bench.report import finite
 from ladon.bench.systems import Run, by_size, merged
+from ladon.util.files import finite
 from ladon.util.machine import environment, load
 
 TASKS = ("edits", "code", "humaneval")

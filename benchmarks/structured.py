@@ -19,10 +19,10 @@ from typing import Any
 import torch
 
 import ladon
-from ladon.bench.report import finite
 from ladon.bench.systems import merged
 from ladon.demo.bundled import demo_prompts
 from ladon.engine.stats import DecodeStats
+from ladon.util.files import finite
 from ladon.util.machine import environment, load
 
 NAME = {"type": "string", "pattern": "^[a-z][a-z_]{2,12}$"}

@@ -1,5 +1,5 @@
-"""Write what the pages take from the program: the command line reference, the list of public names that the API
-reference is made of, the output of worked examples, and the tables of result files.
+"""Write what the pages take from the program: the command line reference, the refused options, the list of public
+names that the API reference is made of, the output of worked examples, and the tables of result files.
 
 python docs/refresh.py           write the pages
 python docs/refresh.py --check   change nothing; exit with 1 if a page differs from what the program says
@@ -143,6 +143,32 @@ def _loop() -> str:
     return f"# The loop\n\n{text}\n\n::: ladon.engine.engine.Engine\n{shown}"
 
 
+def refused_options() -> str:
+    """The page of options that calls are checked by."""
+    from ladon.decoder.refused import REFUSED, WITHOUT_EFFECT
+
+    refused = [f"| `{one.option}` | {_value(one.values)} | {_cell(one.reason)} |" for one in REFUSED]
+    idle = [f"| `{name}` | {_cell(reason)} |" for name, reason in WITHOUT_EFFECT.items()]
+    parts = [
+        "# Refused options",
+        "Made from the program by `make docs`. Every other option of a `GenerationConfig` gives the tokens that "
+        "`generate` of `transformers` gives; a test goes through all of them, alone and in "
+        "pairs: `tests/exactness/test_generation_options.py`.",
+        "\n".join(["| option | values | why it is refused |", "|---|---|---|", *refused]),
+        "A refused option raises an `InputError` that names it before anything is decoded.",
+        "## Accepted without effect",
+        "These say how `transformers` computes, not what. The text is the same, and Ladon computes in its own way.",
+        "\n".join(["| option | what happens instead |", "|---|---|", *idle]),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _value(values: str) -> str:
+    return (
+        f"`{values[1:]}`" if values.startswith("=") and " " not in values else values.removeprefix("=").strip() or "all"
+    )
+
+
 def _paragraphs(text: str | None) -> str:
     """Help text as Markdown; its indented lines are example commands, which the slow tests run."""
     lines = [line.rstrip() for line in (text or "").replace("\b", "").splitlines()]
@@ -180,7 +206,11 @@ def _cell(text: str) -> str:
 
 def main() -> int:
     """Write or check every page; the number of pages that differ decides the exit code."""
-    pages = {REFERENCE / "command-line.md": command_line(), **api_pages()}
+    pages = {
+        REFERENCE / "command-line.md": command_line(),
+        REFERENCE / "refused-options.md": refused_options(),
+        **api_pages(),
+    }
     for path in sorted(DOCS.rglob("*.md")):
         text = path.read_text(encoding="utf-8")
         if path not in pages:

@@ -151,6 +151,8 @@ def test_files_keep_the_chat(tiny: Tiny, chatty: Path, talk: Talk, tmp_path: Pat
         (b'{"messages": [{"role": "robot", "content": "x"}]}', "holds no chat"),
         (b'{"messages": [{"role": "user", "content": 5}]}', "holds no chat"),
         (b'{"messages": "x"}', "holds no chat"),
+        (b'{"messages": [], "tools": []}', "holds tools, which ladon chat cannot go on with"),
+        (b'{"messages": [{"role": "assistant", "content": "", "tool_calls": []}]}', "holds tool_calls, which"),
     ],
 )
 def test_bad_files_are_one_line_and_change_nothing(

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from checkpoints import V01, V10, config_of, make_numbers, named, read, same, write
-from ladon.calibrate.recording import TOO_FEW, probe
+from ladon.calibrate.lattice_trace import TOO_FEW, probe
 from ladon.cli.main import run
 from ladon.heads import MedusaHeads, load_heads, new_heads
 from ladon.heads.formats.export import export_heads

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import save_file
 
-from ladon.cli.inspect import inspect
+from ladon.cli.formats import inspect
 from ladon.cli.main import run
 from ladon.heads import load_heads, new_heads
 from ladon.heads.calibration import Calibration

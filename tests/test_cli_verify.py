@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import ladon.sampling.acceptance
-from ladon.bench.quality.verification import said_from, verify_law
+from ladon.bench.quality.verification import Proof, said_from
 from ladon.cli.main import run
 from ladon.decoder.decoder import Decoder
 from ladon.sampling.acceptance import Accepted, longest_match
@@ -74,16 +74,9 @@ def test_scores_are_those_that_were_picked_from(tiny_llama: Any) -> None:
 
 def test_verdicts_of_a_law(tiny_llama: Any) -> None:
     heads = ladon.new_heads(tiny_llama, num_heads=2)
-    verdict = verify_law(
-        tiny_llama,
-        heads,
-        [torch.arange(3, 9), torch.arange(5, 8)],
-        {"do_sample": True, "repetition_penalty": 1.2, "seed": 3},
-        name="penalty",
-        batch=2,
-        max_new_tokens=9,
-        tree={"budget": 6},
-    )
+    prompts = [torch.arange(3, 9), torch.arange(5, 8)]
+    proof = Proof(model=tiny_llama, heads=heads, prompts=prompts, batch=2, max_new_tokens=9, tree={"budget": 6})
+    verdict = proof.verdict("penalty", {"do_sample": True, "repetition_penalty": 1.2, "seed": 3})
     assert verdict.is_exact and verdict.near_ties == 0 and (verdict.prompts, verdict.tokens) == (2, 18)
 
 

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ladon.calibrate.lattice_trace import LatticeTrace
-from ladon.calibrate.recording import candidate_tables
+from ladon.calibrate.lattice_trace import LatticeTrace, candidate_tables
 from ladon.heads import ConditionedHeads
 
 

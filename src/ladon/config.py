@@ -37,57 +37,46 @@ PATH_ROWS = 4  # partial paths per depth that joint="paths" follows in a dynamic
 BENCH_MODES = ("plain", "chain", "fixed", "dynamic", "auto", "pruned", "ngrams", "dynamic+ngrams", "auto+ngrams")
 
 
+def setting(default: Any, text: str, metavar: str | None = None) -> Any:
+    """A field of options with its help."""
+    return field(default=default, metadata={"help": text, "metavar": metavar})
+
+
+def named(meanings: dict[str, str]) -> str:
+    """Names and their meanings in a line."""
+    return ", ".join(f"{name} ({meaning})" for name, meaning in meanings.items())
+
+
 @dataclass(frozen=True, kw_only=True)
 class DecoderOptions:
     """How a `Decoder` drafts and verifies. The field docs are the help of the command line."""
 
-    tree: str = field(
-        default="dynamic",
-        metadata={
-            "help": ", ".join(f"{name} ({meaning})" for name, meaning in TREES.items())
-            + ", or a file with a tree in MEDUSA's, SGLang's or EAGLE's notation"
-        },
+    tree: str = setting("dynamic", named(TREES) + ", or a file with a tree in MEDUSA's, SGLang's or EAGLE's notation")
+    budget: int | str = setting(
+        "auto",
+        "nodes verified per step and sequence, root included; auto chooses at each step what pays, and is the size of "
+        "a fixed tree",
     )
-    budget: int | str = field(
-        default="auto",
-        metadata={
-            "help": "nodes verified per step and sequence, root included; auto chooses at each step what pays, and is "
-            "the size of a fixed tree"
-        },
+    num_candidates: int = setting(32, "candidates kept per head and step; ranks of a fixed tree must be below it")
+    joint: str = setting(
+        "auto",
+        "how the heads' guesses are joined to paths: product (each head by itself), markov or hidden (corrected by the "
+        "token before, as the heads were trained for), paths (each guess after the path so far, of heads that read it; "
+        f"in dynamic trees after the {PATH_ROWS} best paths of each depth, or as many as paths:16 says), or auto (one "
+        "of the latter three for heads that were made for it)",
     )
-    num_candidates: int = field(
-        default=32, metadata={"help": "candidates kept per head and step; ranks of a fixed tree must be below it"}
+    prune: str = setting(
+        "off",
+        "drop unlikely nodes in the middle of the model's layers: off, auto (as `ladon calibrate --pruning` found to "
+        "pay for these heads; off where it found nothing), or the layer after which it is done and the nodes that go "
+        "on, such as 4:16",
     )
-    joint: str = field(
-        default="auto",
-        metadata={
-            "help": "how the heads' guesses are joined to paths: product (each head by itself), markov or hidden "
-            "(corrected by the token before, as the heads were trained for), paths (each guess after the path so far, "
-            f"of heads that read it; in dynamic trees after the {PATH_ROWS} best paths of each depth, or as many as "
-            "paths:16 says), or auto (one of the latter three for heads that were made for it)"
-        },
+    accept: str = setting(
+        "exact",
+        f"which drafted tokens are kept: {named(ACCEPT)}; the last two are not exact where tokens are sampled: the "
+        "text then leaves the model's distribution",
     )
-    prune: str = field(
-        default="off",
-        metadata={
-            "help": "drop unlikely nodes in the middle of the model's layers: off, auto (as `ladon calibrate "
-            "--pruning` found to pay for these heads; off where it found nothing), or the layer after which it is done "
-            "and the nodes that go on, such as 4:16"
-        },
-    )
-    accept: str = field(
-        default="exact",
-        metadata={
-            "help": "which drafted tokens are kept: "
-            + ", ".join(f"{name} ({meaning})" for name, meaning in ACCEPT.items())
-            + "; the last two are not exact where tokens are sampled: the text then leaves the model's distribution"
-        },
-    )
-
-    ngrams: str = field(
-        default="auto",
-        metadata={"help": "; ".join(f"{name}: {meaning}" for name, meaning in NGRAMS.items())},
-    )
+    ngrams: str = setting("auto", "; ".join(f"{name}: {meaning}" for name, meaning in NGRAMS.items()))
 
     def __post_init__(self) -> None:
         """Raise `TreeError` for n-grams that are no option, or a number of candidates that is none of 1 or more."""
@@ -103,32 +92,23 @@ class DecoderOptions:
 class BenchOptions:
     """What a benchmark runs. The field docs are the help of the command line."""
 
-    modes: tuple[str, ...] = field(
-        default=("plain", "chain", "fixed", "dynamic", "auto"),
-        metadata={
-            "help": "some of plain, chain, fixed, dynamic (trees of --budget nodes), auto (a dynamic tree, its size "
-            "chosen at each step), pruned (auto with early pruning), ngrams (auto without heads), dynamic+ngrams and "
-            "auto+ngrams (n-grams merged in); plain always runs, for comparison"
-        },
+    modes: tuple[str, ...] = setting(
+        ("plain", "chain", "fixed", "dynamic", "auto"),
+        "some of plain, chain, fixed, dynamic (trees of --budget nodes), auto (a dynamic tree, its size chosen at each "
+        "step), pruned (auto with early pruning), ngrams (auto without heads), dynamic+ngrams and auto+ngrams (n-grams "
+        "merged in); plain always runs, for comparison",
     )
-    budgets: tuple[int, ...] = field(
-        default=(AUTO_BUDGET,), metadata={"help": "nodes per step and sequence, root included; several: 8,16,32"}
+    budgets: tuple[int, ...] = setting((AUTO_BUDGET,), "nodes per step and sequence, root included; several: 8,16,32")
+    batches: tuple[int, ...] = setting((1,), "prompts decoded together; several: 1,4")
+    max_new_tokens: int = setting(128, "tokens per answer at most")
+    repeats: int = setting(3, "timed runs of each prompt and mode; medians are reported")
+    prune: str = setting(
+        "auto", "how mode pruned prunes: auto, or a layer and the nodes that are kept after it, such as 4:16"
     )
-    batches: tuple[int, ...] = field(default=(1,), metadata={"help": "prompts decoded together; several: 1,4"})
-    max_new_tokens: int = field(default=128, metadata={"help": "tokens per answer at most"})
-    repeats: int = field(default=3, metadata={"help": "timed runs of each prompt and mode; medians are reported"})
-    prune: str = field(
-        default="auto",
-        metadata={
-            "help": "how mode pruned prunes: auto, or a layer and the nodes that are kept after it, such as 4:16"
-        },
-    )
-    diagnose: bool = field(
-        default=False,
-        metadata={
-            "help": "also decode once more, untimed, to see where tokens are lost: whether the truth is in the lattice "
-            "and in the tree, whether it is accepted, and how true the heads' probabilities are; not with n-grams"
-        },
+    diagnose: bool = setting(
+        False,
+        "also decode once more, untimed, to see where tokens are lost: whether the truth is in the lattice and in the "
+        "tree, whether it is accepted, and how true the heads' probabilities are; not with n-grams",
     )
 
 
@@ -136,38 +116,35 @@ class BenchOptions:
 class SamplingOptions:
     """How tokens are drawn. The field docs are the help of the command line."""
 
-    temperature: float = field(default=0.0, metadata={"help": "0 is greedy; above it, answers are sampled"})
-    top_p: float = field(default=1.0, metadata={"help": "sample from the likeliest tokens with this total probability"})
-    top_k: int = field(default=0, metadata={"help": "sample from this many likeliest tokens; 0 for no bound"})
-    seed: int = field(default=0, metadata={"help": "of the noise; each sequence gets one of its own, made from it"})
+    temperature: float = setting(0.0, "0 is greedy; above it, answers are sampled")
+    top_p: float = setting(1.0, "sample from the likeliest tokens with this total probability")
+    top_k: int = setting(0, "sample from this many likeliest tokens; 0 for no bound")
+    seed: int = setting(0, "of the noise; each sequence gets one of its own, made from it")
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateOptions(SamplingOptions):
     """How prompts are answered on the command line. The field docs are its help."""
 
-    batch: int = field(default=8, metadata={"help": "prompts answered together at most; the others wait for a place"})
+    batch: int = setting(8, "prompts answered together at most; the others wait for a place")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChatOptions(SamplingOptions):
     """How a chat is held on the command line. The field docs are its help."""
 
-    max_new_tokens: int = field(default=256, metadata={"help": "tokens per answer at most"})
+    max_new_tokens: int = setting(256, "tokens per answer at most")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DistillOptions(SamplingOptions):
     """How answers are written for training. The field docs are the help of the command line."""
 
-    batch: int = field(default=16, metadata={"help": "prompts answered together"})
-    max_new_tokens: int = field(default=512, metadata={"help": "tokens per answer at most"})
-    concurrency: int = field(default=16, metadata={"help": "requests to the endpoint at a time"})
+    batch: int = setting(16, "prompts answered together")
+    max_new_tokens: int = setting(512, "tokens per answer at most")
+    concurrency: int = setting(16, "requests to the endpoint at a time")
 
 
 def help_of(options: type[Any], name: str) -> str:
     """The help text of one field."""
-    for option in fields(options):
-        if option.name == name:
-            return str(option.metadata["help"])
-    raise KeyError(name)
+    return str({option.name: option.metadata["help"] for option in fields(options)}[name])

@@ -6,7 +6,7 @@ import copy
 import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -33,25 +33,27 @@ def test_every_mode_says_the_same(findings: Findings) -> None:
     found = report.results(findings)
     budgets: list[tuple[str, int | str]] = [("plain", 1), ("chain", 4), ("fixed", 4), ("fixed", 6)]
     budgets += [("dynamic", 4), ("dynamic", 6), ("auto", "auto")]
-    assert [(result.mode, result.budget, result.batch) for result in found] == [
+    assert [(result["mode"], result["budget"], result["batch"]) for result in found] == [
         (*entry, batch) for batch in (1, 2) for entry in budgets
     ]
     for result in found:
-        assert result.identical and result.float32_near_ties == result.near_ties == result.different == 0
-        assert result.prompts == 4
-        assert result.speedup_vs_plain is not None and result.speedup_vs_transformers is not None
-        if result.mode == "plain":
-            assert result.acceptance_length == 1.0 and result.speedup_vs_plain == 1.0
+        assert result["identical"] and result["float32_near_ties"] == result["near_ties"] == result["different"] == 0
+        assert result["prompts"] == 4
+        assert result["speedup_vs_plain"] is not None and result["speedup_vs_transformers"] is not None
+        if result["mode"] == "plain":
+            assert result["acceptance_length"] == 1.0 and result["speedup_vs_plain"] == 1.0
         else:  # the size chosen may be 1
-            assert result.acceptance_length is not None
-            assert result.acceptance_length > 1.0 or (result.mode == "auto" and result.acceptance_length == 1.0)
-        assert (result.acceptance_length_non_repeated is not None) == (result.batch == 1)
-        low, high = result.tokens_per_second_range
-        assert low is not None and high is not None and result.tokens_per_second is not None
-        assert 0 < low <= result.tokens_per_second <= high
-    dynamic = {r.budget: r for r in found if r.mode == "dynamic" and r.batch == 1}
-    chain = next(r for r in found if r.mode == "chain" and r.batch == 1)
-    assert dynamic[6].acceptance_length >= chain.acceptance_length  # type: ignore[operator]
+            assert result["acceptance_length"] is not None
+            assert result["acceptance_length"] > 1.0 or (
+                result["mode"] == "auto" and result["acceptance_length"] == 1.0
+            )
+        assert (result["acceptance_length_non_repeated"] is not None) == (result["batch"] == 1)
+        low, high = result["tokens_per_second_range"]
+        assert low is not None and high is not None and result["tokens_per_second"] is not None
+        assert 0 < low <= result["tokens_per_second"] <= high
+    dynamic = {r["budget"]: r for r in found if r["mode"] == "dynamic" and r["batch"] == 1}
+    chain = next(r for r in found if r["mode"] == "chain" and r["batch"] == 1)
+    assert dynamic[6]["acceptance_length"] >= chain["acceptance_length"]  # type: ignore[operator]
 
 
 def test_modes_take_turns(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,13 +82,15 @@ def test_diagnosis_is_of_the_modes_whose_trees_come_from_one_lattice(tiny: Tiny)
     modes = ("chain", "fixed", "dynamic", "auto", "dynamic+ngrams", "ngrams")
     options = BenchOptions(modes=modes, budgets=(4,), batches=(1, 2), max_new_tokens=12, repeats=1, diagnose=True)
     found = report.results(run_bench(subject(tiny), workload(), options, silent))
-    looked_at = {result.mode for result in found if result.diagnosis is not None}
+    looked_at = {result["mode"] for result in found if result["diagnosis"] is not None}
     assert looked_at == {"chain", "fixed", "dynamic", "auto"}
     for result in found:
-        if result.diagnosis is not None and result.mode != "auto":  # the steps of a fixed size are always the same
-            assert result.diagnosis["undrafted"] == 0
-            assert result.acceptance_length == pytest.approx(1 + result.diagnosis["accepted"]["mean"], abs=1e-3)
-    json.dumps([asdict(result) for result in found], allow_nan=False)
+        if (
+            result["diagnosis"] is not None and result["mode"] != "auto"
+        ):  # the steps of a fixed size are always the same
+            assert result["diagnosis"]["undrafted"] == 0
+            assert result["acceptance_length"] == pytest.approx(1 + result["diagnosis"]["accepted"]["mean"], abs=1e-3)
+    json.dumps([dict(result) for result in found], allow_nan=False)
     assert table.diagnosis_table(found).row_count == 8
     (line,) = table.diagnosis_lines(found)
     assert "coverage" in line and "ranking" in line
@@ -94,7 +98,7 @@ def test_diagnosis_is_of_the_modes_whose_trees_come_from_one_lattice(tiny: Tiny)
 
 def test_nothing_is_looked_at_unasked(findings: Findings) -> None:
     found = report.results(findings)
-    assert all(result.diagnosis is None for result in found) and table.diagnosis_lines(found) == []
+    assert all(result["diagnosis"] is None for result in found) and table.diagnosis_lines(found) == []
 
 
 def test_pruned_mode_prunes_as_calibrated(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,10 +110,10 @@ def test_pruned_mode_prunes_as_calibrated(tiny: Tiny, monkeypatch: pytest.Monkey
     heads.calibration = Calibration(heads="", temperatures=[1.0] * 3, hit_rates=[[0.5]] * 3, pruning={"best": best})
     pruned = replace(subject(tiny), model=model, heads=heads)
     options = BenchOptions(modes=("auto", "pruned"), budgets=(4,), max_new_tokens=12, repeats=1)
-    found = {result.mode: result for result in report.results(run_bench(pruned, workload(), options, silent))}
-    assert [(mode, result.budget) for mode, result in found.items()][1:] == [("auto", "auto"), ("pruned", "auto")]
-    assert found["pruned"].identical and found["pruned"].different == 0
-    assert found["auto"].pruned_share == 0.0 and found["pruned"].pruned_share == pytest.approx(0.75, abs=0.15)
+    found = {result["mode"]: result for result in report.results(run_bench(pruned, workload(), options, silent))}
+    assert [(mode, result["budget"]) for mode, result in found.items()][1:] == [("auto", "auto"), ("pruned", "auto")]
+    assert found["pruned"]["identical"] and found["pruned"]["different"] == 0
+    assert found["auto"]["pruned_share"] == 0.0 and found["pruned"]["pruned_share"] == pytest.approx(0.75, abs=0.15)
     with pytest.raises(InputError, match="mode pruned: no pruning is known to pay"):
         run_bench(subject(tiny), workload(), options, silent)
 
@@ -118,8 +122,8 @@ def test_pruned_mode_prunes_as_it_is_told(tiny: Tiny, monkeypatch: pytest.Monkey
     """These heads have no calibration."""
     monkeypatch.setenv("LADON_DETERMINISTIC", "1")
     options = BenchOptions(modes=("pruned",), budgets=(4,), max_new_tokens=12, repeats=1, prune="1:8")
-    found = {result.mode: result for result in report.results(run_bench(subject(tiny), workload(), options, silent))}
-    assert found["pruned"].identical and found["pruned"].pruned_share == pytest.approx(0.5, abs=0.1)
+    found = {result["mode"]: result for result in report.results(run_bench(subject(tiny), workload(), options, silent))}
+    assert found["pruned"]["identical"] and found["pruned"]["pruned_share"] == pytest.approx(0.5, abs=0.1)
     with pytest.raises(HeadsError, match="layer"):
         run_bench(subject(tiny), workload(), replace(options, prune="9:8"), silent)
 
@@ -168,7 +172,7 @@ def test_where_fixed_trees_come_from_without_calibration(tiny: Tiny, capsys: pyt
 def test_budgets_are_what_is_verified(tiny: Tiny) -> None:
     options = BenchOptions(modes=("fixed",), budgets=(4, 8, 16), max_new_tokens=4, repeats=1)
     found = report.results(run_bench(subject(tiny), workload(), options, silent))
-    assert [(result.mode, result.budget) for result in found] == [("plain", 1), ("fixed", 4), ("fixed", 6)]
+    assert [(result["mode"], result["budget"]) for result in found] == [("plain", 1), ("fixed", 4), ("fixed", 6)]
 
 
 def test_budgets_and_batches_are_measured_once(

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from ladon.bench import plots, table
-from ladon.bench.report import Result
 from ladon.bench.systems import NotedSizing, StepFacts, by_size, prediction_error
 from ladon.cli.main import run as run_command
 from ladon.tree_size.adaptive import AutoSizing
@@ -20,15 +19,10 @@ from user_side import Tiny, write_jsonl
 
 
 def step(nodes: int, seconds: float, predicted: float = math.nan, batch: int = 1, tokens: float = 1.0) -> StepFacts:
-    return StepFacts(
-        batch=batch,
-        context=10.0,
-        nodes=nodes,
-        seconds=seconds,
-        predicted_seconds=predicted,
-        tokens=tokens,
-        expected_tokens=math.nan if nodes == 1 else tokens + 0.5,
-    )
+    """A step that emitted so many tokens per row, half a token less than expected."""
+    did = {"batch": batch, "context": 10.0, "nodes": nodes, "kept": nodes, "grown": nodes, "seconds": seconds}
+    expected = () if nodes == 1 else ((tokens - 0.5) * batch,)
+    return StepFacts(StepRecord(tokens=int(tokens * batch), expected=expected, **did), predicted)  # type: ignore[arg-type]
 
 
 def test_sizes_are_counted_with_their_means() -> None:
@@ -83,7 +77,7 @@ def test_steps_are_noted_and_decisions_stay_the_same() -> None:
     assert math.isnan(noted.observe(StepRecord(nodes=1, tokens=2, **asked)))  # type: ignore[arg-type]
     noted.observe(StepRecord(nodes=4, tokens=6, **asked))  # type: ignore[arg-type]
     tree, plain, cut = noted.taken()
-    assert (tree.nodes, tree.batch, tree.seconds, tree.predicted_seconds) == (4, 2, 0.5, 0.25)
+    assert (tree.record.nodes, tree.record.batch, tree.record.seconds, tree.predicted_seconds) == (4, 2, 0.5, 0.25)
     assert (tree.tokens, tree.expected_tokens) == (2.5, 2.0)
     assert plain.tokens == 1.0 and math.isnan(plain.expected_tokens)
     assert cut.tokens == 3.0 and math.isnan(cut.expected_tokens)  # nobody asked what was expected
@@ -102,23 +96,23 @@ def test_the_fit_is_what_the_sizing_knows() -> None:
     assert noted.fit([]) == []
 
 
-def result(mode: str, batch: int, budget: int | str, sizes: list[dict[str, Any]], **others: Any) -> Result:
-    fields: dict[str, Any] = dict.fromkeys(Result.__dataclass_fields__)
-    fields |= {"mode": mode, "batch": batch, "budget": budget, "sizes": sizes, "fitted_step_ms": []}
+def result(mode: str, batch: int, budget: int | str, sizes: list[dict[str, Any]], **others: Any) -> dict[str, Any]:
+    fields: dict[str, Any] = {"mode": mode, "batch": batch, "budget": budget, "sizes": sizes, "fitted_step_ms": []}
     fields |= {"speedup_vs_plain": 1.5, "speedup_vs_transformers": 2.0, "rows_per_step": float(batch)}
-    return Result(**(fields | others))
+    fields["prediction_error"] = None
+    return fields | others
 
 
 SIZES = by_size([step(1, 0.001)] + [step(4, 0.002, 0.0021, tokens=2.0)] * 3)
 
 
-def document(results: list[Result]) -> dict[str, Any]:
+def document(results: list[dict[str, Any]]) -> dict[str, Any]:
     place = {"cpu": "a processor", "threads": 1, "device": "cpu"}
     return {
         "model": "tiny",
         "dtype": "float32",
         "environment": place,
-        "results": [copy.deepcopy(vars(result)) for result in results],
+        "results": [copy.deepcopy(result) for result in results],
     }
 
 

@@ -49,6 +49,7 @@ def test_lines_end_at_line_feeds_only(tmp_path: Path) -> None:
         (b'{"prompt": "a"}\n{"question": "b"}\n', "line 2: neither"),
         (b'{"prompt": ""}\n', "none may be empty"),
         (b'{"turns": []}\n', "must be a list"),
+        (b'{"turns": ["a"], "tools": [{}]}\n', "line 1: `tools` would change the prompt"),
         (b'{"turns": "text"}\n', "must be a list"),
         (b'{"prompt": "a", "category": 3}\n', "category"),
         (b'{"prompt": "\xff"}\n', "not UTF-8"),

@@ -220,7 +220,7 @@ def test_the_command_keeps_what_it_has_measured(
 
     with monkeypatch.context() as patch:
         patch.setattr("ladon.target.target.check_pruning", refuse)
-        patch.setattr("ladon.calibrate.run.record", lambda *args, **options: pytest.fail("too late"))
+        patch.setattr("ladon.calibrate.findings.record", lambda *args, **options: pytest.fail("too late"))
         assert run(command) == 2
         assert "it cannot be done" in capsys.readouterr().err
     monkeypatch.setattr("ladon.calibrate.pruning.record_survival", refuse)

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from ladon.calibrate.lattice_trace import GRID, LatticeTrace
-from ladon.calibrate.recording import record
+from ladon.calibrate.lattice_trace import GRID, LatticeTrace, record
 from ladon.errors import InputError
 from ladon.heads import Heads, new_heads
 from ladon.trees import lattice

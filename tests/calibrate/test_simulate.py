@@ -9,8 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ladon import Decoder, FixedTree, load_demo, new_heads
-from ladon.calibrate.lattice_trace import LatticeTrace
-from ladon.calibrate.recording import correction_of, record
+from ladon.calibrate.lattice_trace import LatticeTrace, record
 from ladon.calibrate.simulate import simulate, simulate_budgets
 from ladon.demo.bundled import demo_fixed_tree, demo_prompts
 from ladon.errors import TreeError
@@ -87,12 +86,12 @@ def test_a_markov_correction_and_its_gate(
     trace, temperatures = trace_of(tiny_llama, heads), [2.0**0.5, 0.5, 1.0]
     heads.calibration = Calibration(heads=heads.weights_hash, temperatures=temperatures, hit_rates=[], joint="markov")
     decoder = Decoder(tiny_llama, heads, tree=tree, budget=budget, ngrams="off")
-    found = simulate(trace, tree, budget, temperatures=temperatures, correction=correction_of(heads))
+    found = simulate(trace, tree, budget, temperatures=temperatures)
     assert (found.tokens, found.row_steps) == run(decoder, PROMPTS, NEW_TOKENS)
     assert found.acceptance_length > 1.05
     ungated = replace(trace, gates=None)
     assert (trace.gates is None) == (gate == 0)
-    other = simulate(ungated, tree, budget, temperatures=temperatures, correction=correction_of(heads))
+    other = simulate(ungated, tree, budget, temperatures=temperatures)
     assert (found != other) == (gate == 1)
 
 
@@ -134,6 +133,6 @@ def test_the_bundled_model_within_three_percent() -> None:
     temperatures = None if heads.calibration is None else heads.calibration.temperatures
     for tree, budget in (("chain", 5), (demo_fixed_tree(16), 16), ("dynamic", 16)):
         tokens, row_steps = run(Decoder(model, heads, tree=tree, budget=budget, ngrams="off"), prompts, 32)
-        found = simulate(trace, tree, budget, temperatures=temperatures, correction=correction_of(heads))
+        found = simulate(trace, tree, budget, temperatures=temperatures)
         assert found.acceptance_length == pytest.approx(tokens / row_steps, rel=0.03)
         assert found.acceptance_length > 1.5

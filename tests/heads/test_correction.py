@@ -15,8 +15,7 @@ from transformers import PreTrainedModel
 import ladon
 from corrections import brute_force, corrected_heads, made
 from families import build
-from ladon.calibrate.findings import given_the_truth
-from ladon.calibrate.recording import correction_of, record
+from ladon.calibrate.lattice_trace import correction_of, record
 from ladon.calibrate.simulate import simulate_budgets
 from ladon.config import MARKOV, MARKOV_ROWS, PRODUCT
 from ladon.drafting.head_chaining import joint_of, make_chaining
@@ -189,7 +188,7 @@ def test_a_trace_given_the_truth_is_what_decoding_drafts_after_it(model: PreTrai
     trace = record(model, heads, [torch.tensor([3, 4, 5]), torch.tensor([9, 8])], max_new_tokens=12, num_candidates=6)
     correction = correction_of(heads)
     assert correction is not None
-    given = given_the_truth(trace, correction)
+    given = trace.given_the_truth()
     for place in range(trace.num_positions):
         truth = trace.truth[place]
         base = torch.stack([trace.log_probs(k)[place] for k in (1, 2, 3)])
@@ -204,7 +203,7 @@ def test_a_trace_given_the_truth_is_what_decoding_drafts_after_it(model: PreTrai
             if truth[depth] < 0 or not len(right):
                 break
             row = int(table.next_row[0, depth, row, right[0, 0]])
-    runs = simulate_budgets(trace, "dynamic", [2, 6], correction=correction)
+    runs = simulate_budgets(trace, "dynamic", [2, 6])
     assert runs[0].acceptance_length <= runs[1].acceptance_length
 
 

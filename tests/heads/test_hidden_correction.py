@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 import ladon
 from families import build
 from ladon.calibrate.findings import calibrate
-from ladon.calibrate.recording import record
+from ladon.calibrate.lattice_trace import record
 from ladon.calibrate.simulate import simulate
 from ladon.calibrate.summary import summary
 from ladon.calibrate.timing import StepTimes

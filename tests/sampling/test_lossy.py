@@ -15,7 +15,7 @@ from torch import Tensor
 
 import ladon
 from drafts import TableProposer, make_engine
-from ladon.bench.quality.verification import distance_of, step_distance
+from ladon.bench.quality.verification import Proof, step_distance
 from ladon.cli.main import run
 from ladon.engine.sequence import Row
 from ladon.engine.stats import DecodeStats
@@ -340,11 +340,12 @@ def test_the_distance_of_a_rule_that_accepts_nothing_is_zero(model, decoder) -> 
     prompts = [torch.arange(5, 12), torch.arange(9, 12)]
     law = {"do_sample": True, "temperature": 0.8, "top_k": 0, "seed": 2}
     common = {"batch": 2, "max_new_tokens": 12, "tree": {"budget": 8}}
-    strict = distance_of(model, decoder.heads, prompts, law, Typical(epsilon=1.0, delta=1e9), **common)
+    proof = Proof(model=model, heads=decoder.heads, prompts=prompts, **common)
+    strict = proof.distance(law, Typical(epsilon=1.0, delta=1e9))
     assert (strict.accept, strict.tokens, strict.acceptance_length, strict.total_variation) == ("typical", 22, 1.0, 0.0)
-    loose = distance_of(model, decoder.heads, prompts, law, Typical(epsilon=0.0), **common)
+    loose = proof.distance(law, Typical(epsilon=0.0))
     assert loose.tokens == 22 and loose.acceptance_length > 1.5 and 0.3 < loose.total_variation < 1
-    greedy = distance_of(model, decoder.heads, prompts, {"do_sample": False}, Nucleus(), **common)
+    greedy = proof.distance({"do_sample": False}, Nucleus())
     assert greedy.total_variation == 0.0 and greedy.settings == {"top_p": 0.8}
 
 

@@ -15,7 +15,7 @@ from ladon.target import target as target_module
 from ladon.target.pruning import self_test as pruning_test
 from ladon.target.pruning.pruner import Pruning
 from ladon.target.target import Target
-from toys import deep_llama, looking
+from toys import deep_llama
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +66,8 @@ def test_a_model_that_cannot_run_at_all(tiny_llama: PreTrainedModel) -> None:
         if kwargs.get("past_key_values") is None:
             raise ValueError("give a cache")
 
-    tiny_llama.register_forward_pre_hook(looking(fail_without_cache), with_kwargs=True)
+    fail_without_cache.only_looks = True  # or the test would compare with `generate`, which gives one
+    tiny_llama.register_forward_pre_hook(fail_without_cache, with_kwargs=True)
     with pytest.raises(
         UnsupportedModelError, match="a plain forward of it fails with ValueError: give a cache"
     ) as error:
@@ -92,18 +93,14 @@ def test_a_failure_inside_a_pruned_forward_is_one(monkeypatch: pytest.MonkeyPatc
         Target(model).pruner(Pruning(layer=2, keep=4, criterion="top-k"))
 
 
-@pytest.mark.parametrize("module", ["torch.ao.nn", __name__])
-def test_kinds_of_layers_are_part_of_the_key(
-    tiny_llama: PreTrainedModel, module: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The config of a quantised model may be that of the model it was made from; layers of others are not kept."""
+def test_kinds_of_layers_are_part_of_the_key(tiny_llama: PreTrainedModel) -> None:
+    """The config of a quantised model may be that of the model it was made from."""
 
     class Other(nn.Linear):
-        pass
+        """A layer of torch: those from elsewhere are tested every time."""
 
-    Other.__module__, tests, judge = module, [], self_test._judge
-    monkeypatch.setattr(self_test, "_judge", lambda *given: (tests.append(1), judge(*given))[1])
+        __module__ = "torch.ao.nn"
+
     assert Target(tiny_llama).supports_trees
     tiny_llama.model.layers[0].mlp.up_proj.__class__ = Other
-    assert Target(tiny_llama).supports_trees and len(tests) == 2
-    assert len(self_test._verdicts) == (2 if module.startswith("torch") else 1)
+    assert Target(tiny_llama).supports_trees and len(self_test._verdicts) == 2

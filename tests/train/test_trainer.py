@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-import ladon.train.checkpoints as checkpoints
+import ladon.train.trainer as checkpoints
 from families import build
 from ladon.errors import InputError
 from ladon.heads import load_heads

@@ -9,7 +9,6 @@ import json
 import math
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -17,94 +16,13 @@ from typing import Any
 
 from ladon.bench.findings import Findings, Key, Measured, Subject
 from ladon.bench.quality.repetition import Repetition
-from ladon.bench.systems import Budget, Run, by_size, merged
+from ladon.bench.systems import Run, by_size, merged
 from ladon.bench.workloads import Workload, make_workload
 from ladon.config import BenchOptions
 from ladon.engine.stats import DecodeStats
+from ladon.util.files import finite
 
 _BASES = ("plain", "transformers")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Result:
-    """One mode at one budget and batch size; None stands for what could not be measured.
-
-    Times and speeds are of the timed runs, stages of the profiled runs, which wait for each stage; each is the median
-    over repeats.
-
-    Attributes:
-        mode: plain, chain, fixed, dynamic, auto or pruned.
-        batch: rows decoded together.
-        budget: nodes verified per step and row, root included; "auto" where each step has its own size.
-        rows_per_step: rows of a decode step, their mean: below `batch` where a group has fewer prompts or answers end
-            apart.
-        nodes_per_step: node slots verified per row-step, their mean.
-        prompts: answers given (turns of all questions).
-        acceptance_length: tokens per row-step, bonus included.
-        acceptance_length_non_repeated: the same over steps that repeat nothing (`ladon.bench.quality.repetition`);
-            batch 1.
-        repeated_share: repeated 8-grams over all 8-grams of the outputs; batch 1.
-        tokens_per_second: decode tokens per second of decode time, all rows.
-        tokens_per_second_range: least and greatest over repeats.
-        step_ms: mean milliseconds of a decode step.
-        profiled_step_ms: the same in the profiled runs.
-        forward_ms: mean milliseconds of the target's forward in a decode step; profiled.
-        overhead: share of decode time outside the target's forward; profiled.
-        growth_share: share of decode time spent growing trees; profiled.
-        stages: share of decode time by stage ("forward" is part of "verify"); profiled.
-        tree_efficiency: accepted draft nodes per verified draft node.
-        pruned_share: share of the node slots given to the target that later layers did not see.
-        prediction_error: mean relative error of the predicted step times; None if none are predicted.
-        sizing_share: share of decode time spent deciding on sizes.
-        sizes: the histogram of sizes: of each, `nodes`, `steps` of all timed runs, and their mean `tokens`,
-            `expected_tokens`, `step_ms` and `predicted_ms`, as `ladon.bench.systems.by_size` gives them.
-        fitted_step_ms: of every size that could be chosen, `nodes` and the `ms` predicted for a step, in the end.
-        first_token_ms: milliseconds from the call to the first tokens, one of each row; median over calls.
-        speedup_vs_plain: tokens_per_second over plain decoding's.
-        speedup_vs_transformers: tokens_per_second over that of transformers' `generate`.
-        identical: whether in float32 every output equals transformers' `generate`, near-ties aside; None if that could
-            not be checked.
-        float32_near_ties: float32 outputs that left the reference at a near-tie; None likewise.
-        near_ties: outputs in the timed dtype that left plain decoding of that dtype at a near-tie.
-        different: outputs in the timed dtype that left it elsewhere: wrong ones.
-        largest_margin: greatest margin (logits) at which one of either left it; None if none did, or one was cut short.
-        categories: acceptance length, tokens per second and prompts of each category.
-        diagnosis: where tokens are lost, if that was asked for (`ladon.bench.quality.diagnosis`).
-    """
-
-    mode: str
-    batch: int
-    budget: Budget
-    rows_per_step: float | None
-    nodes_per_step: float | None
-    prompts: int
-    acceptance_length: float | None
-    acceptance_length_non_repeated: float | None
-    repeated_share: float | None
-    tokens_per_second: float | None
-    tokens_per_second_range: list[float | None]
-    step_ms: float | None
-    profiled_step_ms: float | None
-    forward_ms: float | None
-    overhead: float | None
-    growth_share: float | None
-    stages: dict[str, float | None]
-    tree_efficiency: float | None
-    pruned_share: float | None
-    prediction_error: float | None
-    sizing_share: float | None
-    sizes: list[dict[str, Any]]
-    fitted_step_ms: list[dict[str, Any]]
-    first_token_ms: float | None
-    speedup_vs_plain: float | None
-    speedup_vs_transformers: float | None
-    identical: bool | None
-    float32_near_ties: int | None
-    near_ties: int
-    different: int
-    largest_margin: float | None
-    categories: dict[str, dict[str, float | int | None]]
-    diagnosis: dict[str, Any] | None
 
 
 def document(
@@ -122,12 +40,54 @@ def document(
         "repeats": len(findings.measured[0].timed),
         "transformers": baselines(findings),
         "identity_unchecked": findings.unchecked,
-        "results": [asdict(result) for result in results(findings)],
+        "results": results(findings),
     }
 
 
-def results(findings: Findings) -> list[Result]:
-    """One result per mode, budget and batch size."""
+def results(findings: Findings) -> list[dict[str, Any]]:
+    """One result per mode, budget and batch size, as JSON values; None stands for what could not be measured.
+
+    Times and speeds are of the timed runs, stages of the profiled runs, which wait for each stage; each is the median
+    over repeats. A result holds:
+
+    - mode: plain, chain, fixed, dynamic, auto or pruned.
+    - batch: rows decoded together.
+    - budget: nodes verified per step and row, root included; "auto" where each step has its own size.
+    - rows_per_step: rows of a decode step, their mean: below `batch` where a group has fewer prompts or answers end
+      apart.
+    - nodes_per_step: node slots verified per row-step, their mean.
+    - prompts: answers given (turns of all questions).
+    - acceptance_length: tokens per row-step, bonus included.
+    - acceptance_length_non_repeated: the same over steps that repeat nothing (`ladon.bench.quality.repetition`);
+      batch 1.
+    - repeated_share: repeated 8-grams over all 8-grams of the outputs; batch 1.
+    - tokens_per_second: decode tokens per second of decode time, all rows.
+    - tokens_per_second_range: least and greatest over repeats.
+    - step_ms: mean milliseconds of a decode step.
+    - profiled_step_ms: the same in the profiled runs.
+    - forward_ms: mean milliseconds of the target's forward in a decode step; profiled.
+    - overhead: share of decode time outside the target's forward; profiled.
+    - growth_share: share of decode time spent growing trees; profiled.
+    - stages: share of decode time by stage ("forward" is part of "verify"); profiled.
+    - tree_efficiency: accepted draft nodes per verified draft node.
+    - pruned_share: share of the node slots given to the target that later layers did not see.
+    - prediction_error: mean relative error of the predicted step times; None if none are predicted.
+    - sizing_share: share of decode time spent deciding on sizes.
+    - sizes: the histogram of sizes: of each, `nodes`, `steps` of all timed runs, and their mean `tokens`,
+      `expected_tokens`, `step_ms` and `predicted_ms`, as `ladon.bench.systems.by_size` gives them.
+    - fitted_step_ms: of every size that could be chosen, `nodes` and the `ms` predicted for a step, in the end.
+    - first_token_ms: milliseconds from the call to the first tokens, one of each row; median over calls.
+    - speedup_vs_plain: tokens_per_second over plain decoding's.
+    - speedup_vs_transformers: tokens_per_second over that of transformers' `generate`.
+    - identical: whether in float32 every output equals transformers' `generate`, near-ties aside; None if that could
+      not be checked.
+    - float32_near_ties: float32 outputs that left the reference at a near-tie; None likewise.
+    - near_ties: outputs in the timed dtype that left plain decoding of that dtype at a near-tie.
+    - different: outputs in the timed dtype that left it elsewhere: wrong ones.
+    - largest_margin: greatest margin (logits) at which one of either left it; None if none did, or one was cut short.
+    - categories: acceptance length, tokens per second and prompts of each category.
+    - diagnosis: where tokens are lost, if that was asked for (`ladon.bench.quality.diagnosis`).
+    """
     speeds = {(entry.system, entry.batch): _speed(entry.timed) for entry in findings.measured if entry.system in _BASES}
     return [_result(findings, entry, speeds) for entry in findings.measured if entry.budget is not None]
 
@@ -146,7 +106,7 @@ def baselines(findings: Findings) -> list[dict[str, Any]]:
     ]
 
 
-def _result(findings: Findings, entry: Measured, speeds: dict[tuple[str, int], float]) -> Result:
+def _result(findings: Findings, entry: Measured, speeds: dict[tuple[str, int], float]) -> dict[str, Any]:
     assert entry.budget is not None
     key = (entry.system, entry.budget, entry.batch)
     differences = findings.differences[key]
@@ -155,40 +115,40 @@ def _result(findings: Findings, entry: Measured, speeds: dict[tuple[str, int], f
     every_run = [run for runs in entry.timed for run in runs]
     counts, speed = stats_of(every_run), _speed(entry.timed)
     repetition, stages = _repetition(entry), _stages(entry.profiled)
-    return Result(
-        mode=entry.system,
-        batch=entry.batch,
-        budget=entry.budget,
-        rows_per_step=finite(counts.row_steps / counts.forwards if counts.forwards else math.nan),
-        nodes_per_step=finite(counts.nodes_verified / counts.row_steps if counts.row_steps else math.nan),
-        prompts=sum(len(group) for group in entry.groups),
-        acceptance_length=finite(counts.acceptance_length),
-        acceptance_length_non_repeated=finite(repetition.acceptance_length),
-        repeated_share=finite(repetition.share),
-        tokens_per_second=finite(speed),
-        tokens_per_second_range=[finite(min(per_repeat)), finite(max(per_repeat))],
-        step_ms=_median(entry.timed, lambda stats: stats.step_ms),
-        profiled_step_ms=_median(entry.profiled, lambda stats: stats.step_ms),
-        forward_ms=_median(entry.profiled, lambda stats: stats.forward_ms),
-        overhead=_median(entry.profiled, lambda stats: stats.overhead),
-        growth_share=stages.get("growth"),
-        stages=stages,
-        tree_efficiency=finite(counts.tree_efficiency),
-        pruned_share=finite(counts.pruned_share),
-        prediction_error=finite(counts.prediction_error),
-        sizing_share=_median(entry.timed, lambda stats: stats.sizing_share),
-        sizes=by_size([step for run in every_run for step in run.steps]),
-        fitted_step_ms=entry.fitted_step_ms,
-        first_token_ms=finite(_first_token_ms(entry.timed)),
-        speedup_vs_plain=finite(speed / speeds["plain", entry.batch]),
-        speedup_vs_transformers=finite(speed / speeds["transformers", entry.batch]),
-        near_ties=near_ties,
-        different=len(differences) - near_ties,
-        largest_margin=finite(max((difference.margin for difference in differences), default=math.nan)),
-        categories=_categories(entry),
-        diagnosis=findings.diagnoses.get(key),
+    return {
+        "mode": entry.system,
+        "batch": entry.batch,
+        "budget": entry.budget,
+        "rows_per_step": finite(counts.row_steps / counts.forwards if counts.forwards else math.nan),
+        "nodes_per_step": finite(counts.nodes_verified / counts.row_steps if counts.row_steps else math.nan),
+        "prompts": sum(len(group) for group in entry.groups),
+        "acceptance_length": finite(counts.acceptance_length),
+        "acceptance_length_non_repeated": finite(repetition.acceptance_length),
+        "repeated_share": finite(repetition.share),
+        "tokens_per_second": finite(speed),
+        "tokens_per_second_range": [finite(min(per_repeat)), finite(max(per_repeat))],
+        "step_ms": _median(entry.timed, lambda stats: stats.step_ms),
+        "profiled_step_ms": _median(entry.profiled, lambda stats: stats.step_ms),
+        "forward_ms": _median(entry.profiled, lambda stats: stats.forward_ms),
+        "overhead": _median(entry.profiled, lambda stats: stats.overhead),
+        "growth_share": stages.get("growth"),
+        "stages": stages,
+        "tree_efficiency": finite(counts.tree_efficiency),
+        "pruned_share": finite(counts.pruned_share),
+        "prediction_error": finite(counts.prediction_error),
+        "sizing_share": _median(entry.timed, lambda stats: stats.sizing_share),
+        "sizes": by_size([step for run in every_run for step in run.steps]),
+        "fitted_step_ms": entry.fitted_step_ms,
+        "first_token_ms": finite(_first_token_ms(entry.timed)),
+        "speedup_vs_plain": finite(speed / speeds["plain", entry.batch]),
+        "speedup_vs_transformers": finite(speed / speeds["transformers", entry.batch]),
         **_identity(findings, key),
-    )
+        "near_ties": near_ties,
+        "different": len(differences) - near_ties,
+        "largest_margin": finite(max((difference.margin for difference in differences), default=math.nan)),
+        "categories": _categories(entry),
+        "diagnosis": findings.diagnoses.get(key),
+    }
 
 
 def _identity(findings: Findings, key: Key) -> dict[str, Any]:
@@ -247,11 +207,6 @@ def _categories(entry: Measured) -> dict[str, dict[str, float | int | None]]:
             "tokens_per_second": finite(_speed(timed)),
         }
     return found
-
-
-def finite(value: float) -> float | None:
-    """The value, or None where JSON has no number for it."""
-    return value if math.isfinite(value) else None
 
 
 def answer_files(path: Path, subject: Subject, measured: Sequence[Measured], stamp: float) -> dict[Path, str]:

@@ -23,9 +23,7 @@ from ladon.bench.quality.diagnosis import DiagnosedDecoder, Diagnosis
 from ladon.bench.quality.identity import check_float32, leaving_plain
 from ladon.bench.systems import Budget, LadonSystem, Run, System, TransformersSystem
 from ladon.bench.workloads import Question, Workload, prompt_ids
-from ladon.calibrate.findings import given_the_truth
-from ladon.calibrate.lattice_trace import hit_rates
-from ladon.calibrate.recording import correction_of, record
+from ladon.calibrate.lattice_trace import hit_rates, record
 from ladon.config import BenchOptions
 from ladon.decoder.options import OFF
 from ladon.errors import InputError
@@ -246,6 +244,5 @@ def calibrate(
 ) -> list[list[float]]:
     """Hit rates over the model's own greedy answers to the first turn of each question."""
     prompts = [torch.tensor(prompt_ids(tokenizer, question, []), device="cpu") for question in questions]
-    trace = record(model, heads, prompts, max_new_tokens=max_new_tokens, progress=progress)
-    given = given_the_truth(trace, correction_of(heads))
+    given = record(model, heads, prompts, max_new_tokens=max_new_tokens, progress=progress).given_the_truth()
     return hit_rates(given.ranks(), given.num_candidates)

@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -34,27 +34,26 @@ from ladon.trees.fixed_tree import FixedTree
 Budget = int | str  # nodes per step and row, or "auto"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StepFacts:
+class StepFacts(NamedTuple):
     """One decode step; NaN stands for what nobody predicted.
 
     Attributes:
-        batch: rows it served.
-        context: cached tokens per row before it, their mean.
-        nodes: node slots verified per row, root included.
-        seconds: how long it took.
+        record: what it did and took.
         predicted_seconds: what the sizing had predicted for it.
-        tokens: tokens per row: accepted drafts and the bonus token, even where a row ended before.
-        expected_tokens: what the trees' probabilities, uncorrected, had let expect.
     """
 
-    batch: int
-    context: float
-    nodes: int
-    seconds: float
+    record: StepRecord
     predicted_seconds: float
-    tokens: float
-    expected_tokens: float
+
+    @property
+    def tokens(self) -> float:
+        """Tokens per row: accepted drafts and the bonus token, even where a row ended before."""
+        return self.record.tokens / self.record.batch
+
+    @property
+    def expected_tokens(self) -> float:
+        """What the trees' probabilities, uncorrected, had let expect."""
+        return 1 + sum(self.record.expected) / self.record.batch if self.record.expected else math.nan
 
 
 class NotedSizing:
@@ -83,18 +82,7 @@ class NotedSizing:
         """Let the sizing learn, and keep what happened."""
         predicted = self._sizing.observe(record)
         self.probes = self._sizing.probes
-        known = bool(record.expected)
-        self._steps.append(
-            StepFacts(
-                batch=record.batch,
-                context=record.context,
-                nodes=record.nodes,
-                seconds=record.seconds,
-                predicted_seconds=predicted,
-                tokens=record.tokens / record.batch,
-                expected_tokens=1 + sum(record.expected) / record.batch if known else math.nan,
-            )
-        )
+        self._steps.append(StepFacts(record, predicted))
         return predicted
 
     def taken(self) -> list[StepFacts]:
@@ -107,8 +95,8 @@ class NotedSizing:
         """`nodes` and predicted `ms` of each size, as known by now, at the batch and mean context of `steps`."""
         if not isinstance(self._sizing, AutoSizing) or not steps:
             return []
-        batch, cost = steps[0].batch, self._sizing.cost
-        own = [step.context for step in steps if step.batch == batch]
+        batch, cost = steps[0].record.batch, self._sizing.cost
+        own = [step.record.context for step in steps if step.record.batch == batch]
         context = sum(own) / len(own)
         seconds = {nodes: cost.predict(batch, nodes, context, drafts=nodes > 1) for nodes in self.edges}
         return [{"nodes": nodes, "ms": 1e3 * time} for nodes, time in seconds.items() if math.isfinite(time)]
@@ -123,14 +111,14 @@ def by_size(steps: Sequence[StepFacts]) -> list[dict[str, Any]]:
     """
     groups: dict[int, list[StepFacts]] = {}
     for step in steps:
-        groups.setdefault(step.nodes, []).append(step)
+        groups.setdefault(step.record.nodes, []).append(step)
     return [
         {
             "nodes": nodes,
             "steps": len(group),
-            "tokens": _mean([(step.tokens, step.batch) for step in group]),
-            "expected_tokens": _mean([(step.expected_tokens, step.batch) for step in group]),
-            "step_ms": _mean([(1e3 * step.seconds, 1) for step in group]),
+            "tokens": _mean([(step.tokens, step.record.batch) for step in group]),
+            "expected_tokens": _mean([(step.expected_tokens, step.record.batch) for step in group]),
+            "step_ms": _mean([(1e3 * step.record.seconds, 1) for step in group]),
             "predicted_ms": _mean([(1e3 * step.predicted_seconds, 1) for step in group]),
         }
         for nodes, group in sorted(groups.items())
@@ -140,9 +128,9 @@ def by_size(steps: Sequence[StepFacts]) -> list[dict[str, Any]]:
 def prediction_error(steps: Sequence[StepFacts]) -> float:
     """Mean relative error of the predicted times, as `DecodeStats.prediction_error`; NaN if nothing was predicted."""
     errors = [
-        abs(step.predicted_seconds - step.seconds) / step.seconds
+        abs(step.predicted_seconds - step.record.seconds) / step.record.seconds
         for step in steps
-        if math.isfinite(step.predicted_seconds) and step.seconds > 0.0
+        if math.isfinite(step.predicted_seconds) and step.record.seconds > 0.0
     ]
     return sum(errors) / len(errors) if errors else math.nan
 
@@ -163,7 +151,6 @@ class Run:
         stats: counts and times.
         seconds: wall time of the whole call, prefill included.
         first_token_seconds: from the call to the first tokens, one of each row.
-        step_counts: tokens emitted by each decode step, if they were recorded (one row only).
         steps: the decode steps; none for transformers.
     """
 
@@ -171,8 +158,13 @@ class Run:
     stats: DecodeStats
     seconds: float
     first_token_seconds: float
-    step_counts: list[int] = field(default_factory=list)
     steps: list[StepFacts] = field(default_factory=list)
+
+    @property
+    def step_counts(self) -> list[int]:
+        """Tokens that a single row took from each step, within the last of which it may have ended; [] for several."""
+        counts = [int(step.tokens) for step in self.steps] if len(self.outputs) == 1 else []
+        return [*counts[:-1], self.stats.tokens - sum(counts[:-1])] if counts else []
 
 
 class System(Protocol):
@@ -215,7 +207,7 @@ class LadonSystem:
             budget: nodes per step and row, or "auto".
             fixed_tree: the tree of mode "fixed".
             prune: how mode "pruned" prunes, as for `Decoder`.
-            profile: measure stages, and record the steps of single rows.
+            profile: measure stages.
             make: makes the decoder, called as `Decoder` is.
         """
         self.name = mode
@@ -234,7 +226,6 @@ class LadonSystem:
             )
         self.decoder.sizing = self._noted = NotedSizing(self.decoder.sizing)
         self.budget = min(budget, most) if isinstance(budget, int) and most is not None else budget
-        self._profile = profile
 
     def run(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> Run:
         """Decode a group of prompts together."""
@@ -245,15 +236,12 @@ class LadonSystem:
             do_sample=False,
         )
         seconds = time.perf_counter() - started
-        outputs, steps = _outputs(self.decoder.model, sequences, prompts), self.taken_steps()
-        is_single = self._profile and len(prompts) == 1
         return Run(
-            outputs=outputs,
+            outputs=_outputs(self.decoder.model, sequences, prompts),
             stats=self.decoder.stats,
             seconds=seconds,
             first_token_seconds=seconds - self.decoder.stats.decode_seconds,
-            step_counts=_emitted_by(steps, self.decoder.stats.tokens) if is_single else [],
-            steps=steps,
+            steps=self.taken_steps(),
         )
 
     def taken_steps(self) -> list[StepFacts]:
@@ -331,14 +319,6 @@ class _TokenClock(StoppingCriteria):
         self.first = self.first or self.last
         self.calls += 1
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
-
-
-def _emitted_by(steps: Sequence[StepFacts], tokens: int) -> list[int]:
-    """Tokens that a single row took from each step, which are so many in all: it may have ended within the last one."""
-    counts = [int(step.tokens) for step in steps]
-    if counts:
-        counts[-1] -= sum(counts) - tokens
-    return counts
 
 
 def _wait(device: torch.device) -> None:

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ladon.demo.bundled import demo_prompts
 from ladon.errors import InputError
+from ladon.util.files import explained
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,9 +72,8 @@ def demo_workload(count: int) -> Workload:
 def read_text(path: Path) -> str:
     """A UTF-8 text file without a byte order mark; `InputError` if it cannot be read or is not UTF-8."""
     try:
-        return path.read_bytes().decode("utf-8").removeprefix("\ufeff")
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}; give a readable text file") from error
+        with explained(f"cannot read {path}", InputError, "give a readable text file"):
+            return path.read_bytes().decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8 text") from error
 
@@ -115,6 +115,8 @@ def _question(path: Path, number: int, line: str) -> Question:
         raise wrong(f"no JSON ({error.msg})") from error
     if not isinstance(row, dict) or ("prompt" not in row and "turns" not in row):
         raise wrong("neither `prompt` nor `turns`")
+    if unread := [name for name in ("tools", "chat_template_kwargs") if row.get(name)]:
+        raise wrong(f"`{unread[0]}` would change the prompt, and is not read here; write the whole text as `prompt`")
     is_chat = "turns" in row
     turns = row["turns"] if is_chat else [row["prompt"]]
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) and turn for turn in turns):

@@ -1,23 +1,38 @@
-"""From a recorded trace to a calibration."""
+"""From the model's answers to a calibration: answers, step times, findings, and whether pruning pays."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+import hashlib
+import json
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from ladon.calibrate.lattice_trace import LatticeTrace, hit_rates, marginal_hit_rates
+import torch
+
+from ladon.calibrate.lattice_trace import LatticeTrace, correction_of, hit_rates, marginal_hit_rates, record
+from ladon.calibrate.pruning import find_pruning, usable_ways
 from ladon.calibrate.simulate import SimulatedRun, simulate_budgets, simulate_prefixes
 from ladon.calibrate.temperatures import BINS, CalibrationError, calibration_errors, fit_temperatures
-from ladon.calibrate.timing import StepTimes
+from ladon.calibrate.timing import StepTimes, measure_step_times, profile_of
 from ladon.config import HIDDEN, MARKOV, PRODUCT
 from ladon.errors import InputError
+from ladon.heads import Heads
 from ladon.heads.calibration import Calibration
+from ladon.heads.factory import read_heads
+from ladon.tree_size.profile_store import place_of, write_profile
 from ladon.trees.fixed_tree import FixedTree, best_fixed_tree
-from ladon.trees.lattice import Correction
 from ladon.util.files import rounded
+from ladon.util.machine import environment
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 SIZES = (8, 16, 32, 64)
+Progress = Callable[[str, int, int], None]  # what is being done, how many of how many calls are finished
+_PRUNING_PROMPTS = 32  # whose answers pruning is judged on, at most
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,16 +43,14 @@ class Halves:
         known: the trace to fit on, its candidates given the truth before them.
         unseen: the trace to judge on.
         temperatures: fitted on `known`, [K].
-        correction: of the heads' guesses by the token before; None if they have none.
     """
 
     known: LatticeTrace
     unseen: LatticeTrace
     temperatures: list[float]
-    correction: Correction | None = None
 
     @classmethod
-    def of(cls, trace: LatticeTrace, correction: Correction | None = None) -> Halves:
+    def of(cls, trace: LatticeTrace) -> Halves:
         """Split a trace.
 
         Raises:
@@ -49,33 +62,27 @@ class Halves:
                 f"the model's answers to {trace.num_rows} prompts have {trace.num_positions} tokens to guess, too few "
                 "to fit on one half and judge on the other; give 2 prompts or more (about 100) and more new tokens"
             )
-        known = given_the_truth(known, correction)
-        return cls(known=known, unseen=unseen, temperatures=fit_temperatures(known), correction=correction)
+        known = known.given_the_truth()
+        return cls(known=known, unseen=unseen, temperatures=fit_temperatures(known))
 
     def errors(self, temperatures: Sequence[float] | None) -> list[CalibrationError]:
         """The calibration errors on the unseen half."""
-        return calibration_errors(given_the_truth(self.unseen, self.correction), temperatures)
+        return calibration_errors(self.unseen.given_the_truth(), temperatures)
 
     def simulated(
         self, tree: str | FixedTree, budgets: Sequence[int], temperatures: Sequence[float] | None = None
     ) -> list[SimulatedRun]:
         """What trees of several sizes would do on the unseen half."""
-        return simulate_budgets(self.unseen, tree, budgets, temperatures=temperatures, correction=self.correction)
+        return simulate_budgets(self.unseen, tree, budgets, temperatures=temperatures)
 
     def prefixes(self, budgets: Sequence[int]) -> dict[str, Any]:
         """How far lattices and dynamic trees of several sizes, with temperatures, follow the truth of that half."""
-        return simulate_prefixes(self.unseen, budgets, temperatures=self.temperatures, correction=self.correction)
-
-
-def given_the_truth(trace: LatticeTrace, correction: Correction | None) -> LatticeTrace:
-    """The trace as heads with this correction would have it."""
-    return trace if correction is None else trace.given_the_truth(correction)
+        return simulate_prefixes(self.unseen, budgets, temperatures=self.temperatures)
 
 
 def calibrate(
     trace: LatticeTrace,
     *,
-    correction: Correction | None = None,
     budgets: Sequence[int] = SIZES,
     step_times: Sequence[StepTimes] = (),
     place: dict[str, Any] | None = None,
@@ -86,9 +93,7 @@ def calibrate(
     prefixes are honest: they are those of half of the answers, with temperatures and fixed trees of the other half.
 
     Args:
-        trace: the recorded answers.
-        correction: the heads' Markov correction, where they have one; temperatures, hit rates and trees are then those
-            with it. A hidden correction is in the trace.
+        trace: the recorded answers; temperatures, hit rates and trees are those with its correction.
         budgets: sizes of the simulated trees, root included.
         step_times: measured on this machine; the projection goes by the first. May be empty.
         place: the machine, as `ladon.util.machine` describes it.
@@ -96,13 +101,13 @@ def calibrate(
     Raises:
         InputError: too little was recorded.
     """
-    halves, given = Halves.of(trace, correction), given_the_truth(trace, correction)
+    halves, given = Halves.of(trace), trace.given_the_truth()
     rates = hit_rates(given.ranks(), trace.num_candidates)
     trees = {str(size): best_fixed_tree(rates, size) for size in SIZES}
     return Calibration(
         heads=trace.heads,
         temperatures=fit_temperatures(given),
-        joint=trace.joint if correction is None else MARKOV,
+        joint=trace.joint if trace.correction is None else MARKOV,
         hit_rates=rates,
         marginal_hit_rates=marginal_hit_rates(trace.ranks(), trace.num_candidates),
         error=_errors(halves),
@@ -181,3 +186,78 @@ def _times(halves: Halves, measured: Sequence[StepTimes], place: dict[str, Any])
         "best_budget": times.nodes[best],
     }
     return found | {"projected": projected}
+
+
+class HeadsMeasurement:
+    """The steps of a calibration: what can be measured of heads on their model."""
+
+    def __init__(self, model: PreTrainedModel, heads: Heads, stored: Path | str, progress: Progress) -> None:
+        """Take the heads of a model, the folder or name that they were loaded from, and what is told of progress."""
+        self._model, self._heads, self._stored, self._progress = model, heads, stored, progress
+        self._dtype = str(model.dtype).removeprefix("torch.")
+
+    @property
+    def _place(self) -> dict[str, Any]:
+        """What measurements are true of."""
+        return environment(self._model.device) | {"dtype": self._dtype}
+
+    def check_prunable(self) -> None:
+        """Raise `UnsupportedModelError` now, and not after all else was measured, if the model cannot be pruned."""
+        usable_ways(self._model, self._heads)
+
+    def record(
+        self, model_name: str, prompts_name: str, prompts: Sequence[Sequence[int]], max_new_tokens: int, batch: int
+    ) -> LatticeTrace:
+        """Let the model answer prompts, given as token ids; the names are noted with the trace."""
+        sha256 = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
+        workload = {"name": prompts_name, "sha256": sha256, "questions": len(prompts)}
+        about = {"model": model_name, "dtype": self._dtype, "max_new_tokens": max_new_tokens}
+        trace = record(
+            self._model,
+            self._heads,
+            [torch.tensor(prompt, device="cpu") for prompt in prompts],
+            max_new_tokens=max_new_tokens,
+            batch_size=batch,
+            about={**about, "workload": workload},
+            progress=self._progress,
+        )
+        return replace(trace, heads=self._stored_hash())
+
+    def read(self, path: Path) -> LatticeTrace:
+        """A trace that was recorded before; `InputError` if it is of other heads."""
+        trace = LatticeTrace.load(path)
+        if trace.heads != self._stored_hash():
+            raise InputError(f"{path} was recorded with other heads; record a trace with these, or name the others")
+        return replace(trace, correction=correction_of(self._heads))
+
+    def _stored_hash(self) -> str:
+        """The hash of the heads as they are stored: float16 keeps less of small weights than the hash's bfloat16."""
+        if self._model.dtype != torch.float16:
+            return self._heads.weights_hash
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # given when they were loaded for the model
+            return read_heads(self._stored, self._model).weights_hash
+
+    def step_times(self, trace: LatticeTrace, batches: Sequence[int], contexts: Sequence[int]) -> list[StepTimes]:
+        """Time steps at every batch size and context length, after the beginning of the model's own answers."""
+        tokens = trace.truth[:, 0].long()
+        text = tokens.repeat(-(-max(contexts) // max(len(tokens), 1)))
+        return [
+            measure_step_times(self._model, self._heads, text[:context], batch=batch, progress=self._progress)
+            for context in contexts
+            for batch in batches
+        ]
+
+    def findings(self, trace: LatticeTrace, budgets: tuple[int, ...], measured: list[StepTimes]) -> Calibration:
+        """What the trace and the step times say."""
+        return calibrate(trace, budgets=budgets, step_times=measured, place=self._place)
+
+    def write(self, found: Calibration, measured: list[StepTimes], folder: Path) -> Path | None:
+        """Write the calibration, and keep the step times for this machine; where, or None if there are none."""
+        found.save(folder)
+        return write_profile(place_of(self._model, self._heads), profile_of(measured)) if measured else None
+
+    def pruning(self, prompts: Sequence[Sequence[int]]) -> dict[str, Any]:
+        """Whether early pruning pays, and how: judged on the answers to a few of the prompts."""
+        few = [torch.tensor(ids, device="cpu") for ids in prompts[:_PRUNING_PROMPTS]]
+        return find_pruning(self._model, self._heads, few, place=self._place, progress=self._progress)

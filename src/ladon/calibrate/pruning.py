@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ladon.calibrate.recording import row_of
+from ladon.calibrate.lattice_trace import row_of
 from ladon.calibrate.timing import LayerTimes, Trials, default_proposer, measure_layer_times
 from ladon.engine.engine import Engine
 from ladon.errors import InputError, UnsupportedModelError

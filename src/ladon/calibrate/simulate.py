@@ -30,7 +30,7 @@ from ladon.config import HIDDEN, MARKOV_ROWS, PATHS
 from ladon.drafting.proposer import candidates_needed, tree_builder
 from ladon.errors import TreeError
 from ladon.trees.fixed_tree import FixedTree
-from ladon.trees.lattice import Correction, Lattice, conditioned
+from ladon.trees.lattice import Lattice, conditioned
 from ladon.trees.token_tree import TokenTree
 from ladon.util.files import rounded
 
@@ -75,7 +75,6 @@ def simulate_budgets(
     *,
     temperatures: Sequence[float] | None = None,
     num_candidates: int | None = None,
-    correction: Correction | None = None,
 ) -> list[SimulatedRun]:
     """Decode all answers of `trace` with trees of several sizes.
 
@@ -87,8 +86,8 @@ def simulate_budgets(
         budgets: nodes per step and row, root included.
         temperatures: one per depth, [K], by which the heads' logits are divided; None leaves them.
         num_candidates: candidates kept per head, as `Decoder` takes it; None: as many as the trace has.
-        correction: by the token before, as `ladon.trees.lattice.conditioned` takes it, with the trace's gates; None
-            leaves guesses as they are. Its successors are not simulated: a trace does not hold what heads said of them.
+
+    The successors of the trace's correction are not simulated: a trace does not hold what heads said of them.
 
     Returns:
         A run for each budget. What a depth cap of the target (some models with long contexts) would cut is not cut.
@@ -110,16 +109,12 @@ def simulate_budgets(
         raise TreeError(f'tree is "dynamic"; {NOT_SIMULATED}; give "chain" or a ladon.FixedTree')
     if trace.joint == HIDDEN:
         raise TreeError(f"tree is {tree!r}; {NOT_SIMULATED}")
-    slots, largest = _true_slots(trace, tree, max(budgets), temperatures, num_candidates, correction)
+    slots, largest = _true_slots(trace, tree, max(budgets), temperatures, num_candidates)
     return [_walk(trace, (slots < budget).sum(1), min(budget, largest)) for budget in budgets]
 
 
 def simulate_prefixes(
-    trace: LatticeTrace,
-    budgets: Sequence[int],
-    *,
-    temperatures: Sequence[float] | None = None,
-    correction: Correction | None = None,
+    trace: LatticeTrace, budgets: Sequence[int], *, temperatures: Sequence[float] | None = None
 ) -> dict[str, Any]:
     """How far the truth after every position is followed, be it where a step would begin or not.
 
@@ -127,7 +122,6 @@ def simulate_prefixes(
         trace: the recorded answers.
         budgets: nodes of the dynamic trees, root included.
         temperatures: as in `simulate_budgets`.
-        correction: likewise.
 
     Returns:
         `positions`, and with the mean and the share of the positions by depth (`ladon.calibrate.simulate.reached`):
@@ -136,7 +130,7 @@ def simulate_prefixes(
     """
     parts: list[list[Tensor]] = []
     leaves: list[Tensor] = []
-    for lattice, roots, truth in _lattices(trace, trace.num_candidates, temperatures, correction):
+    for lattice, roots, truth in _lattices(trace, trace.num_candidates, temperatures):
         rows = true_rows(lattice, truth)
         slots = true_slots(tree_builder("dynamic")(lattice, roots, max(budgets)), truth, max(budgets))
         selected = [(slots < budget).sum(1) for budget in budgets]
@@ -153,23 +147,18 @@ def simulate_prefixes(
 
 
 def _true_slots(
-    trace: LatticeTrace,
-    tree: str | FixedTree,
-    budget: int,
-    temperatures: Sequence[float] | None,
-    num_candidates: int,
-    correction: Correction | None,
+    trace: LatticeTrace, tree: str | FixedTree, budget: int, temperatures: Sequence[float] | None, num_candidates: int
 ) -> tuple[Tensor, int]:
     """Slot of the true node of each depth in each position's tree, [P, K], at least `budget` where there is none.
 
     The second value is the number of node slots of the trees.
     """
     width = min(candidates_needed(tree, num_candidates, budget), trace.num_candidates)
-    if correction is not None:
+    if trace.correction is not None:
         width = num_candidates
     build = tree_builder(tree)
     slots, num_nodes = [torch.empty(0, trace.num_heads, dtype=torch.long, device="cpu")], min(budget, 1)
-    for lattice, roots, truth in _lattices(trace, width, temperatures, correction):
+    for lattice, roots, truth in _lattices(trace, width, temperatures):
         grown = build(lattice, roots, budget)
         slots.append(true_slots(grown, truth, budget))
         num_nodes = grown.num_nodes
@@ -177,10 +166,10 @@ def _true_slots(
 
 
 def _lattices(
-    trace: LatticeTrace, width: int, temperatures: Sequence[float] | None, correction: Correction | None
+    trace: LatticeTrace, width: int, temperatures: Sequence[float] | None
 ) -> Iterator[tuple[Lattice, Tensor, Tensor]]:
     """The lattices of all positions, `width` candidates per head, with their roots [p] and truths [p, K], in chunks."""
-    depths = range(1, trace.num_heads + 1)
+    depths, correction = range(1, trace.num_heads + 1), trace.correction
     first = [1.0] * trace.num_heads if temperatures is None or correction is not None else temperatures
     log_probs = torch.stack([trace.log_probs(k, first[k - 1])[:, :width] for k in depths], dim=1)
     after = None if temperatures is None else torch.tensor(temperatures, dtype=torch.float32, device="cpu")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from ladon.cli.options import DRAFT, MEASURE, OUTPUT, WHAT, option, setting
 from ladon.cli.output import check_writable, print_json, progress_bar, say, show, write_whole
 from ladon.config import MTP, BenchOptions
 from ladon.errors import InputError
+from ladon.util.files import explained
 
 if TYPE_CHECKING:
     from ladon.bench.findings import Findings, Progress, Subject
@@ -30,16 +31,9 @@ _DEMO_PROMPTS = 16
 _NOT_IDENTICAL = 1  # exit code
 
 
-@dataclass(frozen=True, kw_only=True)
-class OneThread(options.Target):
-    """A model that is timed, on one CPU thread unless asked otherwise."""
-
-    threads: int | None = options.ONE_THREAD
-
-
-@options.command()
+@options.command(threads=options.ONE_THREAD)
 def bench(
-    target: OneThread,
+    target: options.Target,
     prompts: Path | None = option(
         WHAT, None, "FILE", "JSONL with `prompt`, or MT-Bench `turns`; held-out code for the bundled model."
     ),
@@ -202,10 +196,8 @@ def _check_pictures(folder: Path) -> None:
     from ladon.viz.png import check_available
 
     check_available()
-    try:
+    with explained(f"cannot make the folder {folder}", InputError, "give another place"):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot make the folder {folder}: {error.strerror}; give another place") from error
     check_writable(folder / "speedup.png")
 
 

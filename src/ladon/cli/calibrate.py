@@ -61,7 +61,7 @@ def calibrate(
     check_writable(trace)
     from rich.text import Text
 
-    from ladon.calibrate.run import HeadsMeasurement
+    from ladon.calibrate.findings import HeadsMeasurement
     from ladon.calibrate.summary import summary
     from ladon.cli.loading import DEMO, heads_place, load
 

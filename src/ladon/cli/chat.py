@@ -36,6 +36,7 @@ COMMANDS = {
 }
 _NAMES = {usage.split()[0]: " " in usage for usage in COMMANDS}  # whether it takes a file
 _ROLES = ("system", "user", "assistant")
+_OF_TOOLS = {"tools", "chat_template_kwargs", "tool_calls", "tool_call_id"}  # what a template would write
 
 
 @options.command(without=("accept", "joint"))
@@ -301,6 +302,11 @@ def _load(file: str) -> list[Message]:
         raise InputError(
             f"{file} holds no chat; give a JSON object with `messages`, a list of objects with `role` "
             f"({', '.join(_ROLES)}) and `content`"
+        )
+    unread = {*document, *(key for message in messages for key in message)} & _OF_TOOLS
+    if unread:
+        raise InputError(
+            f"{file} holds {', '.join(sorted(unread))}, which ladon chat cannot go on with; leave them out"
         )
     return [{"role": message["role"], "content": message["content"]} for message in messages]
 

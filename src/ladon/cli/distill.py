@@ -18,6 +18,7 @@ from ladon.cli.options import MACHINE, OUTPUT, WHAT, argument, option, setting
 from ladon.cli.output import check_writable, print_json, progress_bar, say
 from ladon.config import DistillOptions
 from ladon.errors import InputError
+from ladon.util.files import finite
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -174,8 +175,6 @@ def _progress() -> Iterator[Callable[[Report], None]]:
 
 
 def _document(report: Report, acceptance_length: float | None) -> dict[str, Any]:
-    from ladon.bench.report import finite
-
     counts = {name: getattr(report, name) for name in ("rows", "total", "tokens", "seconds", "tokens_per_second")}
     rest = {"acceptance_length": acceptance_length, "repeated_8grams": finite(report.repetition.share)}
     return counts | rest | {"resumed_rows": report.resumed, "failures": dict(report.failures)}

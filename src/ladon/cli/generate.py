@@ -13,6 +13,7 @@ from ladon.cli.output import print_json, say
 from ladon.cli.prompts import encode, read_prompt, read_questions
 from ladon.config import BenchOptions, GenerateOptions
 from ladon.errors import InputError
+from ladon.util.files import finite
 
 if TYPE_CHECKING:
     from ladon.bench.workloads import Question
@@ -142,7 +143,6 @@ def _answer_many(
     is_silent: bool,
 ) -> dict[str, Any]:
     """Answer prompts together, and write each answer once it and all before it are done; what is known of them."""
-    from ladon.bench.report import finite
     from ladon.engine.sequence import warn_of_dead_ends
 
     sequences, shown = _sequences(decoder, loaded, questions, wanted), 0
@@ -198,8 +198,6 @@ def _say_if_cut(complete: list[bool | None]) -> None:
 
 def _stats_json(stats: DecodeStats) -> dict[str, Any]:
     """Counts, times and the metrics made from them, as JSON values; None for what was not measured."""
-    from ladon.bench.report import finite
-
     counts = ("tokens", "row_steps", "forwards", "drafts_checked", "drafts_illegal")
     times = ("prefill_seconds", "decode_seconds")
     metrics = ("acceptance_length", "tokens_per_second", "step_ms", "forward_ms", "overhead", "tree_efficiency")

@@ -21,10 +21,8 @@ from ladon.cli.calibrate import calibrate
 from ladon.cli.chat import chat
 from ladon.cli.demo import demo
 from ladon.cli.distill import distill
-from ladon.cli.export import export
+from ladon.cli.formats import export, import_heads, inspect
 from ladon.cli.generate import generate
-from ladon.cli.imports import import_heads
-from ladon.cli.inspect import inspect
 from ladon.cli.options import OUTPUT
 from ladon.cli.trace import trace
 from ladon.cli.train import train

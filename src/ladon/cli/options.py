@@ -55,7 +55,10 @@ def argument(metavar: str, text: str, default: Any = ...) -> Any:
 
 def about(config: type[Any], name: str) -> str:
     """The documentation of a setting, as the help of its option."""
-    text = help_of(config, name)
+    return _sentence(help_of(config, name))
+
+
+def _sentence(text: str) -> str:
     return f"{text[0].upper()}{text[1:]}."
 
 
@@ -157,11 +160,12 @@ class Sampling:
 Command = Callable[..., None]
 
 
-def command(*, without: Collection[str] = ()) -> Callable[[Command], Command]:
+def command(*, without: Collection[str] = (), **instead: Any) -> Callable[[Command], Command]:
     """Make a function a command: its groups become options, and all options stand in the order of their panels.
 
     Args:
         without: fields of the groups that are no options of this command; they keep their defaults.
+        **instead: what this command declares in the place of a group's own options, by their names.
     """
 
     def decorate(function: Command) -> Command:
@@ -173,7 +177,7 @@ def command(*, without: Collection[str] = ()) -> Callable[[Command], Command]:
                 types = get_type_hints(hints[name])
                 found = [each for each in fields(hints[name]) if each.name not in without]
                 groups[name] = [each.name for each in found]
-                shown += [_parameter(each.name, types[each.name], each) for each in found]
+                shown += [_parameter(each.name, types[each.name], instead.get(each.name, each)) for each in found]
             else:
                 shown.append(_parameter(name, hints[name], parameter.default))
 
@@ -194,9 +198,7 @@ def command(*, without: Collection[str] = ()) -> Callable[[Command], Command]:
 def _parameter(name: str, kind: Any, declared: Field[Any]) -> inspect.Parameter:
     """An option as typer reads it; a plain field of settings, which has a help only, is one of training."""
     about = declared.metadata
-    info = about.get("typer") or Option(
-        metavar=about["metavar"], help=f"{about['help'][0].upper()}{about['help'][1:]}.", rich_help_panel=TRAIN
-    )
+    info = about.get("typer") or Option(metavar=about["metavar"], help=_sentence(about["help"]), rich_help_panel=TRAIN)
     annotation = Annotated[kind, info]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=declared.default, annotation=annotation)
 

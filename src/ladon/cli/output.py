@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -119,10 +119,6 @@ def _lines(seconds: float | None) -> Bars:
     return show
 
 
-@contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def _explained(path: Path) -> AbstractContextManager[None]:
     """Say in one line why `path` cannot be written."""
-    try:
-        yield
-    except OSError as error:
-        raise InputError(f"cannot write {shortened(str(path))}: {error.strerror}; give another place") from error
+    return files.explained(f"cannot write {shortened(str(path))}", InputError, "give another place")

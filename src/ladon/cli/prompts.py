@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from ladon.cli.output import say
 from ladon.errors import InputError
+from ladon.util.files import explained
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,7 +34,8 @@ def read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
     if prompt is not None:
         source, data = "the prompt", prompt.encode("utf-8", "surrogateescape")
     elif prompt_file is not None:
-        source, data = str(prompt_file), _read(prompt_file)
+        with explained(f"cannot read the prompt file {prompt_file}", InputError, "give a readable text file"):
+            source, data = str(prompt_file), prompt_file.read_bytes()
     elif sys.stdin is None or sys.stdin.isatty():
         raise InputError("no prompt; give --prompt TEXT, --prompt-file FILE, or text on standard input")
     else:
@@ -73,13 +75,6 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
     if len(ids) == 0:
         raise InputError("the prompt is empty: it has no tokens; give some text to continue")
     return ids
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise InputError(f"cannot read the prompt file {path}: {error.strerror}; give a readable text file") from error
 
 
 def asked_of(loaded: Loaded, prompts: str | None, limit: int | None) -> Asked:

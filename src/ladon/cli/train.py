@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,16 +15,12 @@ from ladon.errors import InputError
 from ladon.train.config import TrainOptions
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Trained(options.Target):
-    """The model that heads are trained for."""
-
-    model: str = option(TRAIN, "demo", "NAME", options.MODEL)
-
-
-@options.command(without=("heads", "dtype", "ignore_generation_config", "family_options"))
+@options.command(
+    without=("heads", "dtype", "ignore_generation_config", "family_options"),
+    model=option(TRAIN, "demo", "NAME", options.MODEL),
+)
 def train(
-    target: _Trained,
+    target: options.Target,
     settings: TrainOptions,
     rows: str = argument("ROWS", "JSONL, JSON or Parquet file, such as `ladon distill` writes, or a hub data set."),
     out: Path = option(OUTPUT, ..., "DIR", "Folder for checkpoints and heads."),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from typer import Exit
@@ -13,6 +13,7 @@ from ladon.cli.options import DRAFT, WHAT, option
 from ladon.cli.output import OutConsole, print_json, progress_bar
 from ladon.cli.prompts import asked_of
 from ladon.errors import InputError
+from ladon.util.files import finite
 
 if TYPE_CHECKING:
     from ladon.bench.quality.verification import Distance, Verdict
@@ -22,14 +23,10 @@ _DIFFERENT = 1  # exit code
 _SHOWN = 5  # differences of each way to choose tokens
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Sampling(options.Sampling):
-    """How the sampled answers are sampled."""
-
-    temperature: float = option(WHAT, 1.0, "T", "Of the sampled answers, which are compared besides the greedy.")
-
-
-@options.command(without=("accept", "joint"))
+@options.command(
+    without=("accept", "joint"),
+    temperature=option(WHAT, 1.0, "T", "Of the sampled answers, which are compared besides the greedy."),
+)
 def verify(
     *,
     target: options.Target,
@@ -43,7 +40,7 @@ def verify(
     batch: int = option(WHAT, 4, "N", "Prompts that trees answer together.", min=1),
     max_new_tokens: int = option(WHAT, 64, "N", "Tokens of each answer at most.", min=1),
     drafting: options.Drafting,
-    sampling: _Sampling,
+    sampling: options.Sampling,
     accept: list[str] | None = option(
         DRAFT,
         None,
@@ -72,7 +69,7 @@ def verify(
     for_decoder, rules = drafting.for_decoder(), _rules(accept or [])
     import torch
 
-    from ladon.bench.quality.verification import distance_of, is_repeatable, verify_law
+    from ladon.bench.quality.verification import Proof
     from ladon.cli.loading import dtype_name, load
 
     sampled = sampling.for_generate()
@@ -83,13 +80,12 @@ def verify(
     loaded.require_heads(tree["tree"], drafting.ngrams)
     name, ids = asked_of(loaded, prompts, limit)
     sizes: dict[str, Any] = {"batch": batch, "max_new_tokens": max_new_tokens}
-    what = (loaded.model, loaded.heads, [torch.tensor(one, device=loaded.model.device) for one in ids])
+    asked = [torch.tensor(one, device=loaded.model.device) for one in ids]
     with progress_bar() as progress:
-        how: dict[str, Any] = {**sizes, "tree": tree, "progress": progress}
-        greedy = verify_law(*what, {"do_sample": False}, name="greedy", **how)
-        drawn = verify_law(*what, sampled, name="sampled", **how)
-        distances = [distance_of(*what, sampled, rule, **how) for rule in rules]
-    repeatable = is_repeatable(*what, tree=tree, **sizes)
+        proof = Proof(model=loaded.model, heads=loaded.heads, prompts=asked, tree=tree, progress=progress, **sizes)
+        greedy, drawn = proof.verdict("greedy", {"do_sample": False}), proof.verdict("sampled", sampled)
+        distances = [proof.distance(sampled, rule) for rule in rules]
+    repeatable = proof.is_repeatable()
     _show((greedy, drawn), distances, is_repeatable=repeatable)
     if as_json:
         document = {"laws": [_json(greedy), _json(drawn)], "repeatable": repeatable, "prompts": name, **sizes}
@@ -143,8 +139,6 @@ def _lines(verdict: Verdict) -> list[str]:
 
 
 def _json(verdict: Verdict) -> dict[str, Any]:
-    from ladon.bench.report import finite
-
     counts = {name: getattr(verdict, name) for name in ("law", "prompts", "tokens", "near_ties")}
     differences = [
         {"prompt": each.prompt, "position": each.position, "margin": finite(each.margin), "bound": each.bound}
@@ -156,7 +150,5 @@ def _json(verdict: Verdict) -> dict[str, Any]:
 
 
 def _distance_json(distance: Distance, exact: Verdict) -> dict[str, Any]:
-    from ladon.bench.report import finite
-
     lengths = {"acceptance_length": distance.acceptance_length, "exact_acceptance_length": exact.acceptance_length}
     return asdict(distance) | {name: finite(length) for name, length in lengths.items()}

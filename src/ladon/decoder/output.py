@@ -81,7 +81,7 @@ def pack_output(request: Request, results: CallResults) -> Tensor | DecodeOutput
     new = torch.tensor(
         [row.tokens + [request.pad_id] * (longest - len(row.tokens)) for row in rows], device=input_ids.device
     )
-    sequences = torch.cat([input_ids, new.to(input_ids.dtype)], dim=1)
+    sequences = torch.cat([input_ids, new], dim=1)  # int64, as from `generate`, whatever the prompts were
     if not config.return_dict_in_generate:
         return sequences
     scores, logits = (_kept(rows, name) for name in ("scores", "logits"))

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ladon.constraints.llguidance_backend import Grammar
 from ladon.constraints.state import Constraint, GrammarState, row_constraints
 from ladon.decoder.preparation import is_of_library
+from ladon.decoder.refused import UNSET, refuse_options
 from ladon.decoder.stopping import Judge, StopRules, stop_string_rule
 from ladon.engine.sequence import Row
 from ladon.errors import InputError, LadonError, UnsupportedModelError
@@ -26,11 +28,6 @@ from ladon.target.prefix_cache import KeptCache, KeptPrefix, longest_past
 if TYPE_CHECKING:
     from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 
-_UNSET = (
-    "unset the options that ask for it, in the call or in model.generation_config (on the command line: "
-    "--ignore-generation-config)"
-)
-_UNSUPPORTED_OUTPUTS = ("output_attentions", "output_hidden_states")
 # Model inputs that say how `generate` computes, not what; the mask and the position ids are read.
 _NEUTRAL_INPUTS = {
     "attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position",
@@ -105,6 +102,7 @@ def call_options(
     input_ids = options.pop("inputs", None) if input_ids is None else input_ids
     check_prompt(input_ids, options.get("attention_mask"), merged_option(model, options, "max_new_tokens"))
     kept_rows(options.get("past_key_values"))
+    refuse_options(partial(merged_option, model, options), len(input_ids))  # (transformers may fail at them first)
     if options.pop("assistant_model", None) is not None:
         raise InputError("assistant_model is not supported: Ladon's heads do its work; leave it out")
     rules, tokenizer = list(criteria), options.pop("tokenizer", None)
@@ -132,10 +130,6 @@ def _healed(model: PreTrainedModel, input_ids: Tensor, options: dict[str, Any], 
             f"{tokenizer.bos_token!r} and {tokenizer.pad_token!r}; set what is missing"
         )
     options["token_healing"] = False
-    encoder_options = {"encoder_repetition_penalty": 1.0, "encoder_no_repeat_ngram_size": 0}
-    for name, neutral in encoder_options.items():
-        if merged_option(model, options, name) not in (None, neutral):
-            raise InputError(f"{name} together with token_healing is not supported; leave one of them out")
     mask = prepared_by_generate(model, input_ids, lambda *_, **made: made.get("attention_mask"), dict(options))
     healed: Tensor = model.heal_tokens(input_ids, tokenizer)
     if mask is not None and mask.shape != healed.shape:
@@ -194,20 +188,10 @@ def refuse_unsupported(
         model_kwargs: model inputs, the user's and those that `generate` has prepared.
         ignores_zeros: whether an input of the model, by its name, has no effect if it is all zeros.
     """
-    if getattr(config, "use_mtp", None):
-        raise InputError(
-            "use_mtp=True is transformers' own loop; leave it out, and give the decoder the model's MTP modules: "
-            f"ladon.Decoder(model, ladon.load_mtp(model)). Or {_UNSET}"
-        )
+    refuse_options(lambda name: getattr(config, name, None), len(input_ids))
     mode = str(config.get_generation_mode().value)
     if mode not in ("greedy_search", "sample"):
-        raise InputError(
-            f"generation mode {mode} is not supported; Ladon decodes greedily or samples (num_beams=1, no assistant): "
-            f"{_UNSET}"
-        )
-    for name in _UNSUPPORTED_OUTPUTS:
-        if getattr(config, name, False):
-            raise InputError(f"{name}=True is not supported yet; leave it off")
+        raise InputError(f"generation mode {mode} is not supported; Ladon decodes greedily or samples; {UNSET}")
     _refuse_inputs(input_ids, model_kwargs, ignores_zeros)
 
 
@@ -310,9 +294,14 @@ def make_request(
     judges = rules.judges(input_ids, pad_id_of(config), together=together)
     rows: list[Row] = []
     for index, (ids, constraint) in enumerate(zip(input_ids, sampling.constraints, strict=True)):
+        if isinstance(constraint, Grammar):
+            constraint = constraint.for_model(vocab_size, rules.end_ids)
         prompt = ids if attention_mask is None else ids[attention_mask[index].bool()]
         if len(prompt) == 0:
-            raise InputError(f"prompt {index} is empty; give at least one token")
+            raise InputError(
+                f"prompt {index} is empty: its attention mask is 0 everywhere; give at least one token, and a mask if "
+                "the prompt holds the padding token"
+            )
         limit = max_new_tokens
         if context_limit is not None:
             limit = min(limit, context_limit - len(prompt))
@@ -432,12 +421,10 @@ class CallSampling:
 
         Raises:
             InputError: seeds or constraints that are none, or not one for each row; several rows that cannot be decoded
-                together; a top_p of 0.
+                together.
         """
         if seed is not None and not config.do_sample:
             raise InputError("a seed is given, but nothing is drawn; pass do_sample=True, or leave the seed out")
-        if config.do_sample and config.top_p == 0:  # transformers takes it for greedy decoding
-            raise InputError("top_p is 0; give a probability above 0, or do_sample=False for the likeliest token")
         constraints = row_constraints(constraint, num_rows)
         if not config.do_sample and not processors:
             return cls(sampling_params=GREEDY, seeds=[0] * num_rows, constraints=constraints)

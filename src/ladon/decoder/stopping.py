@@ -156,10 +156,13 @@ class Judge:
 
 
 def stop_string_rule(stop_strings: str | list[str], tokenizer: Any) -> Callable[..., Any]:
-    """The criterion of transformers for stop strings; raises `InputError` without a tokenizer."""
+    """The criterion of transformers for stop strings; raises `InputError` without a tokenizer that it can use."""
     from transformers.generation.stopping_criteria import StopStringCriteria
 
     if tokenizer is None:
         raise InputError("stop_strings needs the tokenizer; pass tokenizer=... as well")
-    criterion: Callable[..., Any] = StopStringCriteria(tokenizer, stop_strings)
+    try:
+        criterion: Callable[..., Any] = StopStringCriteria(tokenizer, stop_strings)
+    except ValueError as error:
+        raise InputError(f"stop_strings cannot be used with this tokenizer: {error}") from error
     return criterion

@@ -12,7 +12,7 @@ from typing import Any
 from ladon.config import JOINTS, PRODUCT
 from ladon.errors import HeadsError
 from ladon.heads.formats.files import read_versioned
-from ladon.util.files import write_whole
+from ladon.util.files import explained, write_whole
 
 CALIBRATION_FILE = "calibration.json"
 FORMAT = "ladon-calibration"
@@ -66,10 +66,8 @@ class Calibration:
             HeadsError: the folder cannot be written to.
         """
         path = Path(folder) / CALIBRATION_FILE
-        try:
+        with explained(f"cannot write {path}", HeadsError, "give another place"):
             write_whole(path, json.dumps(self.document(), indent=1, allow_nan=False) + "\n")
-        except OSError as error:
-            raise HeadsError(f"cannot write {path}: {error.strerror}; give another place") from error
 
     def document(self) -> dict[str, Any]:
         """What the file holds, as JSON values."""

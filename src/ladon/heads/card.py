@@ -14,7 +14,7 @@ from ladon.errors import HeadsError
 from ladon.heads.base import Heads
 from ladon.heads.calibration import Calibration
 from ladon.heads.early_exit import EarlyExit
-from ladon.util.files import write_whole
+from ladon.util.files import explained, write_whole
 
 CARD_FILE = "README.md"
 MARKER = (
@@ -43,12 +43,10 @@ def write_card(
         HeadsError: the folder cannot be written to.
     """
     path = Path(folder) / CARD_FILE
-    try:
+    with explained(f"cannot write {path}", HeadsError, "make room or give another folder"):
         if path.exists() and MARKER not in path.read_text(encoding="utf-8", errors="replace"):
             return False
         write_whole(path, model_card(heads, early_exit=early_exit, data=data, licence=licence))
-    except OSError as error:
-        raise HeadsError(f"cannot write {path}: {error.strerror}; make room or give another folder") from error
     return True
 
 
@@ -76,6 +74,18 @@ def history_of(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     entries = record.get("history")
     entries = entries if isinstance(entries, list) else []
     return [entry for entry in entries if isinstance(entry, dict) and _is_report(entry)]
+
+
+def history_rows(history: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Of each report after what it is, each head's top-1, and the tokens per step of chain and tree, as text."""
+    return [
+        [
+            str(entry.get("after") or f"step {entry.get('step', '?')}"),
+            *(share(row[0]) for row in entry["accuracy"]),
+            *(number(entry.get(name)) for name in ("chain_length", "tree_length")),
+        ]
+        for entry in history
+    ]
 
 
 def shown_base(name: str) -> str:
@@ -180,7 +190,7 @@ def _accuracy(history: Sequence[Mapping[str, Any]]) -> list[str]:
     last = history[-1]
     width = max(len(row) for row in last["accuracy"])
     by_head = [
-        (str(head), _number(loss), *(_share(value) for value in row))
+        (str(head), number(loss), *(share(value) for value in row))
         for head, (loss, row) in enumerate(zip(last["loss"], last["accuracy"], strict=True), start=1)
     ]
     sections = [
@@ -190,19 +200,11 @@ def _accuracy(history: Sequence[Mapping[str, Any]]) -> list[str]:
         _table(["head", "loss", *(f"top-{n}" for n in range(1, width + 1))], by_head),
     ]
     if len(history) > 1 or "tree_length" in last:
-        rows = [
-            (
-                str(entry.get("after") or f"step {entry.get('step', '?')}"),
-                *(_share(row[0]) for row in entry["accuracy"]),
-                *(_number(entry.get(name)) for name in ("chain_length", "tree_length")),
-            )
-            for entry in history
-        ]
         heads = [f"top-1, head {head}" for head in range(1, len(last["accuracy"]) + 1)]
         nodes = f" of {last['budget']}" if "budget" in last else ""
         sections += [
             "What more of the training brought, and the tokens per step to expect (1 is plain decoding):",
-            _table(["after", *heads, "chain", f"tree{nodes}"], rows),
+            _table(["after", *heads, "chain", f"tree{nodes}"], history_rows(history)),
         ]
     return sections
 
@@ -216,15 +218,15 @@ def _calibration(found: Calibration | None) -> list[str]:
         columns.append("calibration error")
     for depth, temperature in enumerate(found.temperatures):
         rates = found.marginal_hit_rates or found.hit_rates
-        row = [str(depth + 1), f"{temperature:.3f}", _share(rates[depth][0] if rates[depth] else None)]
+        row = [str(depth + 1), f"{temperature:.3f}", share(rates[depth][0] if rates[depth] else None)]
         if errors:
-            row.append(" → ".join(_share(errors[when]["all"][depth]) for when in ("before", "after")))
+            row.append(" → ".join(share(errors[when]["all"][depth]) for when in ("before", "after")))
         rows.append(tuple(row))
     sections = ["## Calibration", _table(columns, rows)]
     best = max(found.simulated, key=lambda entry: entry.get("acceptance_length") or 0.0, default=None)
     if best is not None:
         sections.append(
-            f"Simulated on answers set aside: {_number(best.get('acceptance_length'))} tokens per step with a "
+            f"Simulated on answers set aside: {number(best.get('acceptance_length'))} tokens per step with a "
             f"{best['tree']} tree of {best['nodes']} nodes."
         )
     return sections
@@ -262,9 +264,11 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _share(value: object) -> str:
+def share(value: object) -> str:
+    """A share in percent; "-" for none."""
     return f"{100 * value:.1f} %" if isinstance(value, int | float) else "-"
 
 
-def _number(value: object) -> str:
+def number(value: object) -> str:
+    """A number to two places; "-" for none."""
     return f"{value:.2f}" if isinstance(value, int | float) else "-"

@@ -91,9 +91,7 @@ class Sampler:
         self._masks = self._constrained = None
         if any(grammar is not None for grammar in grammars):
             self._masks = TokenBitmask(grammars, num_nodes, device)
-            self._constrained = torch.tensor(
-                [grammar is not None for grammar in grammars], device=device, dtype=torch.bool
-            )
+            self._constrained = torch.tensor([grammar is not None for grammar in grammars], device=device)
         places: dict[SamplingParams, list[int]] = {}
         for place, row in enumerate(rows):
             places.setdefault(row.sampling_params, []).append(place)

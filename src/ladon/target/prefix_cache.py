@@ -25,8 +25,8 @@ class Maker:
     """A model as it was at some time.
 
     That is: its weights' places in memory, how often they had been written to, and how it computed. Weights changed in
-    place through `.data`, and offloaded ones, look as before. `additions` are its adapters and what others have put
-    in; None with hooks on it, whose work may change unseen: then it is never again what it was.
+    place through `.data`, and offloaded ones, look as before. `additions` are its adapters and what else others have
+    put in; None with hooks on it, whose work may change unseen: then it is never again what it was.
     """
 
     model: weakref.ref[nn.Module]

@@ -12,7 +12,6 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,41 +39,20 @@ _SAME = (
 _ALIKE = 0.05  # relative difference to the document alone; half precision shows 0.01
 
 
-@dataclass(frozen=True, kw_only=True)
-class LossOptions:
-    """How the losses are made.
-
-    Attributes:
-        soft: whether heads learn the model's own probabilities instead of the text.
-        label_temperature: of those probabilities.
-        variation: share of total variation in the distance from them.
-        decay: head k counts decay ** k.
-        autocast: dtype of the products, or None for that of the parameters.
-        chunk_rows: see `rows_per_chunk`.
-        packed: whether the model is told where documents begin.
-    """
-
-    soft: bool = False
-    label_temperature: float = 1.0
-    variation: float = 0.0
-    decay: float = 0.8
-    autocast: torch.dtype | None = None
-    chunk_rows: int = 0
-    packed: bool = True
-
-
 class HeadsModule(nn.Module):
     """Heads on a frozen model (MEDUSA-1). The model is no submodule: it is neither saved, moved nor trained.
 
     Args:
         model: the target, in evaluation mode.
         heads: bound to it, in their training dtype.
-        loss_options: how the losses are made.
+        options: how they are trained.
+        packed: whether the model is told where documents begin.
         early_exit: a head in the middle of the model, trained beside them on what the model says at the end.
 
     Attributes:
         heads: the heads.
-        loss_options: how the losses are made.
+        options: how they are trained.
+        packed: whether the model is told where documents begin.
         early_exit: the early-exit head, or None.
         total_steps: updates of the whole training; set before it begins.
         skipped_rows: scalar int64, rows left out so far because something in them was not finite; saved.
@@ -86,12 +64,12 @@ class HeadsModule(nn.Module):
     _depth_weights: Tensor
 
     def __init__(
-        self, model: PreTrainedModel, heads: Heads, loss_options: LossOptions, early_exit: EarlyExit | None = None
+        self, model: PreTrainedModel, heads: Heads, options: TrainOptions, packed: bool, early_exit: EarlyExit | None
     ) -> None:
         super().__init__()
         self._model = (model,)
-        self.heads = heads
-        self.loss_options = loss_options
+        self.heads, self.options, self.packed = heads, options, packed
+        self._products = products_dtype(options, model)
         device, dtype = next(heads.parameters()).device, next(heads.parameters()).dtype
         self.early_exit = None if early_exit is None else early_exit.to(device)
         if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
@@ -100,7 +78,7 @@ class HeadsModule(nn.Module):
         for name in ("skipped_rows", "skipped_steps"):
             self.register_buffer(name, torch.zeros((), dtype=torch.int64, device=device))
         depths = torch.arange(1, heads.num_heads + 1, device=device)
-        self.register_buffer("_depth_weights", loss_options.decay ** depths.to(dtype), persistent=False)
+        self.register_buffer("_depth_weights", options.decay ** depths.to(dtype), persistent=False)
         self.total_steps = 1
         self._step = 0
         self._tallies: dict[str, tuple[Tensor, Tensor]] = {}  # losses and positions since the last log
@@ -150,8 +128,7 @@ class HeadsModule(nn.Module):
 
     def autocast(self) -> torch.autocast:
         """The context of all products. Casts are not cached: one made without gradients would be used with them."""
-        dtype = self.loss_options.autocast
-        kind = next(self.heads.parameters()).device.type
+        dtype, kind = self._products, next(self.heads.parameters()).device.type
         return torch.autocast(kind, dtype or torch.bfloat16, enabled=dtype is not None, cache_enabled=False)
 
     def read(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
@@ -160,7 +137,7 @@ class HeadsModule(nn.Module):
             nullcontext(list[Tensor]()) if self.early_exit is None else layer_output(self.model, self.early_exit.layer)
         )
         with self.autocast(), noted as seen:
-            hidden = hidden_states(self.model, batch, self.loss_options.packed)
+            hidden = hidden_states(self.model, batch, self.packed)
         device = self._depth_weights.device
         early = seen[0].flatten(0, 1).to(device) if seen else None
         return hidden.flatten(0, 1).to(device), early
@@ -174,10 +151,10 @@ class HeadsModule(nn.Module):
         heads = self.heads
         following = batch["following"] if heads.reads_following else None
         labels: Labels = TokenLabels(batch["labels"])
-        if self.loss_options.soft:
+        if self.options.labels == "target":
             depths = torch.arange(1, heads.num_heads + 1, device=hidden.device)
             places = (batch["rows"][:, None] + depths).clamp(max=len(hidden) - 1)  # beyond the end nothing is learned
-            how = (self.loss_options.label_temperature, self.loss_options.variation)
+            how = (self.options.label_temperature, self.options.variation)
             labels = SoftLabels(heads.project, hidden.detach(), places, heads.token_ids, *how)
         with self.autocast():
             outcome = chunked_loss(
@@ -225,7 +202,7 @@ class HeadsModule(nn.Module):
     def chunk_rows(self, num_heads: int) -> int:
         """Positions that go together through so many heads."""
         device = self._depth_weights.device.type
-        return rows_per_chunk(num_heads, self.heads.vocab_size, self.loss_options.chunk_rows, device)
+        return rows_per_chunk(num_heads, self.heads.vocab_size, self.options.chunk_rows, device)
 
     def projection_parameters(self) -> list[nn.Parameter]:
         """The output projection's, where they are trained."""
@@ -246,6 +223,18 @@ class HeadsModule(nn.Module):
             found |= {f"loss_{name}_{k}" if numbered else f"loss_{name}": x for k, x in enumerate(means, start=1)}
         self._tallies.clear()
         return found
+
+
+def products_dtype(options: TrainOptions, model: PreTrainedModel) -> torch.dtype | None:
+    """The dtype of the products where it is not that of the weights."""
+    if options.precision == "fp32":
+        if model.dtype not in (torch.float32, torch.float64):
+            raise InputError(f"precision is fp32, but the model is in {model.dtype}; load it in float32, or use bf16")
+        return None
+    has_bf16 = model.dtype == torch.bfloat16 or (model.device.type == "cuda" and torch.cuda.is_bf16_supported())
+    if options.precision == "auto" and (not has_bf16 or model.dtype == torch.float64):
+        return None
+    return torch.bfloat16
 
 
 def group(name: str, parameters: Any, rate: float) -> dict[str, Any]:
@@ -324,25 +313,16 @@ def _second_is_alone(model: PreTrainedModel) -> bool:
 class JointModule(HeadsModule):
     """Heads and the model, or LoRA adapters in it.
 
-    Args:
-        model: the target; it is trained in place, with weights in `master`. The checkpoint it came from stays as it is.
-        heads: bound to it, in their training dtype.
-        loss_options: how the heads' losses are made.
-        options: how both are trained together.
-        early_exit: as for `HeadsModule`.
+    The model is trained in place, its weights in the heads' dtype; the checkpoint that it came from stays as it is.
+    It takes what `HeadsModule` takes.
     """
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        heads: Heads,
-        loss_options: LossOptions,
-        options: TrainOptions,
-        early_exit: EarlyExit | None = None,
+        self, model: PreTrainedModel, heads: Heads, options: TrainOptions, packed: bool, early_exit: EarlyExit | None
     ) -> None:
         check_trainable(model)
-        super().__init__(model, heads, loss_options, early_exit)
-        self._options, self._stored = options, model.dtype
+        super().__init__(model, heads, options, packed, early_exit)
+        self._stored = model.dtype
         self._teacher: tuple[PreTrainedModel, ...] = ()
         self._adapted: tuple[Any, ...] = ()
         if options.joint == "lora":
@@ -366,7 +346,7 @@ class JointModule(HeadsModule):
     @property
     def has_joined(self) -> bool:
         """Whether the model is trained yet."""
-        return self._step >= self._options.heads_warmup_steps
+        return self._step >= self.options.heads_warmup_steps
 
     def forward(self, counts: Tensor | None = None, **batch: Tensor) -> Tensor:
         """See `HeadsModule`."""
@@ -387,7 +367,7 @@ class JointModule(HeadsModule):
 
     def heads_weight(self) -> float:
         """What the heads' loss counts beside the model's, at this update."""
-        options = self._options
+        options = self.options
         if options.heads_ramp == "none":
             return options.heads_weight
         start = options.heads_warmup_steps
@@ -398,7 +378,7 @@ class JointModule(HeadsModule):
         """The model's mean loss: cross-entropy, or its divergence from the original model."""
         rows = batch["next_rows"]
         labels: Labels = TokenLabels(batch["next_labels"][:, None])
-        if self._options.base_loss == "distill":
+        if self.options.base_loss == "distill":
             labels = self._original(batch, rows)
         return self.next_token_loss(
             "model", self.heads.project, hidden[rows], labels, counts, self.projection_parameters()
@@ -407,9 +387,8 @@ class JointModule(HeadsModule):
     @torch.no_grad()
     def _original(self, batch: Batch, rows: Tensor) -> SoftLabels:
         """What the original model says at some rows."""
-        packed = self.loss_options.packed
         with self.autocast(), self._as_it_was() as teacher:
-            hidden = hidden_states(teacher, batch, packed).flatten(0, 1)[rows]
+            hidden = hidden_states(teacher, batch, self.packed).flatten(0, 1)[rows]
         places = torch.arange(len(rows), device=rows.device)[:, None]
         return SoftLabels(output_projection(teacher).module, hidden, places)
 

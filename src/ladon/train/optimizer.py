@@ -24,26 +24,20 @@ _NO_MATRICES = ("bias", "embed", "norm", "conv", "correction.gate")
 
 
 def make_optimizer(
-    groups: Sequence[Mapping[str, Any]],
-    kind: str,
-    weight_decay: float = 0.0,
-    *,
-    vector_ratio: float = VECTOR_RATIO,
-    vocab_size: int = 0,
+    groups: Sequence[Mapping[str, Any]], kind: str, weight_decay: float = 0.0, *, vocab_size: int = 0
 ) -> Optimizer:
     """One optimizer over groups of parameters, each with a learning rate of its own.
 
     A given group becomes up to two groups of the optimizer, which both keep its "name": its matrices, and the rest
     (vectors, stacks of biases, embeddings and norms), which is never decayed. Under "muon" the matrices take Muon's
     steps at the group's learning rate, apart from projections to the vocabulary; the rest takes AdamW's at
-    `vector_ratio` times it. Groups that would be empty are left out.
+    `VECTOR_RATIO` times it. Groups that would be empty are left out.
 
     Args:
         groups: each {"params": parameters, "names": their names, "lr": float, "name": str}. Names tell a stack of
             biases [K, F] from a matrix; without them everything of two dimensions or more is a matrix.
         kind: "adamw" or "muon".
         weight_decay: decoupled decay of the matrices.
-        vector_ratio: see above; AdamW alone does not use it.
         vocab_size: V, by which projections to the vocabulary are known; 0 if there are none.
 
     Raises:
@@ -59,7 +53,7 @@ def make_optimizer(
         for parameter, name in zip(parameters, group.get("names", [""] * len(parameters)), strict=True):
             is_matrix = _is_matrix(name, parameter) and not (is_muon and vocab_size in parameter.shape[-2:])
             parts[is_matrix].append(parameter)
-        rest_rate, name = group["lr"] * (vector_ratio if is_muon else 1.0), group.get("name", "")
+        rest_rate, name = group["lr"] * (VECTOR_RATIO if is_muon else 1.0), group.get("name", "")
         split += [
             {"params": parts[True], "lr": group["lr"], "weight_decay": weight_decay, "is_stack": True, "name": name},
             {"params": parts[False], "lr": rest_rate, "weight_decay": 0.0, "is_stack": False, "name": name},

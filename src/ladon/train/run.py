@@ -19,12 +19,21 @@ from ladon.heads.correction import MarkovCorrection
 from ladon.heads.early_exit import new_early_exit
 from ladon.heads.factory import CORRECTION_OPTIONS
 from ladon.heads.model_parts import output_projection
-from ladon.train.checkpoints import remove_checkpoints, to_resume
 from ladon.train.config import TrainOptions
 from ladon.train.data.batches import Collator, RowOrder, batches_of, rows_of
 from ladon.train.data.rows import Document, Example, data_hash, documents_from, read_rows, shown, split
-from ladon.train.modules import HeadsModule, JointModule, LossOptions, keeps_apart
-from ladon.train.trainer import HeadsTrainer, LossLines, Reports, history, rows_per_update, training_arguments
+from ladon.train.modules import HeadsModule, JointModule, keeps_apart
+from ladon.train.trainer import (
+    HeadsTrainer,
+    LossLines,
+    Reports,
+    history,
+    remove_checkpoints,
+    rows_per_update,
+    to_resume,
+    training_arguments,
+)
+from ladon.util.files import explained
 
 _POWER_ITERATIONS = 4
 
@@ -65,7 +74,7 @@ def train(
     say(shown(learning[0], tokenizer))
     dtype = model.dtype
     module = make_module(model, options, learning)
-    heads, share_rows = module.heads, module.loss_options.packed
+    heads, share_rows = module.heads, module.packed
     rows = rows_of([len(document.tokens) for document in learning], length if share_rows else 0)
     arguments = training_arguments(options, out, len(rows), model.device)
     module.total_steps = arguments.max_steps
@@ -82,7 +91,7 @@ def train(
     looked_at = batches_of(held_out, length if share_rows else 0, collator, options.batch_size)
     reports = Reports(looked_at, options.eval_every, options.speedup, say)
     order = RowOrder(learning, rows, arguments.max_steps * rows_per_update(arguments), options.seed)
-    trainer = HeadsTrainer(module, arguments, options, settings, order, collator, [LossLines(say), reports])
+    trainer = HeadsTrainer(module, arguments, settings, order, collator, [LossLines(say), reports])
     reports.trainer = trainer
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     record = {"settings": settings, "source": source, "rows": len(learning), "notes": notes, **_skipped(module, say)}
@@ -137,10 +146,8 @@ def _documents(
 
 def _checkpoint(options: TrainOptions, out: Path, settings: dict[str, Any]) -> Path | None:
     """The checkpoint to go on from. `out` is there afterwards."""
-    try:
+    with explained(f"cannot write to {out}", InputError, "give another --out"):
         out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot write to {out}: {error.strerror}; give another --out") from error
     if not options.resume:
         if os.environ.get("RANK", "0") == "0":
             remove_checkpoints(out)
@@ -183,20 +190,13 @@ def make_module(model: PreTrainedModel, options: TrainOptions, documents: Sequen
         raise InputError(
             f"packing is on, but in {type(model).__name__} documents that share a row see each other; use --packing off"
         )
-    losses = LossOptions(
-        soft=options.labels == "target",
-        autocast=_autocast(options, model),
-        packed=share_rows,
-        **{name: getattr(options, name) for name in ("label_temperature", "variation", "decay", "chunk_rows")},
-    )
     set_seed(options.seed)
     model.requires_grad_(False).eval()
     heads, early_exit = start_heads(model, options, documents), None
     if options.early_exit is not None:
         early_exit = new_early_exit(model, options.early_exit, seed=options.seed).to(_master(model))
-    if options.joint == "off":
-        return HeadsModule(model, heads, losses, early_exit)
-    return JointModule(model, heads, losses, options, early_exit)
+    kind = HeadsModule if options.joint == "off" else JointModule
+    return kind(model, heads, options, share_rows, early_exit)
 
 
 def start_heads(model: PreTrainedModel, options: TrainOptions, documents: Sequence[Document] = ()) -> Heads:
@@ -243,18 +243,6 @@ def _check_same_kind(options: TrainOptions, heads: Heads) -> None:
 
 def _master(model: PreTrainedModel) -> torch.dtype:
     return torch.float64 if model.dtype == torch.float64 else torch.float32
-
-
-def _autocast(options: TrainOptions, model: PreTrainedModel) -> torch.dtype | None:
-    """The dtype of the products where it is not that of the weights."""
-    if options.precision == "fp32":
-        if model.dtype not in (torch.float32, torch.float64):
-            raise InputError(f"precision is fp32, but the model is in {model.dtype}; load it in float32, or use bf16")
-        return None
-    has_bf16 = model.dtype == torch.bfloat16 or (model.device.type == "cuda" and torch.cuda.is_bf16_supported())
-    if options.precision == "auto" and (not has_bf16 or model.dtype == torch.float64):
-        return None
-    return torch.bfloat16
 
 
 @torch.no_grad()

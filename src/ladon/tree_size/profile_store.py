@@ -23,7 +23,7 @@ from ladon.errors import InputError
 from ladon.heads.fingerprint import fingerprint
 from ladon.tree_size.latency_model import StepTime
 from ladon.util.devices import input_device
-from ladon.util.files import write_whole
+from ladon.util.files import explained, write_whole
 from ladon.util.machine import CACHE_VARIABLE, cache_folder, cpu_name
 
 if TYPE_CHECKING:
@@ -75,11 +75,9 @@ def write_profile(place: Mapping[str, Any], times: Sequence[StepTime]) -> Path:
     """
     path = profile_path(place)
     document = {"format": FORMAT, "version": VERSION, "place": dict(place), "times": [asdict(time) for time in times]}
-    try:
+    with explained(f"cannot write {path}", InputError, f"set {CACHE_VARIABLE} to another folder"):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps(document, indent=1, allow_nan=False) + "\n")
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}; set {CACHE_VARIABLE} to another folder") from error
     return path
 
 

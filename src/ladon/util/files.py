@@ -54,6 +54,20 @@ def _beside(target: Path) -> Iterator[Path]:
         yield Path(folder, target.name)
 
 
+@contextmanager
+def explained(what: str, kind: type[Exception], advice: str) -> Iterator[None]:
+    """Raise an error of this kind where the system refuses something: what cannot be done, why, and what to do then."""
+    try:
+        yield
+    except OSError as error:
+        raise kind(f"{what}: {error.strerror}; {advice}") from error
+
+
+def finite(value: float) -> float | None:
+    """The value, or None where JSON has no number for it."""
+    return value if math.isfinite(value) else None
+
+
 def rounded(value: Any) -> Any:
     """A value, or tables and lists of values: numbers to 4 places, None where JSON has no number for one."""
     if isinstance(value, dict):
@@ -61,5 +75,5 @@ def rounded(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [rounded(part) for part in value]
     if isinstance(value, float):
-        return round(value, 4) if math.isfinite(value) else None
+        return finite(round(value, 4))
     return value

@@ -11,7 +11,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from ladon.heads.card import in_bytes, shown_base
+from ladon.heads.card import history_rows, in_bytes, number, share, shown_base
 from ladon.trees.fixed_tree import FixedTree, TreeSize, best_fixed_tree
 from ladon.viz.fixed_tree import fixed_view, path_values
 
@@ -101,12 +101,12 @@ def _model_comparison(model: Mapping[str, Any], about: Mapping[str, Any]) -> Ite
     agreed = ", ".join(f"{group} {'unread' if s is None else f'{s:.0%}'}" for group, s in shares.items())
     verdict = {True: "yes", False: "no, another model's", None: "the sizes do; more cannot be told"}[model["fits"]]
     yield "fits", f"{verdict}: {name}" + (f" (weights that agree: {agreed})" if agreed else "")
-    share = f"{model['draft_bytes'] / model['step_bytes']:.0%}"
+    of_step = f"{model['draft_bytes'] / model['step_bytes']:.0%}"
     yield "in its dtype", f"{in_bytes(model['heads_bytes'])} in {model['dtype']}"
     with_projection = ", the shared projection included" if model["uses_projection"] else ""
     yield (
         "a draft reads",
-        (f"{in_bytes(model['draft_bytes'])}{with_projection}: {share} of a step's {in_bytes(model['step_bytes'])}"),
+        (f"{in_bytes(model['draft_bytes'])}{with_projection}: {of_step} of a step's {in_bytes(model['step_bytes'])}"),
     )
 
 
@@ -133,10 +133,8 @@ def _training(training: Mapping[str, Any] | None) -> Iterable[RenderableType]:
     has_lengths = "tree_length" in last
     for name in columns + (["chain", f"tree of {last.get('budget', '?')}"] if has_lengths else []):
         table.add_column(name, justify="left" if name == "after" else "right")
-    for entry in training["history"]:
-        lengths = [_number(entry.get(name)) for name in ("chain_length", "tree_length")] if has_lengths else []
-        after = str(entry.get("after") or f"step {entry.get('step', '?')}")
-        table.add_row(after, *(_share(row[0]) for row in entry["accuracy"]), *lengths)
+    for row in history_rows(training["history"]):
+        table.add_row(*(row if has_lengths else row[:-2]))
     yield table
     if has_lengths:
         yield Text(" chain, tree: tokens per step to expect; 1 is plain decoding\n", "dim")
@@ -154,14 +152,14 @@ def _calibration(found: Mapping[str, Any] | None) -> Iterable[RenderableType]:
     for depth, temperature in enumerate(found["temperatures"]):
         row = rates[depth]
         changes = [errors[when]["all"][depth] if when in errors else None for when in ("before", "after")]
-        top = [_share(row[0]), _share(sum(row[:_TOP]))] if row else ["-", "-"]
-        table.add_row(str(depth + 1), f"{temperature:.3f}", *top, *map(_share, changes))
+        top = [share(row[0]), share(sum(row[:_TOP]))] if row else ["-", "-"]
+        table.add_row(str(depth + 1), f"{temperature:.3f}", *top, *map(share, changes))
     yield table
     lines = []
     best = max(found["simulated"], key=lambda entry: entry["acceptance_length"] or 0.0, default=None)
     if best is not None:
         lines.append(
-            f"tokens per step: {_number(best['acceptance_length'])} with a {best['tree']} tree of {best['nodes']} nodes"
+            f"tokens per step: {number(best['acceptance_length'])} with a {best['tree']} tree of {best['nodes']} nodes"
         )
     times = found["step_times"]
     if "projected" in times:
@@ -170,7 +168,7 @@ def _calibration(found: Mapping[str, Any] | None) -> Iterable[RenderableType]:
         speedup = times["projected"]["speedup"][place]
         lines.append(
             f"step times: {measured['ms'][0]:.2f} ms plain, {measured['ms'][place]:.2f} ms with {budget} nodes: "
-            f"{_number(speedup)}x projected on {times['place'].get('cpu') or 'that machine'}"
+            f"{number(speedup)}x projected on {times['place'].get('cpu') or 'that machine'}"
         )
     yield Padding(Text("\n".join(lines)), (0, 0, 1, 1))
 
@@ -186,18 +184,10 @@ def _tree(tree: Mapping[str, Any], rates: Any) -> Iterable[RenderableType]:
     if tree["expected_tokens"] is not None:
         title += f", {tree['expected_tokens']:.2f} tokens per step expected"
     yield Text(title, "bold")
-    share = ", and in how many steps it is right" if rates else ""
-    yield Text(f"each number is a candidate's rank, 0 the best{share}", "dim")
+    in_steps = ", and in how many steps it is right" if rates else ""
+    yield Text(f"each number is a candidate's rank, 0 the best{in_steps}", "dim")
     yield fixed_view(FixedTree(tuple(tuple(path) for path in tree["paths"])), rates)
 
 
 def _table(title: str) -> Table:
     return Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-
-
-def _share(value: Any) -> str:
-    return f"{100 * value:.1f} %" if isinstance(value, int | float) else "-"
-
-
-def _number(value: Any) -> str:
-    return f"{value:.2f}" if isinstance(value, int | float) else "-"

@@ -45,12 +45,12 @@ def test_a_wrong_token_is_found_and_is_no_near_tie(tiny: Tiny, monkeypatch: pyte
     breaking(monkeypatch, "chain", another_token)
     options = BenchOptions(modes=("chain", "dynamic"), budgets=(4,), max_new_tokens=12, repeats=2)
     found = run_bench(subject(tiny), workload(), options, silent)
-    results = {result.mode: result for result in report.results(found)}
-    assert results["chain"].identical is False
-    assert (results["chain"].near_ties, results["chain"].different) == (0, len(TEXTS))
-    assert results["chain"].float32_near_ties == 0
-    assert results["chain"].largest_margin is not None and results["chain"].largest_margin > 1e-4
-    assert results["dynamic"].identical and results["plain"].identical
+    results = {result["mode"]: result for result in report.results(found)}
+    assert results["chain"]["identical"] is False
+    assert (results["chain"]["near_ties"], results["chain"]["different"]) == (0, len(TEXTS))
+    assert results["chain"]["float32_near_ties"] == 0
+    assert results["chain"]["largest_margin"] is not None and results["chain"]["largest_margin"] > 1e-4
+    assert results["dynamic"]["identical"] and results["plain"]["identical"]
     said = table.identity_line(list(results.values()), found.unchecked)
     assert said == "identical: NO (chain 4 left transformers' generate in float32)"
     lines = table.difference_lines(found, "float32")
@@ -63,8 +63,8 @@ def test_an_answer_cut_short_is_wrong(tiny: Tiny, monkeypatch: pytest.MonkeyPatc
     options = BenchOptions(modes=("dynamic",), budgets=(4,), max_new_tokens=12, repeats=1)
     found = run_bench(subject(tiny), workload(), options, silent)
     result = report.results(found)[1]
-    assert result.identical is False and (result.near_ties, result.different) == (0, len(TEXTS))
-    assert result.largest_margin is None  # it is infinite
+    assert result["identical"] is False and (result["near_ties"], result["different"]) == (0, len(TEXTS))
+    assert result["largest_margin"] is None  # it is infinite
     assert all("margin inf" in line for line in table.difference_lines(found, "float32"))
 
 
@@ -109,7 +109,7 @@ def test_results_outlive_a_check_that_cannot_be_made(
     table.table(results, document["transformers"], 1)
     wrong = Difference(prompt=0, position=1, margin=3.0, bound=1e-4)
     found.float32_differences["dynamic", 4, 1].append(wrong)  # found before memory ran out
-    assert [result.identical for result in report.results(found)] == [None, False]
+    assert [result["identical"] for result in report.results(found)] == [None, False]
 
 
 def test_other_errors_of_the_check_are_errors(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,6 +155,6 @@ def test_half_precision_is_measured_and_checked_in_float32(tiny: Tiny) -> None:
     options = BenchOptions(modes=("dynamic",), budgets=(4,), max_new_tokens=20, repeats=1)
     found = run_bench(half, workload(), options, silent)
     for result in report.results(found):
-        assert result.identical and result.different == 0
-        assert (result.largest_margin is None) == (result.near_ties == 0)
+        assert result["identical"] and result["different"] == 0
+        assert (result["largest_margin"] is None) == (result["near_ties"] == 0)
     assert model.dtype == torch.bfloat16

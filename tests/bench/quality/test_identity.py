@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ladon.bench.findings import Difference
-from ladon.bench.quality.identity import compare, examine, first_difference, near_tie_bound, replayed_logits
+from ladon.bench.quality.identity import compare, first_difference, near_tie_bound, replayed_logits
 from ladon.bench.systems import LadonSystem
 from user_side import Tiny
 
@@ -74,10 +74,10 @@ def test_examine_compares_the_logits_of_the_very_step(tiny: Tiny, mode: str) -> 
     system = LadonSystem(tiny.model, tiny.heads, mode=mode, budget=6)
     prompt = tiny.tokenizer("def read")["input_ids"]
     output = system.run([prompt], 16).outputs[0]
-    assert examine(tiny.model, system, 0, prompt, output, output) is None
+    assert compare(tiny.model, 0, prompt, output, output, system) is None
     for position in range(16):
         wrong = [*output[:position], (output[position] + 1) % 200, *output[position + 1 :]]
-        found = examine(tiny.model, system, 3, prompt, wrong, output)
+        found = compare(tiny.model, 3, prompt, wrong, output, system)
         assert found is not None and (found.prompt, found.position) == (3, position)
         assert found.deviation is not None and found.deviation < 1e-4
         simple = compare(tiny.model, 3, prompt, wrong, output)

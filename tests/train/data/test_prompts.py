@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from chats import CHAT, TEMPLATE
+from chats import CALL, CHAT, TEMPLATE, TOOL_CHATS, TOOL_TEMPLATE, TOOLS, template_call
 from ladon import InputError
 from ladon.train.data.prompts import read_prompts, turn_end
 from ladon.train.data.records import read_records
@@ -141,6 +141,37 @@ def test_a_chat_that_cannot_be_used_says_why_and_leaves_the_others(tmp_path, row
     prompts = read_prompts(str(write_jsonl(tmp_path / "p.jsonl", rows)), strict)
     assert [prompt.refused for prompt in prompts] == ["", reason, ""]
     assert [bool(prompt.token_ids) for prompt in prompts] == [True, False, True]
+
+
+@pytest.mark.parametrize("name", TOOL_CHATS)
+@pytest.mark.parametrize("as_text", [False, True], ids=["json", "json text"])
+def test_tools_parts_and_calls_go_to_the_template_as_they_are(tmp_path, name, as_text):
+    tokenizer, row = make_tokenizer(), TOOL_CHATS[name]
+    tokenizer.chat_template = TOOL_TEMPLATE
+    kept = {key: json.dumps(row[key]) if as_text else row[key] for key in row.keys() - {"messages"}}
+    for answer in ([], [{"role": "assistant", "content": "line"}], [CALL]):
+        given = {"messages": [*row["messages"], *answer], **kept}
+        assert text_of(tokenizer, given, tmp_path) == template_call(tokenizer, row, add_generation_prompt=True)
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"messages": CHAT, "tools": "read()"}, "tools that are no JSON"),
+        ({"messages": CHAT, "tools": {"name": "read"}}, "tools that are no list of objects"),
+        ({"messages": CHAT, "tools": ["read"]}, "tools that are no list of objects"),
+        ({"messages": CHAT, "chat_template_kwargs": [1]}, "chat_template_kwargs that are no object"),
+        ({"messages": CHAT, "chat_template_kwargs": {"tokenize": True}}, "the chat template refuses the chat"),
+        ({"prompt": "def", "tools": TOOLS}, "tools or template options without a chat"),
+        ({"prompt": "def", "chat_template_kwargs": {"a": 1}}, "tools or template options without a chat"),
+        ({"messages": [{"role": "assistant", "content": None}, *CHAT]}, "a message without role and content"),
+        ({"messages": [{"role": "user", "content": ["re", "ad"]}]}, "a message without role and content"),
+    ],
+)
+def test_tools_that_cannot_be_used_say_why_and_leave_the_others(tokenizer, tmp_path, row, reason):
+    rows = [{"messages": CHAT, "tools": []}, row, {"prompt": "def", "tools": None, "chat_template_kwargs": {}}]
+    prompts = read_prompts(str(write_jsonl(tmp_path / "p.jsonl", rows)), tokenizer)
+    assert [prompt.refused for prompt in prompts] == ["", reason, ""]
 
 
 def test_the_end_of_a_turn_is_the_templates_own():

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from chats import CHAT, TEMPLATE
+from chats import CALL, CHAT, TEMPLATE, TOOL_CHATS, TOOL_TEMPLATE, TOOLS, template_call
 from ladon import InputError
 from ladon.train.data.rows import Example, read_rows
 from ladon.train.distill import distill
@@ -114,6 +114,24 @@ def test_of_chats_the_assistants_turns_are_learned(tokenizer, tmp_path):
         assert len(said) == len(whole) and said.endswith("line<|end|>.")
     [nothing] = examples(tokenizer, tmp_path, {"messages": CHAT[:1]})
     assert not any(nothing.learned)
+
+
+@pytest.mark.parametrize("name", TOOL_CHATS)
+def test_tools_parts_and_calls_go_to_the_template_as_they_are(tmp_path, name):
+    tokenizer, row = make_tokenizer(), TOOL_CHATS[name]
+    tokenizer.chat_template = TOOL_TEMPLATE
+    chat = [*row["messages"], {"role": "assistant", "content": [{"type": "text", "text": "line"}]}]
+    [example] = examples(tokenizer, tmp_path, {**row, "messages": chat})
+    assert tokenizer.decode(example.token_ids) == template_call(tokenizer, row, chat)
+    said = learned_text(tokenizer, example)
+    assert said.endswith("[text]line<|end|>.") and (CALL in chat) == ('.[{"type": "function", "function"' in said)
+
+
+def test_rows_whose_tools_nothing_reads_are_dropped_with_the_reason(tokenizer, tmp_path):
+    rows = [{"prompt": "def", "answer": "(", "tools": TOOLS}, {"messages": CHAT, "tools": 7}]
+    assert [one.refused for one in examples(tokenizer, tmp_path, *rows)] == [
+        "tools or template options without a chat", "tools that are no list of objects"
+    ]  # fmt: skip
 
 
 def test_a_token_that_begins_before_the_answer_is_not_learned(tmp_path):

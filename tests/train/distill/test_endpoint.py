@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from chats import CHAT, TEMPLATE
+from chats import CALL, CHAT, TEMPLATE, TOOL_CHATS, TOOL_TEMPLATE
 from endpoints import KEY, Server, says, serving
 from ladon import InputError
 from ladon.sampling.gumbel import mix
@@ -66,6 +66,26 @@ def test_what_is_sent(asked, tmp_path):
     assert ["Authorization" in headers for *_, headers in server.requests] == [False] * 3 + [True] * 3
     assert server.requests[-1][2]["Authorization"] == f"Bearer {KEY}"
     assert [row.seed for row in read_distilled(tmp_path / "sampled.jsonl")] == [mix(2, index) for index in range(3)]
+
+
+def test_tools_and_template_options_are_passed_on(tmp_path):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = TOOL_TEMPLATE
+    rows = [{"id": name, **row} for name, row in TOOL_CHATS.items()]
+    prompts = read_prompts(str(write_jsonl(tmp_path / "p.jsonl", rows)), tokenizer)
+
+    def reply(number: int, path: str, body: dict[str, Any]) -> tuple[int, Any]:
+        if body["messages"][-1]["role"] == "tool":
+            return 200, {"choices": [{"finish_reason": "tool_calls", "message": CALL}]}
+        return says(body)
+
+    with serving(reply) as server:
+        report = run(server, prompts, tmp_path / "out.jsonl", concurrency=1)
+    assert report.rows == len(rows) - 1 and report.failures == {"endpoint keeps tool calls apart": 1}
+    for (path, body, _), row in zip(server.requests, TOOL_CHATS.values(), strict=True):
+        assert path == "/v1/chat/completions"
+        assert {name: body.get(name) for name in row} == row
+        assert body.keys() & {"tools", "chat_template_kwargs"} == row.keys() - {"messages"}
 
 
 def test_a_netrc_does_not_replace_the_key(asked, tmp_path, monkeypatch):

@@ -17,7 +17,6 @@ import copy
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -55,54 +54,39 @@ def first_difference(output: Sequence[int], reference: Sequence[int]) -> int | N
 
 
 def compare(
-    model: PreTrainedModel, number: int, prompt: Sequence[int], output: Sequence[int], reference: Sequence[int]
-) -> Difference | None:
-    """Where the output to prompt `number` leaves plain decoding; None if nowhere.
-
-    The margin is taken from one forward over the whole prefix, which rounds a third way: either token may win there.
-    """
-    position = first_difference(output, reference)
-    if position is None:
-        return None
-    logits = _generate_logits(model, [*prompt, *reference[:position]], 0)
-    return _difference(model, number, position, logits, output, reference)
-
-
-def examine(
     model: PreTrainedModel,
-    system: LadonSystem,
     number: int,
     prompt: Sequence[int],
     output: Sequence[int],
     reference: Sequence[int],
+    system: LadonSystem | None = None,
 ) -> Difference | None:
-    """Where the output of `system` leaves `generate`, in full; None if nowhere.
+    """Where the output to prompt `number` leaves the reference; None if nowhere.
 
-    The logits are those of `generate` itself, against those of the mode's own tree: the mode is replayed alone up to
-    the step that gave the token, and that step's tree is verified again.
+    Args:
+        model: the target.
+        number: of the prompt.
+        prompt: its token ids.
+        output: what is judged.
+        reference: what it is compared with: plain decoding's output, or `generate`'s.
+        system: whose output it is, to look closer: the logits are then those of `generate` itself, against those of the
+            mode's own tree: the mode is replayed alone up to the step that gave the token, and that step's tree is
+            verified again. None: one forward over the whole prefix, which rounds a third way: either token may win.
     """
     position = first_difference(output, reference)
     if position is None:
         return None
-    theirs = _generate_logits(model, prompt, position)
-    ours = replayed_logits(model, system, prompt, position, max_new_tokens=len(reference))
-    deviation = math.inf if ours is None else float((ours - theirs).abs().max())
-    return replace(_difference(model, number, position, theirs, output, reference), deviation=deviation)
-
-
-def _difference(
-    model: PreTrainedModel,
-    number: int,
-    position: int,
-    logits: Tensor,
-    output: Sequence[int],
-    reference: Sequence[int],
-) -> Difference:
-    """What the first difference is worth by the logits [V] of its place."""
+    deviation = None
+    if system is None:
+        logits = _generate_logits(model, [*prompt, *reference[:position]], 0)
+    else:
+        logits = _generate_logits(model, prompt, position)
+        ours = replayed_logits(model, system, prompt, position, max_new_tokens=len(reference))
+        deviation = math.inf if ours is None else float((ours - logits).abs().max())
     is_cut = position >= min(len(output), len(reference))
     margin = math.inf if is_cut else margin_of(logits, output[position], reference[position])
     bound = near_tie_bound(working_dtype(input_device(model), model.dtype), logits)
-    return Difference(prompt=number, position=position, margin=margin, bound=bound)
+    return Difference(prompt=number, position=position, margin=margin, bound=bound, deviation=deviation)
 
 
 def margin_of(logits: Tensor, ours: int, theirs: int) -> float:
@@ -220,7 +204,7 @@ def _compare_modes(
         for system in systems:
             outputs = system.run([request.ids for request in group], max_new_tokens).outputs
             for request, output in zip(group, outputs, strict=True):
-                found = examine(model, system, request.number, request.ids, output, expected[request.number])
+                found = compare(model, request.number, request.ids, output, expected[request.number], system)
                 if found is not None:
                     findings.float32_differences[system.name, system.budget, batch].append(found)
         progress("checking every mode in float32", done, len(work))

@@ -61,68 +61,101 @@ class Verdict:
         return self.near_ties == len(self.differences)
 
 
-def verify_law(
-    model: PreTrainedModel,
-    heads: Heads | None,
-    prompts: Sequence[Tensor],
-    law: Mapping[str, Any],
-    *,
-    name: str,
-    batch: int,
-    max_new_tokens: int,
-    tree: Mapping[str, Any],
-    progress: Progress = lambda what, done, total: None,
-) -> Verdict:
-    """Compare the answers to all prompts.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Distance:
+    """What a rule came to.
 
-    Args:
+    Attributes:
+        accept: its name.
+        settings: of the rule.
+        tokens: emitted by decode steps.
+        acceptance_length: of the rule.
+        total_variation: mean over these tokens of the total variation distance between the law by which a token was
+            said and the target's, 0 to 1.
+    """
+
+    accept: str
+    settings: dict[str, float]
+    tokens: int
+    acceptance_length: float
+    total_variation: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Proof:
+    """A model and prompts on which trees are put to the proof, by any law.
+
+    Attributes:
         model: the target.
         heads: its heads.
         prompts: token ids of each, [T].
-        law: `generate`'s options that say how tokens are picked; `seed` is an int, if there is one.
-        name: of the law.
         batch: prompts that trees answer together.
         max_new_tokens: of each answer.
         tree: options of the decoder that uses trees.
-        progress: told after each answer.
+        progress: told after each answer, or step.
     """
-    plain, trees = Decoder(model, tree="off"), Decoder(model, heads, **tree)
-    options = {"max_new_tokens": max_new_tokens, **law}
-    expected, found = plain.rows(prompts, **options), trees.rows(prompts, **options)
-    for done, row in enumerate(expected, start=1):
-        for _ in plain.decode([row]):
-            pass
-        progress(f"{name}: plain", done, len(expected))
-    for _ in trees.decode(found, max_rows=batch):
-        progress(f"{name}: trees", sum(row.finished for row in found), len(found))
-    target, pairs = Target(model), enumerate(zip(found, expected, strict=True))
-    differences = [difference_of(target, number, ours, theirs) for number, (ours, theirs) in pairs]
-    return Verdict(
-        law=name,
-        prompts=len(prompts),
-        tokens=sum(len(row.tokens) for row in expected),
-        acceptance_length=trees.stats.acceptance_length,
-        differences=[difference for difference in differences if difference is not None],
-    )
 
+    model: PreTrainedModel
+    heads: Heads | None
+    prompts: Sequence[Tensor]
+    batch: int
+    max_new_tokens: int
+    tree: Mapping[str, Any]
+    progress: Progress = lambda what, done, total: None
 
-def is_repeatable(
-    model: PreTrainedModel,
-    heads: Heads | None,
-    prompts: Sequence[Tensor],
-    *,
-    batch: int,
-    max_new_tokens: int,
-    tree: Mapping[str, Any],
-) -> bool:
-    """Whether two runs with `deterministic=True` take the same steps to the same answers."""
-    runs = []
-    for _ in range(2):
-        decoder = Decoder(model, heads, **{**tree, "deterministic": True})
-        rows = decoder.rows(prompts, max_new_tokens=max_new_tokens)
-        steps = [step.emitted for step in decoder.decode(rows, max_rows=batch)]
-        runs.append((steps, [row.tokens for row in rows]))
-    return runs[0] == runs[1]
+    def verdict(self, name: str, law: Mapping[str, Any]) -> Verdict:
+        """Compare the answers to all prompts.
+
+        Args:
+            name: of the law.
+            law: `generate`'s options that say how tokens are picked; `seed` is an int, if there is one.
+        """
+        plain, trees = Decoder(self.model, tree="off"), Decoder(self.model, self.heads, **self.tree)
+        expected, found = self._rows(plain, **law), self._rows(trees, **law)
+        for done, row in enumerate(expected, start=1):
+            for _ in plain.decode([row]):
+                pass
+            self.progress(f"{name}: plain", done, len(expected))
+        for _ in trees.decode(found, max_rows=self.batch):
+            self.progress(f"{name}: trees", sum(row.finished for row in found), len(found))
+        target, pairs = Target(self.model), enumerate(zip(found, expected, strict=True))
+        differences = [difference_of(target, number, ours, theirs) for number, (ours, theirs) in pairs]
+        return Verdict(
+            law=name,
+            prompts=len(self.prompts),
+            tokens=sum(len(row.tokens) for row in expected),
+            acceptance_length=trees.stats.acceptance_length,
+            differences=[difference for difference in differences if difference is not None],
+        )
+
+    def is_repeatable(self) -> bool:
+        """Whether two runs with `deterministic=True` take the same steps to the same answers."""
+        runs = []
+        for _ in range(2):
+            decoder = Decoder(self.model, self.heads, **{**self.tree, "deterministic": True})
+            rows = self._rows(decoder)
+            steps = [step.emitted for step in decoder.decode(rows, max_rows=self.batch)]
+            runs.append((steps, [row.tokens for row in rows]))
+        return runs[0] == runs[1]
+
+    def distance(self, law: Mapping[str, Any], rule: Typical | Nucleus) -> Distance:
+        """Answer all prompts by a law and a rule of acceptance."""
+        name = type(rule).__name__.lower()
+        decoder = Decoder(self.model, self.heads, **self.tree, accept=rule)
+        rows, total = self._rows(decoder, **law, output_scores=True, return_dict_in_generate=True), 0.0
+        for step in decoder.decode(rows, max_rows=self.batch):
+            total += step_distance(step)
+            self.progress(name, sum(row.finished for row in rows), len(rows))
+        return Distance(
+            accept=name,
+            settings=asdict(rule),
+            tokens=decoder.stats.tokens,
+            acceptance_length=decoder.stats.acceptance_length,
+            total_variation=total / max(decoder.stats.tokens, 1),
+        )
+
+    def _rows(self, decoder: Decoder, **law: Any) -> list[Row]:
+        return decoder.rows(self.prompts, max_new_tokens=self.max_new_tokens, **law)
 
 
 def difference_of(target: Target, number: int, ours: Row, theirs: Row) -> Difference | None:
@@ -145,67 +178,6 @@ def said_from(target: Target, row: Row, place: int) -> tuple[Tensor, Tensor]:
     written = torch.tensor(before.tokens, dtype=row.prompt.dtype, device=row.prompt.device)
     _, logits = target.prefill([torch.cat([row.prompt, written])], target.new_cache(1))
     return scores_of(before, logits[0]), logits[0].float()
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Distance:
-    """What a rule came to.
-
-    Attributes:
-        accept: its name.
-        settings: of the rule.
-        tokens: emitted by decode steps.
-        acceptance_length: of the rule.
-        total_variation: mean over these tokens of the total variation distance between the law by which a token was
-            said and the target's, 0 to 1.
-    """
-
-    accept: str
-    settings: dict[str, float]
-    tokens: int
-    acceptance_length: float
-    total_variation: float
-
-
-def distance_of(
-    model: PreTrainedModel,
-    heads: Heads | None,
-    prompts: Sequence[Tensor],
-    law: Mapping[str, Any],
-    rule: Typical | Nucleus,
-    *,
-    batch: int,
-    max_new_tokens: int,
-    tree: Mapping[str, Any],
-    progress: Progress = lambda what, done, total: None,
-) -> Distance:
-    """Answer all prompts by the rule.
-
-    Args:
-        model: the target.
-        heads: its heads.
-        prompts: token ids of each, [T].
-        law: `generate`'s options that say how tokens are picked.
-        rule: of acceptance.
-        batch: prompts answered together.
-        max_new_tokens: of each answer.
-        tree: options of the decoder.
-        progress: told after each step.
-    """
-    name = type(rule).__name__.lower()
-    decoder = Decoder(model, heads, **tree, accept=rule)
-    keeping: dict[str, Any] = {"output_scores": True, "return_dict_in_generate": True}
-    rows, total = decoder.rows(prompts, max_new_tokens=max_new_tokens, **law, **keeping), 0.0
-    for step in decoder.decode(rows, max_rows=batch):
-        total += step_distance(step)
-        progress(name, sum(row.finished for row in rows), len(rows))
-    return Distance(
-        accept=name,
-        settings=asdict(rule),
-        tokens=decoder.stats.tokens,
-        acceptance_length=decoder.stats.acceptance_length,
-        total_variation=total / max(decoder.stats.tokens, 1),
-    )
 
 
 def step_distance(step: Step) -> float:

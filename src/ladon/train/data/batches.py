@@ -15,8 +15,6 @@ from torch.utils.data import Dataset
 
 from ladon.train.data.rows import Document
 
-pass
-
 NO_PLACE = -1
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -12,13 +13,15 @@ from transformers import PreTrainedTokenizerBase
 from ladon.errors import InputError
 from ladon.train.data.records import Record, UnusableRow, read_records
 
-Message = dict[str, str]
+Message = dict[str, Any]  # role and content; what else a data set gives goes to the template as it is
 CHAT_FIELDS = ("messages", "conversations", "turns", "question", "instruction")
 _ROLES = {
     "system": "system",
     **dict.fromkeys(("user", "human"), "user"),
+    **{role: role for role in ("developer", "tool", "function")},
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "model"), "assistant"),
 }
+_ASKING = ("user", "tool", "function")  # the roles that an answer follows
 _TEXT_FIELDS = ("prompt", "text")
 _FIELDS = ("prompt_ids", "prompt", *CHAT_FIELDS, "text")
 
@@ -44,21 +47,53 @@ def messages_of(record: Record, name: str) -> list[Message]:
 
 
 def _message(record: Record, name: str, entry: Any) -> Message:
-    role, content = None, None
-    if isinstance(entry, dict):
-        role, content = entry.get("role", entry.get("from")), entry.get("content", entry.get("value"))
-    if not isinstance(content, str) or not isinstance(role, str):
+    """A message with `role` and `content` whatever they were called; its other fields stay as they are."""
+    given = entry if isinstance(entry, dict) else {}
+    role, content = given.get("role", given.get("from")), given.get("content", given.get("value"))
+    is_parts = isinstance(content, list) and all(isinstance(part, dict) for part in content)
+    is_call = content is None and bool(given.get("tool_calls"))
+    if not isinstance(role, str) or not (isinstance(content, str) or is_parts or is_call):
         raise record.unusable(
-            "a message without role and content", f"those of `{name}` need them (or from and value), both texts"
+            "a message without role and content",
+            f"those of `{name}` need them (or from and value): a text, a list of parts, or tool_calls",
         )
     if role not in _ROLES:
         raise record.unusable(f"a message of the role {role!r}", f"known in `{name}` are {', '.join(_ROLES)}")
-    return {"role": _ROLES[role], "content": content}
+    others = {key: value for key, value in given.items() if key not in ("role", "from", "content", "value")}
+    has_content = content is not None or "content" in given
+    return {"role": _ROLES[role], **({"content": content} if has_content else {}), **others}
+
+
+def template_options(record: Record) -> dict[str, Any]:
+    """What a row gives its chat template besides the messages: `tools`, and what `chat_template_kwargs` holds.
+
+    Either may be JSON text, as data sets keep it. `UnusableRow` for anything else.
+    """
+    tools, options = (_parsed(record, name) for name in ("tools", "chat_template_kwargs"))
+    if not isinstance(tools or [], list) or not all(isinstance(tool, dict) for tool in tools or []):
+        raise record.unusable("tools that are no list of objects", "give them as `apply_chat_template` takes them")
+    if not isinstance(options or {}, dict):
+        raise record.unusable("chat_template_kwargs that are no object", 'give one, such as {"enable_thinking": false}')
+    return {**({"tools": tools} if tools else {}), **(options or {})}
+
+
+def _parsed(record: Record, name: str) -> Any:
+    value = record.fields.get(name)
+    try:
+        return json.loads(value) if isinstance(value, str) and value else value
+    except ValueError as error:
+        raise record.unusable(f"{name} that are no JSON", str(error)) from error
+
+
+def refuse_template_options(record: Record) -> None:
+    """Raise `UnusableRow` for a row that is no chat and yet has what only a chat template could use."""
+    if options := template_options(record):
+        raise record.unusable("tools or template options without a chat", f"no template reads {', '.join(options)}")
 
 
 def question_of(messages: Sequence[Message], system: str | None = None) -> list[Message]:
-    """The chat up to its last user message; [] if there is none. `system` replaces the chat's own system message."""
-    last = max((place for place, message in enumerate(messages) if message["role"] == "user"), default=-1)
+    """The chat up to its last message of a user or a tool; [] if there is none. `system` replaces its system's."""
+    last = max((place for place, message in enumerate(messages) if message["role"] in _ASKING), default=-1)
     asked = list(messages[: last + 1])
     if system is None or not asked:
         return asked
@@ -68,20 +103,21 @@ def question_of(messages: Sequence[Message], system: str | None = None) -> list[
 def chat_text(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], record: Record, *, add_generation_prompt: bool
 ) -> str:
-    """A chat as the tokenizer's template writes it.
+    """A chat as the tokenizer's template writes it, with what its row gives the template besides.
 
     Raises:
         InputError: the tokenizer has no template.
-        UnusableRow: the template refuses the chat.
+        UnusableRow: the template refuses the chat; or as `template_options`.
     """
     if not tokenizer.chat_template:
         raise record.wrong(
             "a chat, but the tokenizer has no chat template; give rows with `prompt` or `text`, name a text field "
             "with --field, or use a chat model"
         )
+    options = template_options(record)
     try:
         text = tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=add_generation_prompt, tokenize=False
+            list(messages), add_generation_prompt=add_generation_prompt, tokenize=False, **options
         )
     except Exception as error:  # of another type for every way in which a template can refuse
         detail = " ".join(str(error).split())[:300]
@@ -155,7 +191,9 @@ class Prompt:
         index: the row's place in the data set, from 0.
         token_ids: what the model reads; empty if the row asks nothing, such as a chat without a user message.
         text: the same as text, written by the chat template if it is a chat; None for one given as token ids.
-        messages: a prompt given as a chat, up to its last user message; None otherwise.
+        messages: a prompt given as a chat, up to its last message of a user or a tool; None otherwise.
+        tools: what a chat may call, as the template was given them; None for none.
+        template_options: the row's `chat_template_kwargs`.
         refused: why the row cannot be used; empty if it can.
     """
 
@@ -164,6 +202,8 @@ class Prompt:
     token_ids: list[int]
     text: str | None = None
     messages: list[Message] | None = None
+    tools: list[dict[str, Any]] | None = None
+    template_options: dict[str, Any] = field(default_factory=dict)
     refused: str = ""
 
 
@@ -223,6 +263,8 @@ def _content(
         raise record.wrong("--system is for chats, but this prompt is continued as it stands; leave --system out")
     if is_ids:
         return {"token_ids": token_list(record, name)}
+    if name == "prompt" and isinstance(value, str):
+        refuse_template_options(record)
     if is_text and isinstance(value, str):
         return {"token_ids": [int(token) for token in tokenizer(value)["input_ids"]] if value else [], "text": value}
     messages = question_of(messages_of(record, name), system)
@@ -230,7 +272,9 @@ def _content(
         return {"token_ids": [], "text": "", "messages": []}
     text = chat_text(tokenizer, messages, record, add_generation_prompt=True)
     ids = [int(token) for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
-    return {"token_ids": ids, "text": text, "messages": messages}
+    options = template_options(record)
+    tools = options.pop("tools", None)
+    return {"token_ids": ids, "text": text, "messages": messages, "tools": tools, "template_options": options}
 
 
 def token_list(record: Record, name: str) -> list[int]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ladon.errors import InputError
+from ladon.util.files import explained
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 _FILES = (".jsonl", ".json", ".ndjson", ".parquet", ".txt", ".csv")
@@ -100,11 +101,8 @@ def _open(source: str, limit: int | None, split: str) -> Iterator[Record]:
 
 
 def _starts_list(path: Path) -> bool:
-    try:
-        with path.open("rb") as file:
-            return file.read(256).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}; give {_KINDS}") from error
+    with explained(f"cannot read {path}", InputError, f"give {_KINDS}"), path.open("rb") as file:
+        return file.read(256).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
 
 
 def _of_lines(path: Path) -> Iterator[Record]:

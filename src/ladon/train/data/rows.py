@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from ladon.errors import InputError
-from ladon.train.data.prompts import encode_chat, messages_of, token_list
+from ladon.train.data.prompts import encode_chat, messages_of, refuse_template_options, token_list
 from ladon.train.data.records import Record, UnusableRow, read_records
 
 _ANSWERS = ("answer", "response", "completion", "output")
@@ -83,6 +83,7 @@ def _encode(record: Record, tokenizer: PreTrainedTokenizerBase, field: str | Non
             return encode_chat(tokenizer, messages_of(record, name), record)
     answer = next((name for name in _ANSWERS if name in row), None)
     if "prompt" in row and answer is not None:
+        refuse_template_options(record)
         prompt_ids, said = _text(record, tokenizer, "prompt")[0], _text(record, tokenizer, answer, special=False)[0]
         end = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
         return _joined(prompt_ids, [*said, *end])

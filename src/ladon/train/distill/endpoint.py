@@ -181,6 +181,9 @@ class EndpointModel:
                 f"{self._url} keeps reasoning apart from its answers, which then lack what the model said first; start "
                 "the server without a reasoning parser"
             )
+        if said.get("tool_calls"):
+            detail = "what the model said is not in the response; start the server without a tool parser"
+            return Failure(prompt=prompt, reason="endpoint keeps tool calls apart", detail=detail)
         text, finish = content or "", choice.get("finish_reason")
         if finish not in ("stop", "length"):
             return Failure(prompt=prompt, reason=f"finish reason {finish}")
@@ -217,6 +220,10 @@ def _request(prompt: Prompt, settings: Settings) -> tuple[str, dict[str, Any]]:
     if settings.top_k:
         body["top_k"] = settings.top_k  # not OpenAI's own, but vLLM, SGLang and llama.cpp know it
     if prompt.messages is not None:
+        if prompt.tools:
+            body["tools"] = prompt.tools
+        if prompt.template_options:
+            body["chat_template_kwargs"] = prompt.template_options  # not OpenAI's own, but vLLM and SGLang know it
         return "chat/completions", body | {"messages": prompt.messages}
     return "completions", body | {"prompt": prompt.token_ids if prompt.text is None else prompt.text}
 
