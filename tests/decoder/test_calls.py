@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import threading
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from transformers import AsyncTextIteratorStreamer, TextIteratorStreamer, pipeline
+from transformers import AsyncTextIteratorStreamer, TextGenerationPipeline, TextIteratorStreamer, pipeline
 
 import ladon
 from greedy import BATCH, MASK, PROMPT, plain
@@ -145,6 +146,8 @@ def test_a_streamer_that_cannot_decode_what_it_holds_still_ends(tiny: Tiny) -> N
 @pytest.mark.parametrize("more", [{}, {"output_scores": True, "output_logits": True}], ids=["ids", "scores"])
 def test_a_pipeline_of_dictionaries(tiny: Tiny, rows: int, more: dict[str, Any]) -> None:
     """The records of an attached model are those of the model itself, scores to rounding."""
+    if rows > 1 and "additional_outputs" in inspect.getsource(TextGenerationPipeline._forward):
+        pytest.skip("pipelines of the installed transformers cannot split a batch of outputs with more than sequences")
     pipe = pipeline("text-generation", model=tiny.model, tokenizer=tiny.tokenizer)
     options = {"max_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True, "batch_size": rows, **more}
     prompts = ["the cat", "a dog and", "the"][:rows]

@@ -218,6 +218,10 @@ def test_token_types_of_text_alone(make, name):
     model = make().double().eval()
     model.generation_config.eos_token_id = None
     decoder = ladon.Decoder(model, budget=8)
+    try:
+        plain(model, PROMPT, max_new_tokens=1, **{name: torch.zeros_like(PROMPT)})
+    except ValueError as error:
+        pytest.skip(f"the installed transformers refuses it itself: {str(error)[:60]}")
     for ids, mask in ((PROMPT, torch.ones_like(PROMPT)), (BATCH, MASK)):
         options = {"attention_mask": mask, "max_new_tokens": 12, "pad_token_id": 0, name: torch.zeros_like(ids)}
         assert torch.equal(decoder.generate(ids, **options), plain(model, ids, **options))

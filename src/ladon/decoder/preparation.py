@@ -8,7 +8,8 @@ differ, the call is refused.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -63,7 +64,7 @@ def refuse_changed_inputs(
     if own is None or usual is None or getattr(own, "__func__", own) is usual:
         return  # without any, the model has no generate either
     where = getattr(own, "__qualname__", type(own).__qualname__)
-    for ids, given in _steps(input_ids, inputs, max_length):
+    for ids, given in _steps(input_ids, inputs, max_length, inspect.signature(usual).parameters):
         try:
             found = own(ids, **_copied(given))
         except Exception as error:  # it is the user's code
@@ -95,8 +96,13 @@ class _Filled(DynamicCache):
         return self._length
 
 
-def _steps(input_ids: Tensor, inputs: dict[str, Any], max_length: int) -> Iterator[tuple[Tensor, dict[str, Any]]]:
-    """Arguments of `prepare_inputs_for_generation` in a call's first step, its second and its last."""
+def _steps(
+    input_ids: Tensor, inputs: dict[str, Any], max_length: int, known: Collection[str]
+) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+    """Arguments of `prepare_inputs_for_generation` in a call's first step, its second and its last.
+
+    Of those that say which step it is, `known` are the ones that the installed transformers has.
+    """
     length = input_ids.shape[1]
     for reach in sorted({length, length + 1, max(max_length - 1, length + 1)}):
         given = {**inputs, "past_key_values": _Filled(0 if reach == length else reach - 1)}
@@ -106,7 +112,10 @@ def _steps(input_ids: Tensor, inputs: dict[str, Any], max_length: int) -> Iterat
         if inputs.get("position_ids") is not None:
             more = torch.arange(1, reach - length + 1, device=input_ids.device)
             given["position_ids"][..., length:] = inputs["position_ids"][..., -1:] + more
-        given |= {"next_sequence_length": length if reach == length else 1, "is_first_iteration": reach == length}
+        new = length if reach == length else 1
+        slots = torch.arange(reach - new, reach, device=input_ids.device)
+        steps = {"next_sequence_length": new, "is_first_iteration": reach == length, "cache_position": slots}
+        given |= {name: value for name, value in steps.items() if name in known}  # releases differ
         yield functional.pad(input_ids, (0, reach - length), value=1), given
 
 
